@@ -1,0 +1,308 @@
+"""The benchmarks: what each operation takes, and what a training step takes more than a plain one.
+
+    python bench/run.py ops [--backend native ...] [--size small|all] [--threads 1]
+    python bench/run.py step [--model gpt gpt512 mlp] [--variant meter ...] [--runs N] [--threads 1] [--profile VARIANT]
+
+Nothing is timed before its result was compared with plain torch in float64 (checks.py): what is wrong is refused, and
+the exit status is then 1. What is compared is timed in turns in one process: with one thread the CPU time of the
+process, which does not count who else runs on the machine; with more, wall time. Rows are appended to
+results/<device>.csv. ``--quick`` goes through everything once at tiny sizes and records nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import datetime
+import gc
+import math
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from checks import Oracle, wrong_operation, wrong_step
+from models import MODELS, QUICK, Problem, make
+from operations import OPERATIONS, Operation, Size
+from variants import VARIANTS
+
+import gradnorm_ext
+from gradnorm_ext import backends
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_ops = commands.add_parser("ops", help="every operation")
+    of_ops.add_argument("--backend", nargs="+", choices=("native", "reference"), help="beside reference; default: all")
+    of_ops.add_argument("--size", choices=("small", "all"), default="small")
+    of_step = commands.add_parser("step", help="a whole training step")
+    of_step.add_argument("--model", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
+    of_step.add_argument("--variant", nargs="+", choices=tuple(VARIANTS)[1:], default=tuple(VARIANTS)[1:])
+    of_step.add_argument("--runs", type=int, help="pairs of steps, at least 2; default: the model's")
+    of_step.add_argument("--profile", choices=tuple(VARIANTS), help="only show where this variant's time goes")
+    for command in (of_ops, of_step):
+        command.add_argument("--threads", type=int, default=1)
+        command.add_argument("--quick", action="store_true", help="tiny sizes, nothing is recorded")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    # torch.func runs attention in a loop over the examples, and says so at every call.
+    warnings.filterwarnings("ignore", message="There is a performance drop")
+
+    refusals: list[str] = []
+    if given.command == "ops":
+        built = [name for name in ("native", "reference") if not isinstance(backends.load(name), str)]
+        group = "quick" if given.quick else given.size
+        figures = time_operations(given.backend or built, group, given.threads, refusals)
+    elif given.profile:
+        for model in given.model:
+            print_profile(given.profile, make(model, quick=given.quick))
+        return 0
+    else:
+        figures = time_steps(given.model, given.variant, given.runs, given.threads, given.quick, refusals)
+    if not given.quick:
+        print(f"\nappended to {os.path.relpath(record(figures, given.threads))}")
+    for refusal in refusals:
+        print(f"REFUSED, not timed: {refusal}", file=sys.stderr)
+    return 1 if refusals else 0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of the results: the median of what was measured, and its quartiles."""
+
+    case: str
+    size: str
+    backend: str
+    figure: str
+    median: float
+    lower: float = math.nan
+    upper: float = math.nan
+
+    @staticmethod
+    def of(case: str, size: str, backend: str, figure: str, samples: Sequence[float]) -> Figure:
+        lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
+        return Figure(case, size, backend, figure, median, lower, upper)
+
+
+def time_operations(backend_names: Sequence[str], group: str, threads: int, refusals: list[str]) -> list[Figure]:
+    """Times every operation at every size of the group, beside a copy of as many bytes or a plain matrix product."""
+    groups, quick = (("small", "all") if group == "all" else (group,)), group == "quick"
+    line = "{:20} {:14} {:9} {:>11} {:>15} {:>16} {:>12}"
+    print(line.format("operation", "size", "backend", "µs", "rate", "of the machine's", "x reference"))
+    figures = []
+    for operation, size in ((o, s) for o in OPERATIONS for s in o.sizes if s.group in groups):
+        arguments = operation.arguments(size, torch.Generator().manual_seed(0))
+        limit, call, work, unit = machine_limit(operation, size, arguments)
+        calls: dict[str, Callable[[], object]] = {limit: call}
+        for backend in dict.fromkeys((*backend_names, "reference")):
+            if reason := wrong_operation(operation, arguments, backend):
+                refusals.append(f"{operation.name}, {size.name}, {backend}: {reason}")
+                print(line.format(operation.name, size.name, backend, "REFUSED", "", "", "").rstrip(), flush=True)
+            else:
+                calls[backend] = partial(operation.run, arguments, backend)
+        seconds = in_turns(calls, 3 if quick else 25, threads, at_least=0 if quick else 2e-3)
+        medians = {name: statistics.median(samples) for name, samples in seconds.items()}
+        for name, median in medians.items():
+            rate, of_limit = f"{work / median / 1e9:.4g} {unit}", f"{medians[limit] / median:.0%} of {limit}"
+            against = f"{medians['reference'] / median:.2f}" if "reference" in medians else ""
+            cells = (f"{median * 1e6:.1f}", rate, of_limit, against)
+            print(line.format(operation.name, size.name, name, *cells).rstrip(), flush=True)
+            microseconds = [one * 1e6 for one in seconds[name]]
+            figures.append(Figure.of(operation.name, size.name, name, "microseconds", microseconds))
+    return figures
+
+
+def machine_limit(
+    operation: Operation, size: Size, arguments: dict[str, Any]
+) -> tuple[str, Callable[[], object], int, str]:
+    """What the machine does of the same work at best: its name, the call, the work and its unit."""
+    if operation.bytes is None:
+        product = partial(torch.matmul, arguments["g"].t(), arguments["x"])
+        return "matmul", product, 2 * size.rows * size.inputs * size.outputs, "GFLOP/s"
+    target, source = torch.ones(2, operation.bytes(size) // 8)  # float32: one half is read, the other written
+    return "copy", partial(target.copy_, source), operation.bytes(size), "GB/s"
+
+
+def time_steps(
+    models: Sequence[str], variants: Sequence[str], runs: int | None, threads: int, quick: bool, refusals: list[str]
+) -> list[Figure]:
+    """Times each variant's step in pairs with the plain one on every model, and compares their memory.
+
+    A ratio of times is the median over the pairs, with the quartiles in brackets. A ratio of memory is that of two
+    `peak_bytes`; the table shows the worst of the models.
+    """
+    backend = backends.find("outer_wgrad", "cpu", backends.choose("auto")).__module__.rpartition(".")[2]
+    kinds = ("memory", "resident") if not quick else ("memory",)
+    weighed = models if not quick else models[:1]  # a process costs a second
+    line = "{:18}" + " {:32}" * len(models) + " {:20}" * len(kinds)
+    titles = [(QUICK if quick else MODELS)[model].title for model in models]
+    print(line.format("x plain step", *titles, *kinds).rstrip())
+    oracles = {model: Oracle.of(make(model, quick=quick)) for model in models}
+    plain = {
+        (model, kind): peak_in_fresh_process(model, "plain", kind, threads, quick)
+        for model in weighed
+        for kind in kinds
+    }
+    figures = []
+    for name in variants:
+        variant = VARIANTS[name]
+        bounds = dict(zip((*MODELS, "memory"), variant.bounds, strict=False))
+        cells, memory = [], []
+        for model in models:
+            if reason := wrong_step(variant, make(model, quick=quick), oracles[model]):
+                refusals.append(f"{name}, {model}: {reason}")
+                cells.append("REFUSED")
+                continue
+            pair = {one: VARIANTS[one].step(make(model, quick=quick)) for one in ("plain", name)}
+            seconds = in_turns(pair, runs or (QUICK if quick else MODELS)[model].runs, threads)
+            ratios = [ours / theirs for ours, theirs in zip(seconds[name], seconds["plain"], strict=True)]
+            figures.append(Figure.of(name, model, backend, "time_ratio", ratios))
+            cells.append(verdict(figures[-1], bounds.get(model)))
+            for kind in kinds if model in weighed else ():
+                peak = peak_in_fresh_process(model, name, kind, threads, quick)
+                memory.append(Figure(name, model, backend, f"{kind}_ratio", peak / plain[model, kind]))
+        figures += memory
+        for kind in kinds:
+            worst = max(
+                (one for one in memory if one.figure == f"{kind}_ratio"), key=lambda one: one.median, default=None
+            )
+            cells.append(verdict(worst, bounds.get("memory")) if worst else "REFUSED")
+        print(line.format(name, *cells).rstrip(), flush=True)
+    return figures
+
+
+def verdict(figure: Figure, bound: float | None) -> str:
+    spread = "" if math.isnan(figure.lower) else f" [{figure.lower:.3f} {figure.upper:.3f}]"
+    met = "" if bound is None else f" {'meets' if figure.median <= bound else 'MISSES'} {bound:.2f}"
+    return f"{figure.median:.3f}{spread}{met}"
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], runs: int, threads: int, at_least: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of each call, run after run, in turns and in alternating order; short calls are repeated ``at_least`` so long.
+
+    Two runs before the first that counts load what is loaded lazily; the first observed block also verifies itself.
+    """
+    clock = time.process_time if threads == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    repeats = dict.fromkeys(calls, 1)
+    for run in range(-2, runs):
+        for name in tuple(calls) if run % 2 else tuple(calls)[::-1]:
+            start = clock()
+            for _ in range(repeats[name]):
+                calls[name]()
+            taken = (clock() - start) / repeats[name]
+            if run >= 0:
+                seconds[name].append(taken)
+            elif run == -1:
+                repeats[name] = max(1, math.ceil(at_least / max(taken, 1e-7)))
+    return seconds
+
+
+def peak_bytes(model: str, variant: str, kind: str, threads: int, quick: bool) -> int:
+    """By how much this process's resident memory grows from before the model is built to its peak during five steps.
+
+    Linux with glibc only. The peak is VmHWM of /proc/self/status, after writing 5 to /proc/self/clear_refs, which resets
+    it; where that is not allowed the peak so far stands, which was no higher. What loads lazily is loaded by a tiny step.
+
+    "memory" is what is in use: blocks from 128 KiB on are mapped one by one, so that memory is resident while it is
+    held. "resident" is what the allocator makes of it by default: its threshold then grows to the largest block freed,
+    and freed blocks below it stay resident, in an order that a few bytes may change.
+    """
+    m_mmap_threshold = -3  # of <malloc.h>; setting it also keeps it from growing
+    if kind == "memory":
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 128 * 1024)
+    torch.set_num_threads(threads)
+    VARIANTS[variant].step(make(model, quick=True))()
+    gc.collect()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    step = VARIANTS[variant].step(make(model, quick=quick))
+    for _ in range(5):
+        step()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def peak_in_fresh_process(*arguments: Any) -> int:
+    """`peak_bytes` in a process of its own, forked from a server that has imported torch and done nothing else."""
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload(["torch._dynamo", "gradnorm_ext"])  # an optimizer's first step imports _dynamo
+    with ProcessPoolExecutor(1, mp_context=fresh) as process:
+        return process.submit(peak_bytes, *arguments).result()
+
+
+def print_profile(variant: str, problem: Problem) -> None:
+    """Where three steps of a variant spend their time, the largest first."""
+    step = VARIANTS[variant].step(problem)
+    for _ in range(2):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(3):
+            step()
+    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=50))
+
+
+def record(figures: Sequence[Figure], threads: int) -> Path:
+    """Appends the figures to the results of this device."""
+    device = device_name()
+    path = RESULTS / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
+    common = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "threads": threads,
+        "torch": torch.__version__,
+        "gradnorm_ext": gradnorm_ext.__version__,
+        "commit": git("rev-parse", "--short", "HEAD") or "none",
+        "dirty": bool(git("status", "--porcelain")),
+    }
+    rows = [common | dataclasses.asdict(figure) for figure in figures]
+    path.parent.mkdir(exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*common, *(field.name for field in dataclasses.fields(Figure))])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def device_name() -> str:
+    """The CPU's model, and how many cores there are."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found[1] if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(RESULTS.parent), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+RESULTS = Path(__file__).parent / "results"
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+// The only file that knows torch, through its stable ABI. Schemas live in gradnorm_ext/native.py,
+// checks on what users pass in gradnorm_ext/ops.py; those here only keep the kernels inside their
+// memory.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "kernels/host.h"
+#include "kernels/lookup_wgrad.h"
+#include "kernels/outer_sqnorm.h"
+#include "kernels/outer_wgrad.h"
+#include "kernels/product_sums.h"
+#include "kernels/segment_std.h"
+#include "kernels/segments.h"
+#include "kernels/sum_sums.h"
+
+#ifdef GRADNORM_WITH_CUDA
+// Only a CUDA build of torch has this. Weak, so that one build of ours loads in a CPU build as
+// well.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
+#endif
+
+namespace {
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename T>
+constexpr ScalarType kType = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
+
+class Handle {  // of a torch tensor over memory that somebody else owns
+ public:
+  template <typename T>
+  explicit Handle(const gradnorm::Matrix<T>& matrix) {
+    static const int32_t cpu = aoti_torch_device_type_cpu();
+    static const int32_t dtype = std::is_same_v<std::remove_const_t<T>, float>
+                                     ? aoti_torch_dtype_float32()
+                                     : aoti_torch_dtype_float64();
+    const int64_t sizes[] = {matrix.rows, matrix.columns};
+    const int64_t strides[] = {matrix.row_stride, matrix.column_stride};
+    void* data = const_cast<void*>(static_cast<const void*>(matrix.data));
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, dtype, cpu, 0, &handle_));
+  }
+  Handle(const Handle&) = delete;
+  ~Handle() { aoti_torch_delete_tensor_object(handle_); }
+  operator AtenTensorHandle() const { return handle_; }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
+
+// Torch's matrix product and threads.
+template <typename T>
+gradnorm::Host<T> torch_host() {
+  gradnorm::Host<T> host;
+  host.multiply = [](const gradnorm::Matrix<const T>& a, const gradnorm::Matrix<const T>& b,
+                     const gradnorm::Matrix<T>& c, double alpha, double beta) {
+    const Handle left(a), right(b), out(c);
+    if (alpha == 1 && beta == 0) {
+      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out, left, right));
+    } else {
+      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out, out, left, right, beta, alpha));
+    }
+  };
+  host.parallel_ranges = [](int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
+  };
+  host.threads = torch::stable::get_num_threads();
+  return host;
+}
+
+// Runs body<T> for the element type of `tensor`.
+template <typename Body>
+void for_type(const Tensor& tensor, const Body& body) {
+  if (tensor.scalar_type() == ScalarType::Float) {
+    body(float());
+  } else {
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double, "gradnorm: float32 or float64");
+    body(double());
+  }
+}
+
+// [rows, width] with inner stride 1.
+template <typename T>
+const T* rows_of(const Tensor& tensor, int64_t rows) {
+  STD_TORCH_CHECK(tensor.scalar_type() == kType<T> && tensor.dim() == 2 && tensor.size(0) == rows &&
+                      (tensor.size(1) <= 1 || tensor.stride(1) == 1),
+                  "gradnorm: rows of another dtype, number or stride");
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+const T* vector_of(const std::optional<Tensor>& tensor, int64_t size, ScalarType type) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(
+      tensor->scalar_type() == type && tensor->numel() == size && tensor->is_contiguous(),
+      "gradnorm: a vector of another dtype, size or stride");
+  return static_cast<const T*>(tensor->const_data_ptr());
+}
+
+template <typename T>
+T* out_of(Tensor& tensor, int64_t size, ScalarType type = kType<T>) {
+  STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.numel() == size && tensor.is_contiguous(),
+                  "gradnorm: an output of another dtype, size or stride");
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+bool all_below(const int64_t* values, int64_t n, int64_t limit) {
+  return std::all_of(values, values + n, [=](int64_t v) { return 0 <= v && v < limit; });
+}
+
+const int64_t* offsets_of(const Tensor& tensor, int64_t rows) {
+  const int64_t* offsets = vector_of<int64_t>(tensor, tensor.numel(), ScalarType::Long);
+  const int64_t n = tensor.numel();
+  STD_TORCH_CHECK(
+      n > 0 && offsets[0] == 0 && offsets[n - 1] == rows && std::is_sorted(offsets, offsets + n),
+      "gradnorm: offsets must rise from 0 to the number of rows");
+  return offsets;
+}
+
+gradnorm::Segments segments_of(const Tensor& offsets, const Tensor& walk, const Tensor& columns,
+                               const std::optional<Tensor>& outputs, int64_t rows,
+                               int64_t n_columns, int64_t n_outputs) {
+  gradnorm::Segments segments;
+  const int64_t count = segments.count = offsets.numel() - 1;
+  segments.offsets = offsets_of(offsets, rows);
+  segments.walk = vector_of<int64_t>(walk, count, ScalarType::Long);
+  segments.levels = columns.size(0);
+  segments.columns = vector_of<int64_t>(columns, segments.levels * count, ScalarType::Long);
+  segments.outputs = vector_of<int64_t>(outputs, count, ScalarType::Long);
+  STD_TORCH_CHECK(all_below(segments.walk, count, count) &&
+                      all_below(segments.columns, segments.levels * count, n_columns) &&
+                      n_columns >= count &&
+                      (!segments.outputs || all_below(segments.outputs, count, n_outputs)),
+                  "gradnorm: walk, columns or outputs out of range");
+  return segments;
+}
+
+void outer_sqnorm_cpu(const Tensor& x, const Tensor& g, const Tensor& offsets, Tensor& sqnorm) {
+  for_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = x.size(0), segments = offsets.numel() - 1;
+    gradnorm::outer_sqnorm_cpu(rows_of<T>(x, rows), x.stride(0), rows_of<T>(g, rows), g.stride(0),
+                               x.size(1), g.size(1), offsets_of(offsets, rows), segments,
+                               out_of<T>(sqnorm, segments), torch_host<T>());
+  });
+}
+
+void outer_wgrad_cpu(const Tensor& x, const Tensor& g, const Tensor& offsets, const Tensor& walk,
+                     const Tensor& columns, const std::optional<Tensor>& outputs,
+                     const std::optional<Tensor>& weight, std::optional<Tensor> dw, Tensor& sqnorm,
+                     bool segment_norms) {
+  for_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = x.size(0), p = x.size(1), d = g.size(1);
+    const int64_t n_outputs = dw ? dw->size(0) : INT64_MAX;
+    const auto segments =
+        segments_of(offsets, walk, columns, outputs, rows, sqnorm.numel(), n_outputs);
+    STD_TORCH_CHECK(!dw || outputs || n_outputs >= 1, "gradnorm: dw must be [outputs, d, p]");
+    gradnorm::outer_wgrad_cpu(rows_of<T>(x, rows), x.stride(0), rows_of<T>(g, rows), g.stride(0), p,
+                              d, segments, vector_of<T>(weight, segments.count, kType<T>),
+                              dw ? out_of<T>(*dw, n_outputs * d * p) : nullptr,
+                              out_of<T>(sqnorm, sqnorm.numel()), segment_norms, torch_host<T>());
+  });
+}
+
+void lookup_wgrad_cpu(const Tensor& ids, const Tensor& g, const Tensor& offsets, const Tensor& walk,
+                      const Tensor& columns, const std::optional<Tensor>& outputs,
+                      const std::optional<Tensor>& weight, int64_t padding_idx,
+                      std::optional<Tensor> dw, Tensor& sqnorm) {
+  for_type(g, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = g.size(0), d = g.size(1);
+    const int64_t n_outputs = dw ? dw->size(0) : INT64_MAX;
+    const int64_t vocabulary = dw ? dw->size(1) : INT64_MAX;
+    const auto segments =
+        segments_of(offsets, walk, columns, outputs, rows, sqnorm.numel(), n_outputs);
+    const int64_t* id = vector_of<int64_t>(ids, rows, ScalarType::Long);
+    STD_TORCH_CHECK(all_below(id, rows, vocabulary), "gradnorm: ids out of range");
+    STD_TORCH_CHECK(!dw || outputs || n_outputs >= 1, "gradnorm: dw must be [outputs, V, d]");
+    gradnorm::lookup_wgrad_cpu(id, rows_of<T>(g, rows), g.stride(0), d, vocabulary, segments,
+                               vector_of<T>(weight, segments.count, kType<T>), padding_idx,
+                               dw ? out_of<T>(*dw, n_outputs * vocabulary * d) : nullptr,
+                               out_of<T>(sqnorm, sqnorm.numel()), torch_host<T>());
+  });
+}
+
+void product_sums_cpu(const Tensor& x, const Tensor& g, const std::optional<Tensor>& shift,
+                      const std::optional<Tensor>& scale, const Tensor& offsets, Tensor& out) {
+  for_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = x.size(0), width = x.size(1), segments = offsets.numel() - 1;
+    STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == width, "gradnorm: x and g of another width");
+    gradnorm::product_sums_cpu(rows_of<T>(x, rows), x.stride(0), rows_of<T>(g, rows), g.stride(0),
+                               width, vector_of<T>(shift, rows, kType<T>),
+                               vector_of<T>(scale, rows, kType<T>), offsets_of(offsets, rows),
+                               segments, out_of<T>(out, segments * width), torch_host<T>());
+  });
+}
+
+void sum_sums_cpu(const Tensor& g, const Tensor& offsets, Tensor& out) {
+  for_type(g, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = g.size(0), width = g.size(1), segments = offsets.numel() - 1;
+    gradnorm::sum_sums_cpu(rows_of<T>(g, rows), g.stride(0), width, offsets_of(offsets, rows),
+                           segments, out_of<T>(out, segments * width), torch_host<T>());
+  });
+}
+
+template <typename T>
+gradnorm::SegmentStd<T> segment_std_out(Tensor& mean, Tensor& std, Tensor& count, Tensor& low,
+                                        Tensor& high) {
+  const int64_t segments = count.numel();
+  return {out_of<T>(mean, segments), out_of<T>(std, segments),
+          out_of<int64_t>(count, segments, ScalarType::Long), out_of<T>(low, segments),
+          out_of<T>(high, segments)};
+}
+
+void segment_std_cpu(const Tensor& values, const Tensor& ids, int64_t ddof, Tensor& mean,
+                     Tensor& std, Tensor& count, Tensor& low, Tensor& high) {
+  for_type(values, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t n = values.numel(), segments = count.numel();
+    const int64_t* id = vector_of<int64_t>(ids, n, ScalarType::Long);
+    STD_TORCH_CHECK(all_below(id, n, segments), "gradnorm: ids out of range");
+    gradnorm::segment_std_cpu(vector_of<T>(values, n, kType<T>), id, n, segments, ddof,
+                              segment_std_out<T>(mean, std, count, low, high));
+  });
+}
+
+#ifdef GRADNORM_WITH_CUDA
+void segment_std_cuda(const Tensor& values, const Tensor& ids, int64_t ddof, Tensor& mean,
+                      Tensor& std, Tensor& count, Tensor& low, Tensor& high) {
+  const auto device = values.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  for_type(values, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t n = values.numel();
+    gradnorm::segment_std_cuda(vector_of<T>(values, n, kType<T>),
+                               vector_of<int64_t>(ids, n, ScalarType::Long), n, count.numel(), ddof,
+                               segment_std_out<T>(mean, std, count, low, high), stream);
+  });
+}
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gradnorm, CPU, m) {
+  m.impl("outer_sqnorm", TORCH_BOX(&outer_sqnorm_cpu));
+  m.impl("outer_wgrad", TORCH_BOX(&outer_wgrad_cpu));
+  m.impl("lookup_wgrad", TORCH_BOX(&lookup_wgrad_cpu));
+  m.impl("product_sums", TORCH_BOX(&product_sums_cpu));
+  m.impl("sum_sums", TORCH_BOX(&sum_sums_cpu));
+  m.impl("segment_std", TORCH_BOX(&segment_std_cpu));
+}
+
+#ifdef GRADNORM_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(gradnorm, CUDA, m) {
+  m.impl("segment_std", TORCH_BOX(&segment_std_cuda));
+}
+#endif

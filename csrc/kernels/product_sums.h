@@ -1,0 +1,17 @@
+// Per-segment gradient of a normalisation layer's scale.
+#pragma once
+
+#include "kernels/host.h"
+
+namespace gradnorm {
+
+// out[s] = sum_{r in s} g[r] * (x[r] - shift[r]) * scale[r]
+//
+//   x, g  [rows, width], inner stride 1; shift, scale  [rows] or null (0 and 1)
+//   offsets  [segments + 1]; out  [segments, width] contiguous
+template <typename T>
+void product_sums_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t width,
+                      const T* shift, const T* scale, const int64_t* offsets, int64_t segments,
+                      T* out, const Host<T>& host);
+
+}  // namespace gradnorm

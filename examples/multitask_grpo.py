@@ -1,0 +1,636 @@
+"""GRPO on four tasks, twice from one warm start: with the plain optimizer while measuring, then with `InverseNorm`.
+
+A small Llama learns to copy, reverse, add and reach a target number, one character a token. Nothing is downloaded.
+
+    python examples/multitask_grpo.py             # about three minutes on two CPU cores
+    python examples/multitask_grpo.py --quick     # under forty seconds
+    python examples/multitask_grpo.py --help
+
+It leaves a table on the screen and, in ``results/multitask_grpo``, every step as CSV, a summary as JSON, and plots.
+Ctrl-C finishes the step under way, reports what there is and exits with status 130; a second Ctrl-C stops at once.
+Needs torch, transformers, matplotlib and rich.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import datetime
+import json
+import math
+import platform
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gradnorm_ext
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    draw: Callable[[random.Random], tuple[str, str]]  # a prompt and one right completion
+    reward: Callable[[str, str], float]  # of a prompt and any completion, from 0 to 1
+    warm_up: int  # examples in a batch of the supervised warm-up
+
+
+def draw_word(rng: random.Random) -> str:
+    return "".join(rng.choices(LETTERS, k=rng.randint(4, 7)))
+
+
+def draw_copy(rng: random.Random) -> tuple[str, str]:
+    word = draw_word(rng)
+    return f">{word}=", word
+
+
+def draw_reverse(rng: random.Random) -> tuple[str, str]:
+    word = draw_word(rng)
+    return f"<{word}=", word[::-1]
+
+
+def draw_addition(rng: random.Random) -> tuple[str, str]:
+    a, b = rng.randint(10, 29), rng.randint(10, 29)
+    return f"{a}+{b}=", str(a + b)
+
+
+def draw_countdown(rng: random.Random) -> tuple[str, str]:
+    numbers = [str(rng.randint(1, 6)) for _ in range(3)]
+    expression = numbers[0] + rng.choice("+-*") + numbers[1] + rng.choice("+-*") + numbers[2]
+    rng.shuffle(numbers)
+    return f"{','.join(numbers)}:{value(expression)}=", expression
+
+
+def value(expression: str) -> int:
+    """The value of whole numbers joined by ``+ - *``; a ValueError for anything else. Nothing is ever executed."""
+    if not re.fullmatch(r"\d+([+*-]\d+)*", expression):
+        raise ValueError(f"value: must be whole numbers joined by + - *, got {expression!r}")
+    terms = re.findall(r"([+-]?)(\d+(?:\*\d+)*)", expression)
+    return sum((-1 if sign == "-" else 1) * math.prod(map(int, term.split("*"))) for sign, term in terms)
+
+
+def share_right(answer: str, completion: str) -> float:
+    """The share of positions that hold the right character; missing and surplus characters are wrong ones."""
+    right = sum(a == b for a, b in zip(answer, completion, strict=False))
+    return right / max(len(answer), len(completion))
+
+
+def reward_copy(prompt: str, completion: str) -> float:
+    return share_right(prompt[1:-1], completion)
+
+
+def reward_reverse(prompt: str, completion: str) -> float:
+    return share_right(prompt[-2:0:-1], completion)
+
+
+def reward_addition(prompt: str, completion: str) -> float:
+    """1 for the sum, else 0: nothing for a close number."""
+    return float(completion == str(value(prompt[:-1])))
+
+
+def reward_countdown(prompt: str, completion: str) -> float:
+    """1 for an expression of exactly the given numbers that reaches the target, 0.2 for one that misses it, else 0."""
+    numbers, target = prompt[:-1].split(":")
+    try:
+        reached = value(completion)
+    except ValueError:
+        return 0.0
+    if sorted(re.findall(r"\d+", completion)) != sorted(numbers.split(",")):
+        return 0.0
+    return 1.0 if reached == int(target) else 0.2
+
+
+TASKS = (
+    Task("copy", draw_copy, reward_copy, warm_up=10),
+    Task("reverse", draw_reverse, reward_reverse, warm_up=13),
+    Task("addition", draw_addition, reward_addition, warm_up=80),
+    Task("countdown", draw_countdown, reward_countdown, warm_up=60),
+)
+NAMES = [task.name for task in TASKS]
+
+LETTERS = "abcdefghij"
+CHARACTERS = "0123456789+-*=,:<>" + LETTERS
+PAD, END, FIRST = 0, 1, 2  # tokens: padding, end of completion, the first character
+PROMPT_LENGTH, COMPLETION_LENGTH = 10, 8  # tokens; the longest prompt is a countdown such as 7,8,9:-63=
+
+
+def encode(text: str) -> list[int]:
+    return [FIRST + CHARACTERS.index(character) for character in text]
+
+
+def decode(tokens: list[int]) -> str:
+    """The characters before the first END; padding, which a model may also sample, shows as a wrong character."""
+    end = tokens.index(END) if END in tokens else len(tokens)
+    return "".join("_" if token == PAD else CHARACTERS[token - FIRST] for token in tokens[:end])
+
+
+@dataclass(frozen=True)
+class Problem:
+    task: int
+    prompt: str
+    answer: str
+
+
+def draw_problems(counts: list[int], rng: random.Random, avoid: frozenset[str] = frozenset()) -> list[Problem]:
+    """`counts[k]` problems of task k, task after task, with distinct prompts that are not in `avoid`."""
+    problems: list[Problem] = []
+    seen = set(avoid)
+    for index, (task, count) in enumerate(zip(TASKS, counts, strict=True)):
+        wanted = len(problems) + count
+        while len(problems) < wanted:
+            prompt, answer = task.draw(rng)
+            if prompt not in seen:
+                seen.add(prompt)
+                problems.append(Problem(index, prompt, answer))
+    return problems
+
+
+def prompt_tokens(problems: list[Problem], device: torch.device) -> Tensor:
+    """Prompts padded on the left, `[len(problems), PROMPT_LENGTH]`: all completions start in the same column."""
+    rows = [encode(problem.prompt) for problem in problems]
+    return torch.tensor([[PAD] * (PROMPT_LENGTH - len(row)) + row for row in rows], device=device)
+
+
+def answer_tokens(problems: list[Problem], device: torch.device) -> Tensor:
+    """Right completions with END, padded on the right, `[len(problems), COMPLETION_LENGTH]`."""
+    rows = [[*encode(problem.answer), END] for problem in problems]
+    return torch.tensor([row + [PAD] * (COMPLETION_LENGTH - len(row)) for row in rows], device=device)
+
+
+def build_model(device: torch.device, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=FIRST + len(CHARACTERS),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=PROMPT_LENGTH + COMPLETION_LENGTH,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=END,
+        attention_dropout=0.0,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).to(device)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    tokens: Tensor  # [B, PROMPT_LENGTH + COMPLETION_LENGTH] int64
+    attention: Tensor  # the same shape, int64: 1 at the tokens of the prompt and the completion, 0 at padding
+    tasks: Tensor  # [B] int64
+    prompts: Tensor  # [B] int64: which of the problems
+    rewards: Tensor  # [B] float32
+
+
+@torch.no_grad()
+def sample(model: LlamaForCausalLM, problems: list[Problem], samples: int, generator: torch.Generator) -> Rollouts:
+    """`samples` scored completions of every problem, at temperature 1; those of one problem are neighbours."""
+    device = generator.device
+    tokens = prompt_tokens(problems, device).repeat_interleave(samples, 0)
+    attention = (tokens != PAD).long()
+    alive, latest, cache = attention[:, -1:], tokens, None
+    for _ in range(COMPLETION_LENGTH):
+        output = model(input_ids=latest, attention_mask=attention, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        latest = torch.multinomial(output.logits[:, -1].softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, latest * alive], 1)
+        attention = torch.cat([attention, alive], 1)
+        alive = alive * (latest != END)
+
+    owners = [problem for problem in problems for _ in range(samples)]
+    completions = [decode(row) for row in tokens[:, PROMPT_LENGTH:].tolist()]
+    rewards = [TASKS[owner.task].reward(owner.prompt, text) for owner, text in zip(owners, completions, strict=True)]
+    return Rollouts(
+        tokens=tokens,
+        attention=attention,
+        tasks=torch.tensor([owner.task for owner in owners], device=device),
+        prompts=torch.arange(len(problems), device=device).repeat_interleave(samples),
+        rewards=torch.tensor(rewards, device=device),
+    )
+
+
+def completion_loss(model: LlamaForCausalLM, tokens: Tensor, attention: Tensor, weight: Tensor) -> Tensor:
+    """The mean over all completion tokens of -log p(token) times the `weight` `[B]` of its example.
+
+    With advantages as weights it is GRPO's loss on policy: there the importance ratio is 1, and its gradient is this one.
+    """
+    logits = model(input_ids=tokens, attention_mask=attention, use_cache=False).logits[:, PROMPT_LENGTH - 1 : -1]
+    surprise = F.cross_entropy(logits.transpose(1, 2), tokens[:, PROMPT_LENGTH:], reduction="none")
+    mask = attention[:, PROMPT_LENGTH:]
+    return (weight[:, None] * surprise * mask).sum() / mask.sum()
+
+
+def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate rises over the first tenth of the steps and falls to zero at the end."""
+    rise = max(1, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+    )
+
+
+class Loops:
+    """Counted loops with a progress bar each. After Ctrl-C a loop ends before its next step, after a second at once."""
+
+    def __init__(self, totals: dict[str, int], console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+        self.bars = {name: self.progress.add_task(name, total=n, start=False, note="") for name, n in totals.items()}
+        self.totals = totals
+        self.stopped = False
+
+    def __enter__(self) -> Loops:
+        self.previous = signal.signal(signal.SIGINT, self._stop)
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        signal.signal(signal.SIGINT, self.previous)
+
+    def steps(self, name: str) -> Iterator[int]:
+        self.progress.start_task(self.bars[name])
+        for step in range(self.totals[name]):
+            if self.stopped:
+                return
+            yield step
+            self.progress.advance(self.bars[name])
+
+    def note(self, name: str, text: str) -> None:
+        self.progress.update(self.bars[name], note=text)
+
+    def _stop(self, *_: object) -> None:
+        self.stopped = True
+        self.progress.console.print("Ctrl-C: finishing this step, then reporting (once more: stop at once)")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@dataclass(frozen=True)
+class Settings:
+    seed: int = 0
+    warm_up_steps: int = 240
+    warm_up_rate: float = 3e-3
+    steps: int = 120
+    rate: float = 5e-4
+    prompts: int = 8  # of each task in a step
+    samples: int = 8  # of each prompt
+    held_out: int = 64  # prompts of each task
+    held_out_samples: int = 4
+
+
+QUICK = Settings(warm_up_steps=100, steps=12, prompts=4)
+
+
+def warm_up(model: LlamaForCausalLM, settings: Settings, avoid: frozenset[str], loops: Loops) -> None:
+    """Supervised steps on right completions, after which rewards are neither all 0 nor all 1."""
+    rng = random.Random(f"warm-up {settings.seed}")
+    optimizer = torch.optim.AdamW(model.parameters(), settings.warm_up_rate)
+    rate = schedule(optimizer, settings.warm_up_steps)
+    for _ in loops.steps("warm-up"):
+        problems = draw_problems([task.warm_up for task in TASKS], rng, avoid)
+        tokens = torch.cat([prompt_tokens(problems, model.device), answer_tokens(problems, model.device)], 1)
+        loss = completion_loss(model, tokens, (tokens != PAD).long(), tokens.new_ones(len(tokens)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+        loops.note("warm-up", f"loss {loss.item():.2f}")
+
+
+def plain(model: LlamaForCausalLM, rate: float) -> tuple[torch.optim.Optimizer, gradnorm_ext.Meter]:
+    return adamw(model, rate), gradnorm_ext.Meter(model, tasks=NAMES)
+
+
+def inverse_norm(model: LlamaForCausalLM, rate: float) -> tuple[torch.optim.Optimizer, gradnorm_ext.Reweighted]:
+    policy = gradnorm_ext.InverseNorm()
+    optimizer = gradnorm_ext.Reweighted(adamw(model, rate), model, policy=policy, apply="same_step", tasks=NAMES)
+    return optimizer, optimizer
+
+
+def adamw(model: LlamaForCausalLM, rate: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
+
+
+RUNS = {"plain": plain, "InverseNorm": inverse_norm}
+
+
+@dataclass
+class Run:
+    name: str
+    rows: list[dict[str, Any]] = field(default_factory=list)  # one a step and task: the columns of the CSV
+    reward_std: list[list[float]] = field(default_factory=lambda: [[] for _ in TASKS])  # of each task's prompts
+    held_out: list[list[float]] | None = None  # after the last step, for each task: the reward of each prompt
+    seconds: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        return len(self.rows) // len(TASKS)
+
+    def column(self, name: str, task: str) -> list[float]:
+        return [row[name] for row in self.rows if row["task"] == task]
+
+
+def grpo(run: Run, model: LlamaForCausalLM, settings: Settings, avoid: frozenset[str], loops: Loops) -> None:
+    """On-policy GRPO. Prompts and random numbers depend on the seed alone: they are the same in every run."""
+    optimizer, observer = RUNS[run.name](model, settings.rate)
+    rate = schedule(optimizer, settings.steps)
+    rng = random.Random(f"grpo {settings.seed}")
+    for step in loops.steps(run.name):
+        started = time.perf_counter()
+        problems = draw_problems([settings.prompts] * len(TASKS), rng, avoid)
+        rollouts = sample(model, problems, settings.samples, generator(model.device, settings.seed, 1 + step))
+        advantages = gradnorm_ext.group_advantages(rollouts.rewards, rollouts.prompts)
+
+        with observer.observe(tasks=rollouts.tasks, prompts=rollouts.prompts, rewards=rollouts.rewards):
+            loss = completion_loss(model, rollouts.tokens, rollouts.attention, advantages)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+
+        weights = getattr(observer, "weights", None)
+        record(run, step, observer.stats, [1.0] * len(TASKS) if weights is None else weights.tolist())
+        run.seconds += time.perf_counter() - started
+        rewards = rollouts.rewards.view(len(TASKS), -1).mean(1).tolist()
+        loops.note(run.name, "reward " + " ".join(f"{name} {r:.2f}" for name, r in zip(NAMES, rewards, strict=True)))
+
+
+def record(run: Run, step: int, stats: gradnorm_ext.Stats, weights: list[float]) -> None:
+    """Keep a step's figures as plain numbers.
+
+    ``task_sqnorm_unbiased`` is of one prompt's expected gradient; times the squared number of prompts it compares with
+    the square of ``task_norm``, the norm of the sum over the task's prompts.
+    """
+    reward = stats.reward
+    prompts = torch.bincount(reward.task, minlength=len(TASKS))
+    figures = {
+        "reward": reward.task_mean,
+        "reward_std": reward.task_std_mean,
+        "zero_std_share": reward.task_zero_std_share,
+        "realised_share": reward.task_realised_share,
+        "norm": stats.task_norm,
+        "sqnorm": stats.task_norm**2,
+        "sqnorm_unbiased": stats.task_sqnorm_unbiased * prompts**2,
+    }
+    columns = {name: figure.tolist() for name, figure in figures.items()} | {"weight": weights}
+    for task, name in enumerate(NAMES):
+        row = {column: values[task] for column, values in columns.items()}
+        run.rows.append({"run": run.name, "step": step, "task": name, **row})
+    for task, std in zip(reward.task.tolist(), reward.std.tolist(), strict=True):
+        run.reward_std[task].append(std)
+
+
+def evaluate(model: LlamaForCausalLM, held_out: list[Problem], settings: Settings) -> list[list[float]]:
+    """For each task, the mean reward of each held-out prompt, sampled as in training."""
+    rollouts = sample(model, held_out, settings.held_out_samples, generator(model.device, settings.seed, 0))
+    return rollouts.rewards.view(len(TASKS), settings.held_out, -1).mean(2).tolist()
+
+
+def generator(device: torch.device, seed: int, step: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+
+
+def with_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return fmean(values), stdev(values) / math.sqrt(len(values))
+
+
+def mean_of(values: list[float]) -> float:
+    """The mean of those that are not NaN."""
+    known = [value for value in values if not math.isnan(value)]
+    return fmean(known) if known else math.nan
+
+
+def summary_of(run: Run) -> dict[str, dict[str, float]]:
+    """For each task, means over the steps and the held-out reward."""
+    columns = ("sqnorm", "sqnorm_unbiased", "zero_std_share", "realised_share", "weight")
+    summary = {name: {column: mean_of(run.column(column, name)) for column in columns} for name in NAMES}
+    for name, rewards in zip(NAMES, run.held_out or [], strict=False):
+        summary[name]["held_out_reward"], summary[name]["held_out_error"] = with_error(rewards)
+    return summary
+
+
+def report(runs: list[Run], before: list[list[float]], console: Console) -> list[str]:
+    """Prints the table and returns what the differences in held-out reward say."""
+    table = Table(title="Per task: rewards on held-out prompts; the rest are means over the steps")
+    for heading in ("task", "run", "reward before", "reward after", "sq. norm", "unbiased", "zero std", "batch share"):
+        table.add_column(heading, justify="left" if heading in ("task", "run") else "right")
+    summaries = {run.name: summary_of(run) for run in runs}
+    for task, name in enumerate(NAMES):
+        for run in runs:
+            figures = summaries[run.name][name]
+            reward, error = with_error(before[task])
+            table.add_row(
+                name,
+                run.name,
+                f"{reward:.3f} ± {error:.3f}",
+                f"{figures['held_out_reward']:.3f} ± {figures['held_out_error']:.3f}",
+                f"{figures['sqnorm']:.3f}",
+                f"{figures['sqnorm_unbiased']:.3f}",
+                f"{figures['zero_std_share']:.1%}",
+                f"{figures['realised_share']:.1%}",
+                end_section=run is runs[-1],
+            )
+    console.print(table)
+
+    verdicts = [verdict(run.name, "the warm start", before, run.held_out) for run in runs]
+    if len(runs) == 2:
+        verdicts.append(verdict(runs[1].name, runs[0].name, runs[0].held_out, runs[1].held_out))
+    return verdicts
+
+
+def verdict(later: str, earlier: str, before: list[list[float]], after: list[list[float]]) -> str:
+    """What the numbers say: names the tasks whose reward differs by more than two standard errors, and no others."""
+    found = {}
+    for name, old, new in zip(NAMES, before, after, strict=True):
+        found[name] = with_error([b - a for a, b in zip(old, new, strict=True)])
+    higher = [name for name, (mean, error) in found.items() if mean > 2 * error]
+    lower = [name for name, (mean, error) in found.items() if mean < -2 * error]
+    sides = [f"{side} in {', '.join(names)}" for side, names in (("higher", higher), ("lower", lower)) if names]
+    listed = ", ".join(f"{name} {mean:+.3f} ± {error:.3f}" for name, (mean, error) in found.items())
+    return f"{later} against {earlier}: {' and '.join(sides) or 'no difference'} beyond two standard errors ({listed})."
+
+
+COLORS = dict(zip(NAMES, ("#4477aa", "#ee6677", "#228833", "#ccbb44"), strict=True))
+RUN_COLORS = {"plain": "#777777", "InverseNorm": "#aa3377"}
+
+
+def smooth(values: list[float], window: int = 9) -> list[float]:
+    """The mean over a window centred on each step, narrower at the ends."""
+    half = window // 2
+    return [mean_of(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def plot_norms(runs: list[Run], path: Path) -> None:
+    """Per run the norm of each task's gradient; for the reweighted run also the weights it led to."""
+    panels = [(run, "norm", f"{run.name}: gradient norm, before weighting") for run in runs]
+    panels += [(run, "weight", f"{run.name}: weight of each task") for run in runs if run.name != "plain"]
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    first = None
+    for index, (run, column, title) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), index + 1, sharey=first if column == "norm" else None)
+        first = first or axes
+        for name, color in COLORS.items():
+            values = run.column(column, name)
+            axes.plot(values, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(smooth(values), color=color, linewidth=2, label=name)
+        axes.set(title=title, xlabel="step", yscale="log")
+        axes.set_ylabel("norm (loss per unit of parameter)" if column == "norm" else "weight (mean 1)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+def plot_rewards(runs: list[Run], before: list[list[float]], path: Path) -> None:
+    """Per task the reward of the sampled completions in training, and as points that on held-out prompts."""
+    figure = Figure(figsize=(4 * len(NAMES), 3.6), layout="constrained")
+    for task, name in enumerate(NAMES):
+        axes = figure.add_subplot(1, len(NAMES), task + 1)
+        mean, error = with_error(before[task])
+        axes.errorbar(-1, mean, error, color="black", fmt="o", capsize=3, label="held out, before")
+        for run in runs:
+            color, values = RUN_COLORS[run.name], run.column("reward", name)
+            axes.plot(values, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(smooth(values), color=color, linewidth=2, label=f"{run.name}, training")
+            if run.held_out:
+                mean, error = with_error(run.held_out[task])
+                offset = 2 * list(RUN_COLORS).index(run.name)
+                axes.errorbar(
+                    len(values) + offset, mean, error, color=color, fmt="o", capsize=3, label="held out, after"
+                )
+        axes.set(title=name, xlabel="step", ylabel="reward (0 to 1)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def plot_reward_std(runs: list[Run], path: Path) -> None:
+    """Per task how the rewards of a prompt's samples spread: prompts in the bar at zero teach nothing."""
+    figure = Figure(figsize=(4 * len(NAMES), 3.6), layout="constrained")
+    edges = [0.025 * i for i in range(24)]
+    for task, name in enumerate(NAMES):
+        axes = figure.add_subplot(1, len(NAMES), task + 1)
+        for run in runs:
+            stds = run.reward_std[task]
+            zero = mean_of([float(std == 0) for std in stds])
+            axes.hist(
+                stds,
+                edges,
+                weights=[1 / len(stds)] * len(stds),
+                histtype="step",
+                linewidth=2,
+                color=RUN_COLORS[run.name],
+                label=f"{run.name} ({zero:.0%} at zero)",
+            )
+        axes.set(title=name, xlabel="standard deviation of a prompt's rewards", ylabel="share of prompts")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def write_steps(runs: list[Run], path: Path) -> None:
+    rows = [row for run in runs for row in run.rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_summary(report: dict[str, Any], path: Path) -> None:
+    """As JSON, which knows no NaN: null stands for it."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: known(one) for key, one in value.items()}
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    path.write_text(json.dumps(known(report), indent=2) + "\n")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few steps: shows that it runs, not what it finds")
+    parser.add_argument("--steps", type=int, help=f"GRPO steps of each run (default {Settings.steps})")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    parser.add_argument("--out", type=Path, default=Path("results/multitask_grpo"), help="folder (default %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
+    return options
+
+
+def main() -> int:
+    options, console = parse(), Console()
+    settings = replace(QUICK if options.quick else Settings(), seed=options.seed)
+    settings = replace(settings, steps=options.steps or settings.steps)
+    has_gpu = torch.cuda.is_available()
+    device = torch.device(("cuda" if has_gpu else "cpu") if options.device == "auto" else options.device)
+    started = time.perf_counter()
+
+    held_out = draw_problems([settings.held_out] * len(TASKS), random.Random(f"held out {settings.seed}"))
+    avoid = frozenset(problem.prompt for problem in held_out)
+    warm = build_model(device, settings.seed)
+    runs: list[Run] = []
+    with Loops({"warm-up": settings.warm_up_steps} | dict.fromkeys(RUNS, settings.steps), console) as loops:
+        warm_up(warm, settings, avoid, loops)
+        before = evaluate(warm, held_out, settings)
+        for name in RUNS:
+            if loops.stopped:
+                break
+            run, model = Run(name), copy.deepcopy(warm)
+            grpo(run, model, settings, avoid, loops)
+            if run.rows:
+                run.held_out = evaluate(model, held_out, settings)
+                runs.append(run)
+
+    verdicts = report(runs, before, console) if runs else ["Interrupted before the first GRPO step."]
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_steps(runs, options.out / "steps.csv")
+    if runs:
+        plot_norms(runs, options.out / "gradient_norm.png")
+        plot_rewards(runs, before, options.out / "reward.png")
+        plot_reward_std(runs, options.out / "reward_std.png")
+    summary = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "arguments": sys.argv[1:],
+        "settings": asdict(settings),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "gradnorm_ext": gradnorm_ext.__version__,
+        },
+        "seconds": time.perf_counter() - started,
+        "interrupted": loops.stopped,
+        "runs": {run.name: {"steps": run.steps, "seconds": run.seconds, "tasks": summary_of(run)} for run in runs},
+        "verdicts": verdicts,
+    }
+    write_summary(summary, options.out / "summary.json")
+    console.print(*verdicts, sep="\n", highlight=False)
+    console.print(f"Results in {options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
+    return 130 if loops.stopped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

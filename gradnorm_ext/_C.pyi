@@ -1,0 +1,14 @@
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+with_cuda: bool
+cuda_architectures: str
+cuda_compiler: str
+compiler: str
+torch_version: str
+
+def reward_stats(
+    rewards: npt.NDArray[np.floating[Any]], prompts: npt.NDArray[np.integer[Any]], ddof: int = 1
+) -> dict[str, npt.NDArray[Any]]: ...

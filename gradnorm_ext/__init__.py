@@ -1,0 +1,27 @@
+"""The gradient norm of every example, prompt and task during backward, and a step along reweighted gradients."""
+
+from gradnorm_ext import ops, policies
+from gradnorm_ext.check import check
+from gradnorm_ext.meter import Meter
+from gradnorm_ext.optimizer import Reweighted
+from gradnorm_ext.policies import ClipExamples, Equal, InverseNorm, RewardStd
+from gradnorm_ext.rewards import RewardStats, group_advantages, reward_stats
+from gradnorm_ext.stats import Stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClipExamples",
+    "Equal",
+    "InverseNorm",
+    "Meter",
+    "RewardStats",
+    "RewardStd",
+    "Reweighted",
+    "Stats",
+    "check",
+    "group_advantages",
+    "ops",
+    "policies",
+    "reward_stats",
+]

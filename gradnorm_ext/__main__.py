@@ -1,0 +1,61 @@
+"""``python -m gradnorm_ext``: what a bug report needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+import traceback
+
+import torch
+
+import gradnorm_ext
+from gradnorm_ext import backends
+
+OPERATIONS = ("outer_sqnorm", "outer_wgrad", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums", "segment_std")
+SIZES = ((1, 1024, 1024), (16, 1024, 1024), (128, 256, 1024), (512, 256, 4096))  # rows per segment, out, in
+
+
+def main() -> int:
+    """Print versions, backends, what serves each operation, and the methods chosen; 1 where a backend is broken."""
+    print(f"gradnorm_ext {gradnorm_ext.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for package in ("torch", "numpy", "triton", "transformers"):
+        print(f"  {package} {_version(package)}")
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    print(f"  torch built for CUDA {torch.version.cuda}, {cuda}; {torch.get_num_threads()} CPU threads")
+    print(f"backends (GRADNORM_BACKEND: {backends.choose('auto')})")
+    broken = False
+    for name in backends.MODULES:
+        try:
+            module = backends.load(name)
+        except Exception as error:
+            broken = True
+            print(f"  {name}: BROKEN ({''.join(traceback.format_exception_only(error)).strip()})")
+            continue
+        print(f"  {name}: absent ({module})" if isinstance(module, str) else f"  {name}: present")
+    if broken:
+        return 1
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        serves = (f"{op} by {backends.find(op, device, backends.choose('auto')).__module__}" for op in OPERATIONS)
+        print(f"on {device}: {', '.join(serves)}")
+    native = backends.load("native")
+    if not isinstance(native, str):
+        for line in native.build_info():
+            print(f"  {line}")
+        for rows, d, p in SIZES:
+            methods = {native.outer_method(rows, d, p, with_dw) for with_dw in (True, False)}
+            both = [f"{native.outer_method(rows, d, p, w)} {'with' if w else 'without'} dw" for w in (True, False)]
+            chosen = next(iter(methods)) if len(methods) == 1 else ", ".join(both)
+            print(f"  outer, {rows} rows a segment, weight {d} x {p}: {chosen}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

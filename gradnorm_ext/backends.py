@@ -1,0 +1,61 @@
+"""Which module carries out an operation. A backend is a module with the functions of `reference`; this table is the whole registry."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+MODULES = {
+    "triton": "gradnorm_ext.triton_kernels",
+    "native": "gradnorm_ext.native",
+    "reference": "gradnorm_ext.reference",
+}
+PREFERRED = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
+
+_MAY_BE_ABSENT = ("gradnorm_ext._C", "triton")  # not built, not installed; present and failing to import is an error
+
+
+@functools.cache
+def load(name: str) -> ModuleType | str:
+    """The backend's module, or why it is absent. A backend that is present but broken raises."""
+    try:
+        return importlib.import_module(MODULES[name])
+    except ModuleNotFoundError as missing:
+        if missing.name in _MAY_BE_ABSENT:
+            return f"no module {missing.name}"
+        raise
+    except ImportError as broken:
+        raise ImportError(
+            f"gradnorm_ext: the {name} backend is installed but does not load ({broken}); rebuild it with "
+            "`pip install --no-build-isolation --force-reinstall .`, or set GRADNORM_BACKEND=reference"
+        ) from broken
+
+
+def choose(backend: str) -> str:
+    """The backend asked for; where that is "auto", GRADNORM_BACKEND's."""
+    chosen = os.environ.get("GRADNORM_BACKEND", "auto") if backend == "auto" else backend
+    if chosen != "auto" and chosen not in MODULES:
+        raise ValueError(f"gradnorm_ext: backend must be one of auto, {', '.join(MODULES)}, got {chosen!r}")
+    return chosen
+
+
+@functools.cache
+def find(operation: str, device_type: str, backend: str) -> Callable[..., Any]:
+    """The function that carries out ``operation`` on ``device_type``: of ``backend``, or of the first that has it."""
+    names = PREFERRED.get(device_type, ("reference",)) if backend == "auto" else (backend,)
+    absent = []
+    for name in names:
+        module = load(name)
+        if isinstance(module, str):
+            absent.append(f"{name} ({module})")
+        elif device_type in getattr(module, "DEVICES", (device_type,)) and (found := getattr(module, operation, None)):
+            return found  # type: ignore[no-any-return]
+        else:
+            absent.append(f"{name} (has no {operation} for {device_type})")
+    raise RuntimeError(
+        f"{operation}: no backend runs it on {device_type}, looked at {', '.join(absent)}; set GRADNORM_BACKEND=auto"
+    )

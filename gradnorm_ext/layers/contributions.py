@@ -1,0 +1,286 @@
+"""What one use of a parameter adds to its gradient, per example: kept as rows (outer, lookup) or as small sums.
+
+Every contribution offers the same four things: `sqnorm` (squared norms per segment and group), `wgrad` (the gradient,
+optionally weighted, and the norms from the same pass), `by_group` (one gradient per group of the coarsest level, and
+the norms) and `total` (the weighted gradient alone). `combined_sqnorm` squares the *sum* of several contributions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradnorm_ext import ops
+from gradnorm_ext.reference import accumulator, sqnorm_of_sums
+from gradnorm_ext.segments import Segments
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A gradient of outer products, ``Σ_r g[r] x[r]ᵀ``, shaped ``[g's width, x's width]``.
+
+    Where the weight is stored transposed, the sides are exchanged: ``swapped``, and ``x`` is the output's gradient.
+    """
+
+    x: Tensor
+    g: Tensor
+    segments: Segments
+    backend: str
+    swapped: bool = False
+
+    def sqnorm(self) -> Tensor:
+        return ops.outer_sqnorm(self.x, self.g, self.segments, backend=self.backend)
+
+    def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.outer_wgrad(self.x, self.g, self.segments, weight=weight, backend=self.backend)
+
+    def by_group(self) -> tuple[Tensor, Tensor]:
+        return ops.outer_wgrad(self.x, self.g, self.segments, by_group=True, backend=self.backend)
+
+    def total(self, weight: Tensor | None = None) -> Tensor:
+        if weight is None:
+            return self.g.t() @ self.x
+        of_row = per_row(weight.to(self.g.dtype), self.segments)[:, None]
+        if self.x.shape[1] < self.g.shape[1]:  # scale the narrower side
+            return self.g.t() @ (self.x * of_row)
+        return (self.g * of_row).t() @ self.x
+
+    def transposed(self) -> Outer:
+        return Outer(self.g, self.x, self.segments, self.backend, not self.swapped)
+
+    def of_column(self, rows: Tensor) -> Tensor:
+        return self.g[rows].t() @ self.x[rows]
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        return self.x, self.g
+
+    def fingerprint(self) -> Tensor:
+        return _size_of_rows(self.x if self.swapped else self.g)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """An embedding table's gradient, ``dw[ids[r]] += g[r]``, shaped ``[vocabulary, g's width]``."""
+
+    ids: Tensor
+    g: Tensor
+    vocabulary: int
+    padding_idx: int | None
+    segments: Segments
+    backend: str
+
+    def sqnorm(self) -> Tensor:
+        return ops.lookup_sqnorm(
+            self.ids, self.g, self.vocabulary, self.segments, padding_idx=self.padding_idx, backend=self.backend
+        )
+
+    def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.lookup_wgrad(
+            self.ids,
+            self.g,
+            self.vocabulary,
+            self.segments,
+            padding_idx=self.padding_idx,
+            weight=weight,
+            backend=self.backend,
+        )
+
+    def total(self, weight: Tensor | None = None) -> Tensor:
+        g = self.live_g
+        if weight is not None:
+            g = g * per_row(weight.to(g.dtype), self.segments)[:, None]
+        return g.new_zeros(self.vocabulary, g.shape[1]).index_add_(0, self.ids, g)
+
+    def of_column(self, rows: Tensor) -> Tensor:
+        g = self.live_g[rows]
+        return g.new_zeros(self.vocabulary, g.shape[1]).index_add_(0, self.ids[rows], g)
+
+    @property
+    def live_g(self) -> Tensor:
+        """The output gradient without the rows of the padding entry, which learns nothing."""
+        return self.g if self.padding_idx is None else self.g * (self.ids != self.padding_idx)[:, None]
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        return self.ids, self.g
+
+    def fingerprint(self) -> Tensor:
+        return _size_of_rows(self.g)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A gradient small enough to be formed per segment: ``sums [S, *shape of the parameter]``."""
+
+    sums: Tensor
+    segments: Segments
+
+    @property
+    def flat(self) -> Tensor:
+        return self.sums.reshape(self.segments.count, -1)
+
+    def sqnorm(self) -> Tensor:
+        return sqnorm_of_sums(self.flat, self.segments)
+
+    def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.total(weight), self.sqnorm()
+
+    def total(self, weight: Tensor | None = None) -> Tensor:
+        return ops.sums_wgrad(self.flat, self.segments, weight=weight).view(self.sums.shape[1:])
+
+    def of_segments(self, segments: Tensor) -> Tensor:
+        return self.sums[segments].sum(0)
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        return (self.sums,)
+
+    def fingerprint(self) -> Tensor:
+        return self.flat.abs().sum(1)
+
+
+Contribution = Outer | Lookup | Sums
+
+
+def _size_of_rows(g: Tensor) -> Tensor:
+    return g.abs().sum(1, dtype=accumulator(g.dtype))
+
+
+def per_row(weight: Tensor, segments: Segments) -> Tensor:
+    """A weight per segment as one per row."""
+    if segments.length is not None:
+        return weight.repeat_interleave(segments.length)
+    return weight.repeat_interleave(segments.offsets.diff())
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A contribution and how the tensor that was used came from its parameter.
+
+    ``views`` names the steps (nothing: the parameter itself; "t": its transpose); ``adjoint`` turns a gradient of the
+    tensor that was used into one of the parameter.
+    """
+
+    contribution: Contribution
+    views: tuple[str, ...]
+    adjoint: Callable[[Tensor], Tensor]
+
+    def in_parameter_space(self) -> Placed:
+        """The same with its views undone, where that is cheap: transposes exchange an outer product's sides."""
+        if isinstance(self.contribution, Outer) and self.views and all(view == "t" for view in self.views):
+            outer = self.contribution if len(self.views) % 2 == 0 else self.contribution.transposed()
+            return Placed(outer, (), lambda gradient: gradient)
+        if isinstance(self.contribution, Sums) and self.views:
+            sums = self.contribution.sums
+            placed = torch.stack([self.adjoint(one) for one in sums.unbind(0)]) if len(sums) else sums
+            return Placed(Sums(placed, self.contribution.segments), (), lambda gradient: gradient)
+        return self
+
+
+def combined_sqnorm(placed: Sequence[Placed]) -> Tensor:
+    """Squared norms of the sum of several contributions to one parameter: ``‖Σ_u G_u[s]‖²``, not ``Σ_u ‖G_u[s]‖²``."""
+    uses = [one.in_parameter_space() for one in placed]
+    if all(not one.views for one in uses):
+        outers = [one.contribution for one in uses if isinstance(one.contribution, Outer)]
+        lookups = [one.contribution for one in uses if isinstance(one.contribution, Lookup)]
+        sums = [one.contribution for one in uses if isinstance(one.contribution, Sums)]
+        if not sums and (outers or lookups):
+            outer = functools.reduce(_concatenated_outer, outers) if outers else None
+            lookup = functools.reduce(_concatenated_lookup, lookups) if _one_table(lookups) else None
+            if outer and not lookups:
+                return outer.sqnorm()
+            if lookup and not outer:
+                return lookup.sqnorm()
+            if lookup and outer:
+                return tied_sqnorm(TiedOuter.of(outer, [lookup.ids]), [lookup])
+        elif sums and not outers and not lookups:
+            return Sums(functools.reduce(torch.add, [one.sums for one in sums]), sums[0].segments).sqnorm()
+    return _dense_sqnorm(uses)
+
+
+def _one_table(lookups: Sequence[Lookup]) -> bool:
+    return len({lookup.padding_idx for lookup in lookups}) == 1
+
+
+def _interleaved(first: Tensor, second: Tensor, count: int) -> Tensor:
+    rows = [rows.reshape(count, len(rows) // count, *rows.shape[1:]) for rows in (first, second)]
+    return torch.cat(rows, 1).flatten(0, 1)
+
+
+def _concatenated_outer(first: Outer, second: Outer) -> Outer:
+    segments, count = _concatenated(first.segments, second.segments)
+    x, g = _interleaved(first.x, second.x, count), _interleaved(first.g, second.g, count)
+    return Outer(x, g, segments, first.backend)
+
+
+def _concatenated_lookup(first: Lookup, second: Lookup) -> Lookup:
+    segments, count = _concatenated(first.segments, second.segments)
+    ids, g = _interleaved(first.ids, second.ids, count), _interleaved(first.g, second.g, count)
+    return Lookup(ids, g, first.vocabulary, first.padding_idx, segments, first.backend)
+
+
+def _concatenated(first: Segments, second: Segments) -> tuple[Segments, int]:
+    assert first.length is not None and second.length is not None  # a dense layout: every example has equally many rows
+    count = first.count
+    return Segments.equal(count, first.length + second.length, first.groups, first.offsets.device), count
+
+
+def _columns(segments: Segments) -> list[tuple[Tensor, Tensor]]:
+    """Of every entry of a sqnorm vector: its segments and its rows."""
+    device = segments.offsets.device
+    of_row = per_row(torch.arange(segments.count, device=device), segments)
+    columns = [torch.tensor([s], device=device) for s in range(segments.count)]
+    for ids, count in zip(segments.groups.levels, segments.groups.counts, strict=True):
+        columns += [(ids == group).nonzero()[:, 0] for group in range(count)]
+    return [(members, torch.isin(of_row, members).nonzero()[:, 0]) for members in columns]
+
+
+@dataclass(frozen=True)
+class TiedOuter:
+    """A head tied to embeddings: its own norms, and of its gradient the rows of those entries that were looked up.
+
+    Kept from the head's backward to the end of the block in place of its rows: for every column of the norms the
+    distinct ids looked up there, ``[u]``, and the head's gradient of those entries, ``[u, width]``.
+    """
+
+    norms: Tensor
+    entries: list[tuple[Tensor, Tensor]]
+
+    @staticmethod
+    def of(outer: Outer, ids: Sequence[Tensor], norms: Tensor | None = None) -> TiedOuter:
+        entries = []
+        for members, rows in _columns(outer.segments):
+            looked_up = torch.unique(torch.cat([one.view(outer.segments.count, -1)[members].flatten() for one in ids]))
+            entries.append((looked_up, outer.g[rows][:, looked_up].t() @ outer.x[rows]))
+        return TiedOuter(outer.sqnorm() if norms is None else norms, entries)
+
+
+def tied_sqnorm(head: TiedOuter, lookups: Sequence[Lookup]) -> Tensor:
+    """``‖G_head + G_embedding‖² = ‖G_head‖² + ‖G_embedding‖² + 2⟨G_head, G_embedding⟩``, per column."""
+    lookup = functools.reduce(_concatenated_lookup, lookups)
+    g, cross = lookup.live_g, []
+    for (looked_up, of_head), (_, rows) in zip(head.entries, _columns(lookup.segments), strict=True):
+        where = torch.searchsorted(looked_up, lookup.ids[rows])
+        of_embedding = of_head.new_zeros(of_head.shape).index_add_(0, where, g[rows].to(of_head.dtype))
+        cross.append((of_head * of_embedding).sum())
+    return head.norms + lookup.sqnorm() + 2 * torch.stack(cross).to(head.norms.dtype)
+
+
+def _dense_sqnorm(uses: Sequence[Placed]) -> Tensor:
+    """The general case, exact and slow: every column's gradient is formed, one after the other."""
+    norms = []
+    columns = [_columns(use.contribution.segments) for use in uses]
+    for of_uses in zip(*columns, strict=True):
+        total: Tensor | None = None
+        for use, (members, rows) in zip(uses, of_uses, strict=True):
+            one = use.contribution
+            part = use.adjoint(one.of_segments(members) if isinstance(one, Sums) else one.of_column(rows))
+            total = part if total is None else total + part
+        assert total is not None
+        norms.append(total.square().sum())
+    return torch.stack(norms)

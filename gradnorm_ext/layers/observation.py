@@ -1,0 +1,426 @@
+"""One observe block: which parameters were used how, and what their uses' backward passes deliver.
+
+Rows are assigned to examples on evidence, and this is the one place where it is written down:
+
+1. *leading*: the first size is the number of examples B. The other inner sizes are the example's rows.
+2. *flat*: the first size is a multiple of B, rows in batch-major order (``x.view(B * T, d)``).
+3. *shared*: no batch dimension (a position table's ids). Taken for a lookup whose ids have another first size than B,
+   and for every later lookup of that table with as many dimensions. The gradient is taken where the looked-up rows
+   meet the batch, so that it arrives per example.
+
+1 and 2 are hypotheses until the *tagging test* has passed: in the first block (and whenever a use of a new kind
+appears) the backward runs again from the most downstream use, every example's gradient scaled by its own power of two.
+Each row of every use must then scale bit for bit by the factor of the example it is counted for. The layout of that
+most downstream use itself is taken as its shape says.
+
+The *audit* of the same block compares, for every parameter, the gradient that autograd accumulates with the sum of
+what the uses delivered: a use that was not seen is an error, not a missing summand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gradnorm_ext.layers.contributions import (
+    Contribution,
+    Lookup,
+    Outer,
+    Placed,
+    Sums,
+    TiedOuter,
+    combined_sqnorm,
+    per_row,
+    tied_sqnorm,
+)
+from gradnorm_ext.segments import Groups, Segments
+
+Layout = Literal["leading", "flat", "shared"]
+
+
+class Slot:
+    """A trainable parameter in one block: its place in the probe, and what its uses left to be combined."""
+
+    def __init__(self, index: int, name: str, parameter: nn.Parameter) -> None:
+        self.index, self.name, self.parameter = index, name, parameter
+        self.uses: list[Use] = []
+        self.arrived = 0  # backward passes of uses
+        self.measured = False  # by a single use, through the probe
+        self.deferred: list[tuple[Use, Contribution | TiedOuter]] = []  # several uses: combined when the block closes
+        self.kept: list[tuple[Use, Contribution | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
+        self.hooked = False  # audited in this block
+        self.delivered: Tensor | None = None  # audit: the sum of what the rules gave
+
+
+@dataclass
+class Use:
+    """One function call that consumed a parameter (or a view of it)."""
+
+    slot: Slot
+    value: Tensor  # what was consumed, connected to the parameter
+    views: tuple[str, ...]
+    function: str
+    layout: Layout
+    observation: Observation
+    lookup_ids: Tensor | None = None  # of a lookup: what a tied head needs to know beforehand
+    fingerprint: Tensor | None = field(default=None, repr=False)
+    tagged: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, str, tuple[str, ...]]:
+        return self.slot.name, self.function, self.layout, self.views
+
+    @property
+    def operand(self) -> Tensor:
+        """What the function computes with: cut off from the parameter where its gradient is formed at the block's end."""
+        return self.value.detach() if self.observation.plan.keep and not self.slot.hooked else self.value
+
+    def adjoint(self, gradient: Tensor) -> Tensor:
+        """A gradient of the consumed tensor as one of the parameter."""
+        if not self.views:
+            return gradient
+        self.observation.placing = True  # the audit's hooks on the parameter are not meant by this
+        try:
+            (placed,) = torch.autograd.grad(
+                self.value, self.slot.parameter, gradient.to(self.value.dtype), retain_graph=True
+            )
+        finally:
+            self.observation.placing = False
+        return placed.to(gradient.dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the block does besides measuring.
+
+    Attributes:
+        task_weights: ``[K]``, known beforehand (``apply="next_step"``): weight gradients are formed with them.
+        keep: the weights come when the block closes (``apply="same_step"``): nothing reaches ``.grad`` before.
+        by_task: with ``keep``: form one gradient per task where ``budget`` bytes allow, instead of keeping rows.
+    """
+
+    task_weights: Tensor | None = None
+    keep: bool = False
+    by_task: bool = False
+    budget: int = 0
+
+
+@dataclass
+class Memory:
+    """What a Meter learns about its model from block to block."""
+
+    verified: set[tuple[str, str, str, tuple[str, ...]]] = field(default_factory=set)
+    shared_lookups: set[tuple[str, int]] = field(default_factory=set)  # (parameter, dimensions of the ids)
+    audited: set[str] = field(default_factory=set)  # parameters whose whole gradient was accounted for
+
+
+class Observation:
+    """The state of one observe block. `begin` must be called before the first use, when B is known."""
+
+    def __init__(
+        self,
+        who: str,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        memory: Memory,
+        plan: Plan,
+        backend: str,
+        start: Callable[[int], None],
+        always_verify: bool = False,
+    ) -> None:
+        self.who, self.memory, self.plan, self.backend = who, memory, plan, backend
+        self.start = start  # calls `begin`, once the number of examples is known
+        self.slots = {id(p): Slot(i, name, p) for i, (name, p) in enumerate(parameters)}
+        self.examples: int | None = None
+        self.groups: Groups | None = None
+        self.weights: Tensor | None = None  # per example
+        self.verify = always_verify
+        self.tagging: Literal["base", "scaled"] | None = None
+        self.tag_factor: Tensor | None = None
+        self.placing = False
+        self.failures: list[str] = []
+        self.budget = plan.budget
+        self.measured_uses = 0
+        self._segments: dict[int, Segments] = {}
+        self._hooks: list[Any] = []
+
+    def begin(self, examples: int, groups: Groups, tasks: Tensor) -> None:
+        """Fix the number of examples and their groups, and make the probe: a leaf of zeros whose gradient is the norms."""
+        self.examples, self.groups = examples, groups
+        if self.plan.task_weights is not None:
+            self.weights = self.plan.task_weights.to(tasks.device)[tasks]
+        parameters = [slot.parameter for slot in self.slots.values()]
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        columns = examples + sum(groups.counts)
+        self.probe = torch.zeros(
+            len(parameters), columns + 1, dtype=dtype, device=parameters[0].device, requires_grad=True
+        )
+        self.probe_rows = self.probe.unbind(0)
+        self.probe_node = self.probe_rows[0].grad_fn
+        for slot in self.slots.values():
+            if self.verify or slot.name not in self.memory.audited:
+                self._audit(slot)
+
+    def begin_with(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Where nothing said how many examples there are: begin with what the first call is given."""
+        sizes = [len(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
+        if not sizes or sizes[0] == 0:
+            raise ValueError(
+                f"{self.who}: the model's first tensor argument must have the examples as its first dimension, got "
+                f"{'an empty batch' if sizes else 'no tensor'}; pass observe(tasks=...) with one entry per example"
+            )
+        self.start(sizes[0])
+
+    def segments(self, rows: int) -> Segments:
+        """The segments of ``rows`` rows in batch-major order, equally many per example."""
+        assert self.examples is not None and self.groups is not None
+        length = rows // self.examples
+        if length not in self._segments:
+            self._segments[length] = Segments.equal(self.examples, length, self.groups, self.groups.walk.device)
+        return self._segments[length]
+
+    def layout(self, first_size: int, who: str, shape: Sequence[int]) -> Layout:
+        """Which of the hypotheses the first size of a tensor speaks for."""
+        assert self.examples is not None
+        if first_size == self.examples:
+            return "leading"
+        if first_size and first_size % self.examples == 0:
+            return "flat"
+        raise ValueError(
+            f"{self.who}: the rows of {who} must belong to the batch's {self.examples} examples, got an input of shape "
+            f"{list(shape)}, whose first size is neither {self.examples} nor a multiple of it; give tasks and prompts one "
+            "entry per example, put the batch first, and expand inputs without a batch dimension to the batch"
+        )
+
+    def use(self, slot: Slot, value: Tensor, views: tuple[str, ...], function: str, layout: Layout) -> Use:
+        """Write down that ``function`` consumed a parameter. Called once per forward, not for a recomputation of it."""
+        use = Use(slot, value, views, function, layout, self)
+        recomputed = torch._C._current_graph_task_id() != -1 and slot.uses
+        if not recomputed:
+            slot.uses.append(use)
+        if use.key not in self.memory.verified:
+            self.verify = self.verify or self.examples != 1
+            self._audit(slot)
+        return use
+
+    def deliver(self, use: Use, contribution: Contribution, needs_gradient: bool) -> tuple[Tensor | None, Tensor | None]:
+        """What a use's backward returns for the parameter and for the probe."""
+        if self.tagging is not None:
+            self._tag(use, contribution)
+            return None, None
+        slot, keep = use.slot, self.plan.keep
+        slot.arrived += 1
+        several = len(slot.uses) > 1
+        if slot.measured or (slot.arrived > len(slot.uses)):
+            raise RuntimeError(
+                f"{self.who}: the backward of {slot.name} must run once per use and after all of its uses in the block, "
+                f"got a backward pass after its norm had been taken; run all forwards before one backward, or open one "
+                "observe block for each"
+            )
+        gradient: Tensor | None = None
+        norms: Tensor | None = None
+        if keep and self.plan.by_task and not several and isinstance(contribution, Outer) and self._afford(contribution):
+            gradients, norms = contribution.by_group()
+            slot.kept.append((use, gradients, ()))
+            if needs_gradient:
+                gradient = gradients.sum(0)
+        elif keep:
+            slot.kept.append((use, contribution, tuple(kept._version for kept in contribution.kept)))
+            if not several:
+                norms = contribution.sqnorm()
+            if needs_gradient:
+                gradient = contribution.total()
+        elif not several and needs_gradient:
+            gradient, norms = contribution.wgrad(self.weights)
+        elif not several:
+            norms = contribution.sqnorm()
+        elif needs_gradient:
+            gradient = contribution.total(self.weights)
+        if several:
+            slot.deferred.append((use, self._thinned(slot, use, contribution)))
+        else:
+            slot.measured = True
+        self.measured_uses += 1
+        if gradient is not None:
+            gradient = gradient.view_as(use.value).to(use.value.dtype)
+            if slot.hooked:
+                placed = use.adjoint(gradient)
+                slot.delivered = placed if slot.delivered is None else slot.delivered + placed
+        row = self.probe.new_zeros(self.probe.shape[1])
+        if norms is not None:
+            row[:-1] = norms
+        row[-1] = 1
+        return gradient, row
+
+    def _afford(self, outer: Outer) -> bool:
+        tasks = outer.segments.groups.counts[-1]
+        size = tasks * outer.x.shape[1] * outer.g.shape[1] * max(4, outer.x.element_size())
+        if size > self.budget:
+            return False
+        self.budget -= size
+        return True
+
+    def _thinned(self, slot: Slot, use: Use, contribution: Contribution) -> Contribution | TiedOuter:
+        """Of a head tied to embeddings, what their cross term needs, so that its rows can go; else the contribution."""
+        lookups = [other.lookup_ids for other in slot.uses if other.lookup_ids is not None]
+        if len(lookups) != len(slot.uses) - 1 or not isinstance(contribution, Outer) or self.plan.keep:
+            return contribution
+        placed = Placed(contribution, use.views, use.adjoint).in_parameter_space()
+        if placed.views or not isinstance(placed.contribution, Outer):
+            return contribution
+        return TiedOuter.of(placed.contribution, lookups)
+
+    def _audit(self, slot: Slot) -> None:
+        if not slot.hooked:
+            slot.hooked = True
+            self._hooks.append(slot.parameter.register_hook(self._auditor(slot)))
+
+    def _auditor(self, slot: Slot) -> Callable[[Tensor], Tensor | None]:
+        def compare(total: Tensor) -> Tensor | None:
+            if self.tagging is not None or self.placing:
+                return None
+            delivered, slot.delivered = slot.delivered, None
+            if delivered is None:
+                self.failures.append(f"{slot.name} got a gradient from a use that was not seen")
+            elif delivered is not total and not torch.equal(delivered, total):
+                eps = torch.finfo(total.dtype).eps * (len(slot.uses) + 1)
+                scale = torch.linalg.vector_norm(delivered.double()) + torch.linalg.vector_norm(total.double())
+                if not torch.linalg.vector_norm(delivered.double() - total.double()) <= eps * scale and bool(
+                    torch.isfinite(scale)
+                ):
+                    self.failures.append(f"{slot.name} got a gradient that its seen uses account for only in part")
+            return torch.zeros_like(total) if self.plan.keep else None
+
+        return compare
+
+    def run_tagging(self, edge: torch.autograd.graph.GradientEdge, dx: Tensor, uses: Sequence[Use], rows: int) -> None:
+        """The tagging test of everything upstream of a use: called in its backward, with the gradient of its input."""
+        assert self.examples is not None
+        if not self.verify or self.examples == 1 or self.tagging is not None or all(use.tagged for use in uses):
+            return
+        example = torch.arange(self.examples, device=dx.device)
+        per_example = (self.examples, rows // self.examples)
+        try:
+            self.tagging = "base"
+            self._backward_to_probe(edge, dx)
+            self.tagging = "scaled"
+            for digit in range(max(1, math.ceil(math.log(self.examples, 8)))):
+                self.tag_factor = 2.0 ** ((example // 8**digit) % 8).to(dx.dtype)
+                scaled = dx.reshape(*per_example, -1) * self.tag_factor[:, None, None]
+                self._backward_to_probe(edge, scaled.view_as(dx))
+        finally:
+            self.tagging = None
+        for use in uses:
+            use.tagged = True
+
+    def _backward_to_probe(self, edge: torch.autograd.graph.GradientEdge, gradient: Tensor) -> None:
+        torch.autograd.grad((edge,), (self.probe,), (gradient,), retain_graph=True, allow_unused=True)
+
+    def _tag(self, use: Use, contribution: Contribution) -> None:
+        fingerprint = contribution.fingerprint()
+        if self.tagging == "base":
+            use.fingerprint = fingerprint
+            return
+        assert self.tag_factor is not None and use.fingerprint is not None
+        factor = self.tag_factor.to(fingerprint.dtype)
+        if not isinstance(contribution, Sums):
+            factor = per_row(factor, contribution.segments)
+        expected = use.fingerprint * factor
+        if not torch.equal(fingerprint, expected) and bool(torch.isfinite(fingerprint).all()):
+            shape = list(contribution.kept[-1].shape)
+            self.failures.append(
+                f"{use.slot.name} ({use.function}, rows {shape}) was used with rows that do not belong to one example "
+                f"each, or not to the example their place says"
+            )
+        use.tagged = True
+
+    def close(self) -> Tensor:
+        """Check that the block was measured whole, and return the squared norms, ``[parameters, columns]``."""
+        self.release()
+        if self.failures:
+            raise RuntimeError(
+                f"{self.who}: every use of a trainable parameter must be measured by rules, per example; but "
+                f"{'; '.join(dict.fromkeys(self.failures))}; expand inputs without a batch dimension to the batch, read "
+                "parameters through their modules, or freeze these parameters"
+            )
+        if self.examples is None or not any(slot.uses for slot in self.slots.values()):
+            raise RuntimeError(
+                f"{self.who}: the model must be called with gradients inside the observe block, got no call; put the "
+                "forward and the backward inside the block"
+            )
+        if self.probe.grad is None or not self.measured_uses:
+            raise RuntimeError(
+                f"{self.who}: loss.backward() must run inside the observe block, got a forward without it; call it "
+                "before the block ends, and without inputs="
+            )
+        sqnorms: Tensor = self.probe.grad[:, :-1].clone()
+        self._check_use_counts(self.probe.grad[:, -1])
+        for slot in self.slots.values():
+            if slot.deferred:
+                sqnorms[slot.index] = self._combined(slot).to(sqnorms).clamp(min=0)
+        self._learn()
+        return sqnorms
+
+    def _check_use_counts(self, counted: Tensor) -> None:
+        if counted.device.type != "cpu":
+            return
+        for slot, count in zip(self.slots.values(), counted.tolist(), strict=True):
+            if count != slot.arrived or count > len(slot.uses):
+                raise RuntimeError(
+                    f"{self.who}: the backward of {slot.name} must run once per use, got {int(count)} passes for "
+                    f"{len(slot.uses)} uses; call backward once, without retain_graph"
+                )
+
+    def _combined(self, slot: Slot) -> Tensor:
+        parts = [part for _, part in slot.deferred]
+        heads = [part for part in parts if isinstance(part, TiedOuter)]
+        if heads:
+            lookups = [part for part in parts if isinstance(part, Lookup)]
+            return tied_sqnorm(heads[0], lookups) if lookups else heads[0].norms
+        return combined_sqnorm(
+            [Placed(part, use.views, use.adjoint) for use, part in slot.deferred if not isinstance(part, TiedOuter)]
+        )
+
+    def _learn(self) -> None:
+        seen = [slot for slot in self.slots.values() if slot.arrived]
+        self.memory.audited |= {slot.name for slot in seen}
+        if self.examples != 1:
+            self.memory.verified |= {use.key for slot in seen for use in slot.uses}
+        for slot in self.slots.values():
+            for use in slot.uses:
+                if use.layout == "shared" and use.lookup_ids is not None:
+                    self.memory.shared_lookups.add((slot.name, use.lookup_ids.dim()))
+
+    def accumulate_weighted(self, weights: Tensor, by_task: Tensor | None) -> None:
+        """Form the weighted gradient of everything that was kept, and add it to ``.grad``.
+
+        Args:
+            weights: ``[B]``.
+            by_task: ``[K]`` where the weights are the tasks'.
+        """
+        for slot in self.slots.values():
+            for use, kept, versions in slot.kept:
+                if isinstance(kept, Tensor):
+                    assert by_task is not None
+                    gradient = torch.tensordot(by_task.to(kept.dtype), kept, 1)
+                else:
+                    if versions != tuple(tensor._version for tensor in kept.kept):
+                        raise RuntimeError(
+                            f"{self.who}: what the backward of {slot.name} kept must not change before the block "
+                            "closes, got an in-place change; avoid in-place operations on gradients and activations, "
+                            'or use apply="next_step"'
+                        )
+                    gradient = kept.total(weights)
+                torch.autograd.backward((use.value,), (gradient.view_as(use.value).to(use.value.dtype),))
+            slot.kept.clear()
+
+    def release(self) -> None:
+        """Take the audit's hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()

@@ -1,0 +1,478 @@
+"""One rule per torch function that may consume a parameter: its gradient and norms, by the forms of `contributions`.
+
+A rule is called in place of the function, with at least one `Tap` among its arguments. It returns what the function
+returns, or NotImplemented where it does not know the call. To support another function: write its autograd.Function,
+whose backward hands `Observation.deliver` a contribution, and list the rule at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gradnorm_ext import ops
+from gradnorm_ext.layers.contributions import Contribution, Lookup, Outer, Sums
+from gradnorm_ext.layers.observation import Layout, Observation, Use
+from gradnorm_ext.layers.taps import LookedUp, Tap
+from gradnorm_ext.segments import Segments
+
+class _Call:
+    """What a function's backward has to know: the uses it feeds, in the order of their probe rows."""
+
+    def __init__(self, observation: Observation, rows: int, *uses: Use | None, swapped: bool = False) -> None:
+        self.observation, self.uses, self.swapped = observation, uses, swapped
+        self.segments = observation.segments(rows)
+        self.rows = rows
+
+    @property
+    def probes(self) -> list[Tensor | None]:
+        return [None if use is None else self.observation.probe_rows[use.slot.index] for use in self.uses]
+
+
+class _Backward:
+    """One run of a function's backward: delivers contributions and starts the tagging test."""
+
+    def __init__(self, ctx: Any, call: _Call) -> None:
+        self.ctx, self.call, self.backend = ctx, call, call.observation.backend
+        # Not so in torch.autograd.grad(y, x): that run is not for the parameters.
+        self.measures = bool(torch._C._will_engine_execute_node(call.observation.probe_node))
+
+    def deliver(
+        self, which: int, argument: int, make: Callable[[], Contribution]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of an argument and of its probe row: by its use's rule, or plainly where nothing observes it."""
+        needed = bool(self.ctx.needs_input_grad[argument])
+        use = self.call.uses[which]
+        if use is not None and self.measures:
+            return self.call.observation.deliver(use, make(), needed)
+        if needed and self.call.observation.tagging is None:
+            return make().total(), None
+        return None, None
+
+    def tag(self, dx: Tensor) -> None:
+        """Test what lies upstream of the function's input, its first tensor argument."""
+        uses = [use for use in self.call.uses if use is not None]
+        if self.measures:
+            node, output = self.ctx.next_functions[0]
+            self.call.observation.run_tagging(
+                torch.autograd.graph.GradientEdge(node, output), dx, uses, self.call.rows
+            )
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)
+
+
+class _Linear(torch.autograd.Function):
+    """``y = x Wᵀ + b``; swapped: ``y = x W + b``. ``dtype`` is autocast's: the weight's gradient keeps the weight's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        *probes: Tensor | None,
+    ) -> Tensor:
+        ctx.call, ctx.x_dtype = call, x.dtype
+        x, weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.t() if call.swapped else weight, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        call: _Call = ctx.call
+        with _no_autocast(g.device):
+            run = _Backward(ctx, call)
+            g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+            dx = None
+            if ctx.needs_input_grad[1]:
+                dx = (g_rows @ (weight.t() if call.swapped else weight)).view_as(x).to(ctx.x_dtype)
+                run.tag(dx)
+            outer = Outer(x_rows, g_rows, call.segments, run.backend)
+            dw, of_weight = run.deliver(0, 2, lambda: outer.transposed() if call.swapped else outer)
+            db, of_bias = run.deliver(1, 3, lambda: _summed(g_rows, call.segments, run.backend))
+        return None, dx, dw, db, None, of_weight, of_bias
+
+
+def _summed(g_rows: Tensor, segments: Segments, backend: str) -> Sums:
+    return Sums(ops.sum_sums(g_rows, segments, backend=backend), segments)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, swapped: bool) -> Any:
+    if isinstance(x, Tap) or weight.dim() != 2 or (isinstance(bias, Tensor) and bias.dim() != 1):
+        return NotImplemented
+    taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
+    if any(tap.looked_up for tap in taps):
+        return NotImplemented
+    observation = taps[0].observation
+    rows, layout = _rows(observation, x, taps[0], last=1)
+    uses = [tap.use(function, layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
+    call = _Call(observation, rows, *uses, swapped=swapped)
+    operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else torch.result_type(x, weight)
+    return _Linear.apply(call, x, *operands, dtype, *call.probes)
+
+
+def _rows(observation: Observation, x: Tensor, tap: Tap, last: int) -> tuple[int, Layout]:
+    """How many rows a layer's input has, its last dimensions set aside, and what says to which examples they belong."""
+    leading = x.shape[: x.dim() - last]
+    rows = leading.numel()
+    if observation.examples == 1:
+        return rows, "leading"
+    return rows, observation.layout(leading[0] if leading else 0, tap.name, x.shape)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return _linear(x, weight, bias, "linear", swapped=False)
+
+
+def addmm(bias: Tensor, x: Tensor, weight: Tensor, **scaled: Any) -> Any:
+    return NotImplemented if scaled else _linear(x, weight, bias, "addmm", swapped=True)
+
+
+def matmul(x: Tensor, weight: Tensor) -> Any:
+    return _linear(x, weight, None, "matmul", swapped=True) if isinstance(weight, Tap) else NotImplemented
+
+
+class _Embedding(torch.autograd.Function):
+    """``y[r] = W[ids[r]]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, ids: Tensor, weight: Tensor, padding_idx: int | None, probe: Tensor
+    ) -> Tensor:
+        ctx.call, ctx.padding_idx, ctx.vocabulary = call, padding_idx, len(weight)
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        (ids,) = ctx.saved_tensors
+        call: _Call = ctx.call
+        with _no_autocast(g.device):
+            run = _Backward(ctx, call)
+            rows = ids.reshape(-1), g.reshape(-1, g.shape[-1])
+            dw, of_weight = run.deliver(
+                0, 2, lambda: Lookup(*rows, ctx.vocabulary, ctx.padding_idx, call.segments, run.backend)
+            )
+        return None, None, dw, None, of_weight
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if not isinstance(weight, Tap) or weight.looked_up is not None or weight.dim() != 2:
+        return NotImplemented
+    for option, given in (("max_norm", max_norm), ("scale_grad_by_freq", scale_grad_by_freq), ("sparse", sparse)):
+        if given:
+            raise weight.refusal(f"embedding with {option}={given}")
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += len(weight)
+    observation = weight.observation
+    if _is_shared(observation, weight, input):
+        return weight.looked_up_rows(F.embedding(input, weight.value, padding_idx), input, padding_idx)
+    rows, layout = _rows(observation, input, weight, last=0)
+    use = weight.use("embedding", layout)
+    use.lookup_ids = input.reshape(-1)
+    call = _Call(observation, rows, use)
+    return _Embedding.apply(call, input, use.operand, padding_idx, *call.probes)
+
+
+def _is_shared(observation: Observation, weight: Tap, ids: Tensor) -> bool:
+    """Whether looked-up ids have no batch dimension (`Observation`, hypothesis 3)."""
+    if observation.examples == 1:
+        return False
+    if (weight.name, ids.dim()) in observation.memory.shared_lookups:
+        return True
+    return ids.dim() == 0 or ids.shape[0] != observation.examples
+
+
+class _LayerNorm(torch.autograd.Function):
+    """``y = (x - mean) / deviation ⊙ w + b`` over the last dimension."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *probes: Tensor | None
+    ) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        ctx.call = call
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        call: _Call = ctx.call
+        with _no_autocast(g.device):
+            run = _Backward(ctx, call)
+            g = g.contiguous()
+            dx = None
+            if ctx.needs_input_grad[1]:
+                mask = [True, False, False]
+                dx = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], mean, rstd, weight, bias, mask)[0]
+                run.tag(dx)
+            dw, of_weight = run.deliver(0, 2, lambda: _normalised_product(x, g, call, mean, rstd))
+            db, of_bias = run.deliver(1, 3, lambda: _summed(g.view(-1, g.shape[-1]), call.segments, run.backend))
+        return None, dx, dw, db, None, of_weight, of_bias
+
+
+def _normalised_product(x: Tensor, g: Tensor, call: _Call, shift: Tensor | None, scale: Tensor | None) -> Sums:
+    rows = [t.reshape(-1, t.shape[-1]) for t in (x.to(g.dtype), g)]
+    per_row = [None if t is None else t.reshape(-1).to(g.dtype) for t in (shift, scale)]
+    sums = ops.product_sums(
+        *rows, call.segments, shift=per_row[0], scale=per_row[1], backend=call.observation.backend
+    )
+    return Sums(sums, call.segments)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
+    if isinstance(input, Tap) or len(normalized_shape) != 1 or any(tap.looked_up for tap in taps):
+        return NotImplemented
+    observation = taps[0].observation
+    rows, layout = _rows(observation, input, taps[0], last=1)
+    uses = [tap.use("layer_norm", layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
+    call = _Call(observation, rows, *uses)
+    operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
+    if torch.is_autocast_enabled(input.device.type):
+        input, *operands = (None if t is None else t.float() for t in (input, *operands))
+    return _LayerNorm.apply(call, input, *operands, eps, *call.probes)
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Any:
+    """The normalised input is an activation like any other; only the scale is a parameter's business."""
+    return multiply(F.rms_norm(input, normalized_shape, None, eps), weight)
+
+
+class _Product(torch.autograd.Function):
+    """``y = x ⊙ w``, broadcast."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, x: Tensor, weight: Tensor, probe: Tensor) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        call: _Call = ctx.call
+        with _no_autocast(g.device):
+            run = _Backward(ctx, call)
+            dx = None
+            if ctx.needs_input_grad[1]:
+                dx = (g * weight).sum_to_size(x.shape).to(x.dtype)
+                run.tag(dx)
+
+            def scale_gradient() -> Contribution:
+                if _is_row(weight.shape, g.shape) and x.shape == g.shape:
+                    sums = _normalised_product(x, g, call, None, None).sums
+                    return Sums(sums.view(-1, *weight.shape), call.segments)
+                return Sums(_per_example(g * x, weight.shape, call), call.segments)
+
+            dw, of_weight = run.deliver(0, 2, scale_gradient)
+        return None, dx, dw, of_weight
+
+
+class _Sum(torch.autograd.Function):
+    """``y = x + w``, broadcast; or ``y = x + W[ids]`` for ids that all examples share (a position table)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, x: Tensor, operand: Tensor, looked_up: LookedUp | None, probe: Tensor
+    ) -> Tensor:
+        added = operand if looked_up is None else looked_up.rows
+        ctx.call, ctx.x_shape, ctx.x_dtype, ctx.added_shape = call, x.shape, x.dtype, added.shape
+        ctx.looked_up, ctx.vocabulary = looked_up, len(operand) if looked_up else 0
+        return x + added
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        call: _Call = ctx.call
+        with _no_autocast(g.device):
+            run = _Backward(ctx, call)
+            dx = None
+            if ctx.needs_input_grad[1]:
+                dx = g.sum_to_size(ctx.x_shape).to(ctx.x_dtype)
+                run.tag(dx)
+
+            def gradient() -> Contribution:
+                if ctx.looked_up is not None:
+                    return _shared_lookup(_per_example(g, ctx.added_shape, call), ctx.looked_up, ctx.vocabulary, call)
+                if _is_row(ctx.added_shape, g.shape):
+                    summed = _summed(g.reshape(-1, g.shape[-1]), call.segments, run.backend)
+                    return Sums(summed.sums.view(-1, *ctx.added_shape), call.segments)
+                return Sums(_per_example(g, ctx.added_shape, call), call.segments)
+
+            dw, of_operand = run.deliver(0, 2, gradient)
+        return None, dx, dw, None, of_operand
+
+
+def _is_row(shape: torch.Size, of: torch.Size) -> bool:
+    """Whether a parameter of this shape has one entry per entry of the last dimension."""
+    return shape[-1:] == of[-1:] and shape.numel() == of[-1]
+
+
+def _per_example(g: Tensor, shape: torch.Size, call: _Call) -> Tensor:
+    """A gradient of a broadcast operand of this shape, summed over everything but the examples: ``[B, *shape]``."""
+    examples = call.segments.count
+    if examples == 1:
+        return g.sum_to_size(shape)[None]
+    rows = g.reshape(examples, g.shape[0] // examples, *g.shape[1:])
+    aligned = [1] * (g.dim() - len(shape)) + list(shape)
+    return rows.sum_to_size([examples, *aligned]).view(examples, *shape)
+
+
+def _shared_lookup(per_example: Tensor, looked_up: LookedUp, vocabulary: int, call: _Call) -> Lookup:
+    ids = looked_up.ids.reshape(-1).repeat(call.segments.count)
+    rows = per_example.reshape(len(ids), -1)
+    segments = call.observation.segments(len(ids))
+    return Lookup(ids, rows, vocabulary, looked_up.padding_idx, segments, call.observation.backend)
+
+
+def _meet(tap: Tap, other: Any, function: str) -> tuple[_Call, Use] | None:
+    """The call of an elementwise function of a parameter and a batched tensor, or None where they do not meet so."""
+    if not isinstance(other, Tensor) or isinstance(other, Tap):
+        return None
+    shape = torch.broadcast_shapes(tap.shape, other.shape)
+    observation = tap.observation
+    layout: Layout = "leading"
+    if observation.examples != 1:
+        if other.dim() != len(shape) or not shape or (tap.dim() == len(shape) and tap.shape[0] != 1):
+            return None
+        layout = observation.layout(other.shape[0], tap.name, other.shape)
+    use = tap.use(function, layout)
+    if tap.looked_up is not None:
+        use.lookup_ids = tap.looked_up.ids.reshape(-1).repeat(observation.examples or 1)
+    return _Call(observation, shape.numel() // (shape[-1] if shape else 1), use), use
+
+
+def multiply(first: Any, second: Any) -> Any:
+    tap, other = (first, second) if isinstance(first, Tap) else (second, first)
+    if tap.looked_up is not None or (meeting := _meet(tap, other, "mul")) is None:
+        return NotImplemented
+    call, use = meeting
+    return _Product.apply(call, other, use.operand, *call.probes)
+
+
+def add(first: Any, second: Any, *, alpha: float = 1) -> Any:
+    tap, other = (first, second) if isinstance(first, Tap) else (second, first)
+    if alpha != 1:
+        return NotImplemented
+    if not isinstance(other, Tensor):  # 1 + w: its gradient is the parameter's
+        return NotImplemented if tap.looked_up else tap.viewed(tap.value + other, "add")
+    if (meeting := _meet(tap, other, "add")) is None:
+        return NotImplemented
+    call, use = meeting
+    return _Sum.apply(call, other, use.operand, tap.looked_up, *call.probes)
+
+
+class _Expand(torch.autograd.Function):
+    """``y[b] = w`` for every example: a class token given to the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, weight: Tensor, shape: torch.Size, probe: Tensor) -> Tensor:
+        ctx.call, ctx.weight_shape = call, weight.shape
+        return weight.expand(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        call: _Call = ctx.call
+        run = _Backward(ctx, call)
+        dw, of_weight = run.deliver(
+            0, 1, lambda: Sums(_per_example(g, ctx.weight_shape, call), call.segments)
+        )
+        return None, dw, None, of_weight
+
+
+def expand(tap: Tap, *sizes: Any) -> Any:
+    """``w.expand(B, ...)``: from here on every example has its own copy, whose gradient arrives by itself."""
+    shape = tap.value.expand(*sizes).shape
+    observation = tap.observation
+    is_batched = len(shape) > tap.dim() or (tap.dim() > 0 and tap.shape[0] == 1)
+    if tap.looked_up is not None or not is_batched or not shape or shape[0] != observation.examples:
+        return NotImplemented
+    use = tap.use("expand", "leading")
+    call = _Call(observation, shape.numel() // shape[-1], use)
+    return _Expand.apply(call, use.operand, shape, *call.probes)
+
+
+def _view_rule(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A function that only rearranges or casts: what comes out is as much the parameter as what went in."""
+
+    def view(tap: Any, *args: Any, **kwargs: Any) -> Any:
+        by_tensor = name == "slice" and any(isinstance(a, (Tensor, list)) for a in _flat(args))
+        if not isinstance(tap, Tap) or by_tensor:
+            return NotImplemented
+        value = function(tap.value, *args, **kwargs)
+        if value is tap.value:
+            return tap
+        # Looked-up rows stay rows, in their order.
+        if tap.looked_up is None or name == "cast" or (name == "reshape" and value.shape[-1:] == tap.shape[-1:]):
+            return tap.viewed(value, name)
+        return NotImplemented
+
+    return view
+
+
+def _flat(args: Any) -> list[Any]:
+    return [leaf for arg in args for leaf in (arg if isinstance(arg, tuple) else (arg,))]
+
+
+_T = Tensor
+VIEWS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "t": (_T.t, torch.t, _T.T.__get__, _T.mT.__get__),  # type: ignore[attr-defined]
+    "permute": (_T.transpose, torch.transpose, _T.permute, torch.permute, _T.movedim, torch.movedim),
+    "reshape": (
+        *(_T.view, _T.reshape, torch.reshape, _T.flatten, torch.flatten, _T.unflatten, _T.view_as, _T.reshape_as),
+        *(_T.unsqueeze, torch.unsqueeze, _T.squeeze, torch.squeeze),
+    ),
+    "slice": (_T.__getitem__, _T.narrow, torch.narrow, _T.select, torch.select),
+    "cast": (
+        *(_T.to, _T.float, _T.double, _T.half, _T.bfloat16, _T.type, _T.contiguous, _T.clone, torch.clone, _T.cpu),
+        *(_T.cuda, _T.type_as, _T.requires_grad_),
+    ),
+}
+
+Tap.rules |= {
+    F.linear: linear,
+    torch.addmm: addmm,
+    **dict.fromkeys((torch.matmul, torch.mm, _T.matmul, _T.mm, _T.__matmul__), matmul),
+    F.embedding: embedding,
+    F.layer_norm: layer_norm,
+    F.rms_norm: rms_norm,
+    **dict.fromkeys((torch.mul, _T.mul, _T.__mul__, _T.__rmul__, _T.mul_, _T.__imul__, torch.multiply), multiply),
+    **dict.fromkeys((torch.add, _T.add, _T.__add__, _T.__radd__, _T.add_, _T.__iadd__), add),
+    _T.expand: expand,
+    **{function: _view_rule(function, name) for name, functions in VIEWS.items() for function in functions},
+}

@@ -1,0 +1,173 @@
+"""Where a parameter's uses are seen: while a module is observed, reading a trainable parameter through it gives a `Tap`.
+
+A tap is a tensor subclass that stands for the parameter (or a view of it). Every torch function that consumes one comes
+to `Tap.__torch_function__`, which hands it to that function's rule. A function without a rule runs as it is where its
+result carries no gradient (sizes, dtypes, comparisons), and is refused by name where it does.
+
+A module is observed by giving it, for the time of one block, a subclass of its own class with another `__getattr__` (and a `__call__` that tells the block its number of examples where nothing else does).
+Outside observe blocks a model is exactly what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gradnorm_ext.layers.observation import Layout, Observation, Slot, Use
+
+_SESSION = "_gradnorm_observation"
+
+
+@dataclass(frozen=True)
+class LookedUp:
+    """Rows of a table that all examples share: the ids, the row without a gradient, and the values."""
+
+    ids: Tensor
+    padding_idx: int | None
+    rows: Tensor
+    table: Tensor
+
+
+class Tap(Tensor):
+    """A parameter, or a view of it, whose consuming functions are seen."""
+
+    observation: Observation
+    slot: Slot
+    value: Tensor
+    views: tuple[str, ...]
+    looked_up: LookedUp | None
+    rules: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}  # filled by `rules`
+
+    @staticmethod
+    def of(observation: Observation, slot: Slot, value: Tensor, views: tuple[str, ...] = ()) -> Tap:
+        with torch._C.DisableTorchFunctionSubclass():
+            tap = value.as_subclass(Tap)
+        tap.observation, tap.slot, tap.value, tap.views, tap.looked_up = observation, slot, value, views, None
+        return tap
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.slot.name
+
+    def viewed(self, value: Tensor, view: str) -> Tap:
+        """The tap of a view of this one, or of a cast or a shift, whose gradient has the same norm."""
+        tap = Tap.of(self.observation, self.slot, value, self.views)
+        if self.looked_up is not None:
+            tap.looked_up = LookedUp(
+                self.looked_up.ids, self.looked_up.padding_idx, value.detach(), self.looked_up.table
+            )
+        elif not (view == "cast" and value.dtype == self.value.dtype):
+            tap.views = (*self.views, view)
+        return tap
+
+    def looked_up_rows(self, rows: Tensor, ids: Tensor, padding_idx: int | None) -> Tap:
+        """The tap of rows looked up in this table, the same ones for every example."""
+        tap = Tap.of(self.observation, self.slot, rows, self.views)
+        tap.looked_up = LookedUp(ids, padding_idx, rows.detach(), self.value)
+        return tap
+
+    def use(self, function: str, layout: Layout) -> Use:
+        """Write down that a function consumes this tap."""
+        if self.looked_up is not None:
+            return self.observation.use(self.slot, self.looked_up.table, self.views, function, "shared")
+        return self.observation.use(self.slot, self.value, self.views, function, layout)
+
+    def refusal(self, function: str) -> RuntimeError:
+        """The error for a function that no rule knows."""
+        return RuntimeError(
+            f"{self.observation.who}: no rule for {function} of {self.name} {list(self.shape)}, which is trainable; "
+            "freeze it with requires_grad_(False), or write the layer with linear, embedding, layer_norm, rms_norm, "
+            "addmm, matmul, mul, add or expand of the parameter and a tensor whose first dimension is the batch"
+        )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule = cls.rules.get(func) if torch.is_grad_enabled() else None
+        if rule is not None:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = rule(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        taps = [leaf for leaf in leaves if isinstance(leaf, Tap)]
+        values = [leaf.value if isinstance(leaf, Tap) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(values, spec)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if torch.is_grad_enabled() and any(
+            isinstance(leaf, Tensor) and leaf.requires_grad and not any(leaf is value for value in values)
+            for leaf in pytree.tree_leaves(result)
+        ):
+            raise taps[0].refusal(getattr(func, "__name__", str(func)))
+        return result
+
+
+@functools.cache
+def _observed_class(base: type[nn.Module]) -> type[nn.Module]:
+    def __getattr__(self: nn.Module, name: str) -> Any:
+        value = super(observed, self).__getattr__(name)
+        if isinstance(value, nn.Parameter) and value.requires_grad and torch.is_grad_enabled():
+            observation: Observation | None = self.__dict__.get(_SESSION)
+            if observation is not None and (slot := observation.slots.get(id(value))) is not None:
+                return Tap.of(observation, slot, value)
+        return value
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        observation: Observation | None = self.__dict__.get(_SESSION)
+        if observation is not None and observation.examples is None and torch.is_grad_enabled():
+            observation.begin_with(args, kwargs)
+        return super(observed, self).__call__(*args, **kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        return _unobserved, (base, {key: value for key, value in self.__dict__.items() if key != _SESSION})
+
+    observed = type(
+        base.__name__,
+        (base,),
+        {
+            "__getattr__": __getattr__,
+            "__call__": __call__,
+            "__reduce_ex__": __reduce_ex__,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "_gradnorm_base": base,
+        },
+    )
+    return observed
+
+
+def _unobserved(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    """A copy made or unpickled in the middle of a block is an ordinary module."""
+    module = base.__new__(base)
+    module.__setstate__(state)
+    return module
+
+
+def observe_modules(model: nn.Module, observation: Observation) -> None:
+    """Make every read of a trainable parameter through the model's modules a tap."""
+    for name, module in model.named_modules():
+        if _SESSION in module.__dict__:
+            release_modules(model, observation)
+            raise RuntimeError(
+                f"{observation.who}: a model is observed by one block at a time, got {name or type(model).__name__}, which "
+                "another open observe block observes; close that one first, or use one Meter for both"
+            )
+        if module is model or any(parameter is not None for parameter in module._parameters.values()):
+            module.__dict__[_SESSION] = observation
+            module.__class__ = _observed_class(type(module))
+
+
+def release_modules(model: nn.Module, observation: Observation) -> None:
+    """Give the modules their own classes back."""
+    for module in model.modules():
+        if module.__dict__.get(_SESSION) is observation:
+            del module.__dict__[_SESSION]
+            module.__class__ = type(module)._gradnorm_base  # type: ignore[assignment]

@@ -1,0 +1,304 @@
+"""Measuring: an observe block around forward and backward, and the statistics it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from gradnorm_ext.layers import Memory, Observation, Plan, observe_modules, release_modules
+from gradnorm_ext.rewards import RewardStats, reward_stats
+from gradnorm_ext.segments import Groups
+from gradnorm_ext.stats import Stats
+
+Ids = Tensor | Sequence[int]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Who the examples of a block are, as far as it was said."""
+
+    examples: int | None
+    tasks: Tensor | None
+    prompts: Tensor | None
+    task_of_prompt: Tensor | None
+    n_prompts: int
+    reward: RewardStats | None
+
+
+class Meter:
+    """Measures the gradient norm of every example, prompt and task in the backward pass that training runs anyway.
+
+        example_norm[b] = ‖ Σ_{r in b} ∂loss/∂θ through row r ‖        task_norm[k] = ‖ Σ_{b in k} gradient of b ‖
+
+    While a block is open, the model's forward runs through observed functions whose backward yields each parameter's
+    gradient and its squared norms per example from the same pass over the rows; no per-sample gradient is stored.
+    Outside of it the model is untouched. ``.grad`` is what it would be without the Meter, to rounding.
+
+    The first block (and any in which a parameter is used in a new way) also verifies itself, at the price of a few
+    backward passes: that every gradient is accounted for and every row belongs to the example it is counted for.
+
+    Args:
+        model: any module built from linear, embedding, layer and RMS norm layers and free parameters.
+        tasks: how many tasks there are, or their names.
+        per_layer: also give ``stats.layers``: the same figures for every module that owns parameters.
+        backend: "auto" (the fastest that is there; also settable by GRADNORM_BACKEND), "native" or "reference".
+
+    Raises:
+        ValueError: no trainable parameter, or no task.
+        TypeError: complex parameters.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> meter = Meter(model, tasks=["easy", "hard"])
+        >>> with meter.observe(tasks=[0, 1]):
+        ...     model(torch.tensor([[3., 4.], [0., 1.]])).sum().backward()
+        >>> meter.stats.example_norm, meter.stats.task_norm
+        (tensor([5., 1.]), tensor([5., 1.]))
+    """
+
+    def __init__(
+        self, model: nn.Module, *, tasks: int | Sequence[str] = 1, per_layer: bool = False, backend: str = "auto"
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Meter: model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+        names = tuple(str(k) for k in range(tasks)) if isinstance(tasks, int) else tuple(tasks)
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"Meter: tasks must be at least one, with distinct names, got {tasks!r}; name each task once")
+        self.model, self.task_names, self.per_layer, self.backend = model, names, per_layer, backend
+        self.memory = Memory()
+        self._trainable()
+        self._stats: Stats | None = None
+        self._parameter_sqnorm: dict[str, Tensor] = {}
+        self._closed = False
+
+    @property
+    def stats(self) -> Stats:
+        """The statistics of the last closed block."""
+        if self._stats is None:
+            raise RuntimeError("Meter: nothing was measured yet; run forward and backward inside `with meter.observe():`")
+        return self._stats
+
+    @property
+    def parameter_sqnorm(self) -> dict[str, Tensor]:
+        """Of the last closed block, every trainable parameter's squared gradient norms, ``[B]``, by name."""
+        return self._parameter_sqnorm
+
+    @contextmanager
+    def observe(
+        self,
+        *,
+        tasks: Ids | None = None,
+        prompts: Ids | None = None,
+        rewards: Tensor | Sequence[float] | None = None,
+        loss_scale: float = 1.0,
+    ) -> Iterator[None]:
+        """A context manager around the forward and the backward of one batch.
+
+        Args:
+            tasks: one integer per example, in ``[0, K)``; needed where the Meter has more than one task. On the CPU
+                (checked at once, no waiting for the device) or on the model's device.
+            prompts: one integer per example, equal for the samples of one prompt; each prompt lies in one task.
+            rewards: one number per example, for ``stats.reward``; needs ``prompts``.
+            loss_scale: what the loss was multiplied with (a GradScaler's scale); norms are divided by it.
+
+        Raises:
+            ValueError, TypeError: ids or rewards of a wrong length, dtype, range or device; BatchNorm in training mode.
+            RuntimeError: no forward or backward in the block; a use of a parameter that no rule knows; rows that do not
+                belong to one example each. The model is as before and the next block works.
+        """
+        with self.block(Plan(), tasks=tasks, prompts=prompts, rewards=rewards, loss_scale=loss_scale):
+            yield
+
+    @contextmanager
+    def block(
+        self,
+        plan: Plan,
+        *,
+        tasks: Ids | None = None,
+        prompts: Ids | None = None,
+        rewards: Tensor | Sequence[float] | None = None,
+        loss_scale: float = 1.0,
+        who: str = "Meter",
+        always_verify: bool = False,
+    ) -> Iterator[Observation]:
+        """`observe` with a plan of what else is to happen: what `Reweighted` and `check` are built on."""
+        if self._closed:
+            raise RuntimeError(f"{who}: the meter must be open, got one that was closed; make a new Meter")
+        if not loss_scale > 0:
+            raise ValueError(f"{who}: loss_scale must be positive, got {loss_scale}; pass the GradScaler's scale")
+        parameters = self._trainable()
+        self._refuse_coupled_examples(who)
+        device = parameters[0][1].device
+        batch = self._batch(who, device, tasks, prompts, rewards)
+
+        def start(examples: int) -> None:
+            tasks = self._tasks_of(batch, examples, device)
+            levels = [] if batch.prompts is None else [(batch.prompts, batch.n_prompts)]
+            if self._has_tasks(plan):
+                levels.append((tasks, len(self.task_names)))
+            observation.begin(examples, Groups.of(examples, levels, device), tasks)
+
+        observation = Observation(who, parameters, self.memory, plan, self.backend, start, always_verify)
+        if batch.examples is not None:
+            start(batch.examples)
+        observe_modules(self.model, observation)
+        try:
+            try:
+                yield observation
+            finally:
+                release_modules(self.model, observation)
+            sqnorms = observation.close().detach() / loss_scale**2
+        finally:
+            observation.release()
+        self._parameter_sqnorm = {
+            name: row[: observation.examples] for (name, _), row in zip(parameters, sqnorms, strict=True)
+        }
+        self._stats = self._make_stats(observation, batch, sqnorms, [name for name, _ in parameters])
+
+    def close(self) -> None:
+        """End the measuring. The model is untouched outside observe blocks, so there is nothing to undo on it."""
+        self._closed = True
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError("Meter: the model must have a trainable parameter, got none; unfreeze one")
+        for name, p in trainable:
+            if not p.is_floating_point():
+                raise TypeError(f"Meter: parameters must be real floating point, got {name} of {p.dtype}; freeze it")
+        return trainable
+
+    def _refuse_coupled_examples(self, who: str) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise ValueError(
+                    f"{who}: examples must not influence each other, got {name or 'the model'} ({type(module).__name__}) "
+                    "in training mode; put it in eval mode, or use GroupNorm or LayerNorm"
+                )
+
+    def _batch(
+        self,
+        who: str,
+        device: torch.device,
+        tasks: Ids | None,
+        prompts: Ids | None,
+        rewards: Tensor | Sequence[float] | None,
+    ) -> _Batch:
+        n_tasks = len(self.task_names)
+        if tasks is None and n_tasks > 1:
+            raise ValueError(
+                f"{who}: tasks must be given, one integer per example, since the meter has {n_tasks} tasks, got None; "
+                "pass observe(tasks=...)"
+            )
+        task_ids = None if tasks is None else _checked_ids(who, "tasks", tasks, device)
+        prompt_ids = None if prompts is None else _checked_ids(who, "prompts", prompts, device)
+        given = {"tasks": task_ids, "prompts": prompt_ids}
+        reward_values = None
+        if rewards is not None:
+            reward_values = torch.as_tensor(rewards)
+            given["rewards"] = reward_values
+        lengths = {name: len(ids) for name, ids in given.items() if ids is not None}
+        if len(set(lengths.values())) > 1:
+            got = ", ".join(f"{name} of {length}" for name, length in lengths.items())
+            raise ValueError(f"{who}: tasks, prompts and rewards must have one entry per example, got {got}")
+        examples = next(iter(lengths.values()), None)
+        if examples == 0:
+            raise ValueError(f"{who}: a batch must have at least one example, got none; skip empty batches")
+        if task_ids is not None and task_ids.device.type == "cpu":
+            _check_range(who, task_ids, n_tasks)
+        prompt_index, task_of_prompt, n_prompts = None, None, 0
+        if prompt_ids is not None:
+            prompt_index, task_of_prompt, n_prompts = _prompt_groups(who, prompt_ids, task_ids, n_tasks)
+        reward = None
+        if reward_values is not None:
+            if prompt_ids is None:
+                raise ValueError(
+                    f"{who}: rewards need prompts, one integer per example, got None; pass observe(prompts=...)"
+                )
+            on_host = [None if ids is None else ids.cpu() for ids in (prompt_ids, task_ids)]
+            reward = reward_stats(reward_values.cpu(), on_host[0], on_host[1], n_tasks=n_tasks)
+        tasks_there = None if task_ids is None else task_ids.to(device)
+        there = [None if ids is None else ids.to(device) for ids in (prompt_index, task_of_prompt)]
+        return _Batch(examples, tasks_there, there[0], there[1], n_prompts, reward)
+
+    def _has_tasks(self, plan: Plan) -> bool:
+        return len(self.task_names) > 1 or not plan.keep or plan.by_task
+
+    def _tasks_of(self, batch: _Batch, examples: int, device: torch.device) -> Tensor:
+        return batch.tasks if batch.tasks is not None else torch.zeros(examples, dtype=torch.int64, device=device)
+
+    def _make_stats(self, observation: Observation, batch: _Batch, sqnorms: Tensor, names: Sequence[str]) -> Stats:
+        assert observation.examples is not None
+        common = dict(  # noqa: C408  keyword arguments, named as they are passed
+            tasks=self._tasks_of(batch, observation.examples, sqnorms.device),
+            prompts=batch.prompts,
+            task_of_prompt=self._task_of_prompt(batch),
+            n_prompts=batch.n_prompts,
+            task_names=self.task_names,
+            has_tasks=self._has_tasks(observation.plan),
+        )
+        layers: dict[str, Stats] = {}
+        if self.per_layer:
+            modules: dict[str, list[int]] = {}
+            for index, name in enumerate(names):
+                modules.setdefault(name.rpartition(".")[0], []).append(index)
+            layers = {module: Stats.of(sqnorms[rows].sum(0), **common) for module, rows in modules.items()}  # type: ignore[arg-type]
+        return Stats.of(sqnorms.sum(0), layers=layers, reward=batch.reward, **common)  # type: ignore[arg-type]
+
+    def _task_of_prompt(self, batch: _Batch) -> Tensor | None:
+        if batch.prompts is None or batch.task_of_prompt is not None:
+            return batch.task_of_prompt
+        return torch.zeros(batch.n_prompts, dtype=torch.int64, device=batch.prompts.device)
+
+
+def _checked_ids(who: str, name: str, ids: Ids, device: torch.device) -> Tensor:
+    tensor = torch.as_tensor(ids)
+    if tensor.dim() != 1:
+        raise ValueError(f"{who}: {name} must be one integer per example, got shape {list(tensor.shape)}; flatten it")
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+        raise TypeError(f"{who}: {name} must be integers, got {tensor.dtype}; pass int64 ids")
+    if tensor.device.type != "cpu" and tensor.device != device:
+        raise ValueError(
+            f"{who}: {name} must be on the CPU or on the model's device {device}, got {tensor.device}; move them"
+        )
+    return tensor.long()
+
+
+def _check_range(who: str, tasks: Tensor, n_tasks: int) -> None:
+    low, high = int(tasks.min()), int(tasks.max())
+    if low < 0 or high >= n_tasks:
+        raise ValueError(
+            f"{who}: tasks must lie in [0, {n_tasks}), got {low} to {high}; give the meter all tasks, as tasks=..."
+        )
+
+
+def _prompt_groups(
+    who: str, prompts: Tensor, tasks: Tensor | None, n_tasks: int
+) -> tuple[Tensor, Tensor | None, int]:
+    """Each example's index among the distinct prompts, and each prompt's task."""
+    distinct, index = torch.unique(prompts.cpu(), return_inverse=True)
+    if tasks is None:
+        return index, None, len(distinct)
+    on_host = tasks.cpu()
+    task_of_prompt = torch.zeros(len(distinct), dtype=torch.int64).scatter_(0, index, on_host)
+    if not torch.equal(task_of_prompt[index], on_host):
+        prompt = int(distinct[index[(task_of_prompt[index] != on_host).nonzero()[0, 0]]])
+        members = sorted(set(on_host[prompts.cpu() == prompt].tolist()))
+        raise ValueError(
+            f"{who}: a prompt must lie in one task, got prompt {prompt} in tasks {members}; give each task's prompts ids "
+            "of their own"
+        )
+    return index, task_of_prompt, len(distinct)

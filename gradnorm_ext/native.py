@@ -1,0 +1,272 @@
+"""Every operation in C++ (csrc/), and the method outer products take; `gradnorm_ext.ops` says what each one means."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import gradnorm_ext._C as _C  # importing it registers the kernels; where it is absent the error names it
+from gradnorm_ext.segments import Segments
+
+DEVICES = ("cpu",)
+
+_SCHEMAS = """
+outer_sqnorm(Tensor x, Tensor g, Tensor offsets, Tensor(a!) sqnorm) -> ()
+outer_wgrad(Tensor x, Tensor g, Tensor offsets, Tensor walk, Tensor columns, Tensor? outputs, Tensor? weight,
+    Tensor(a!)? dw, Tensor(b!) sqnorm, bool segment_norms) -> ()
+lookup_wgrad(Tensor ids, Tensor g, Tensor offsets, Tensor walk, Tensor columns, Tensor? outputs, Tensor? weight,
+    int padding_idx, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
+product_sums(Tensor x, Tensor g, Tensor? shift, Tensor? scale, Tensor offsets, Tensor(a!) out) -> ()
+sum_sums(Tensor g, Tensor offsets, Tensor(a!) out) -> ()
+segment_std(Tensor values, Tensor ids, int ddof, Tensor(a!) mean, Tensor(b!) std, Tensor(c!) count, Tensor(d!) low,
+    Tensor(e!) high) -> ()
+"""
+_library = torch.library.Library("gradnorm", "DEF")
+for _schema in _SCHEMAS.replace("\n    ", " ").strip().splitlines():
+    _library.define(_schema)
+    # Nothing to describe: operations write into tensors their caller made.
+    torch.library.register_fake("gradnorm::" + _schema.partition("(")[0], lambda *_: None, lib=_library)
+
+_kernels = torch.ops.gradnorm
+
+
+def build_info() -> list[str]:
+    """What the compiled part was built with, a line each."""
+    cuda = f"{_C.cuda_compiler} for {_C.cuda_architectures}" if _C.with_cuda else "none"
+    return [f"compiler: {_C.compiler}", f"cuda: {cuda}", f"built against torch {_C.torch_version}"]
+
+
+def outer_method(rows_per_segment: float, d: int, p: int, with_dw: bool) -> str:
+    """The cheaper way to the norms of segments of one layer with a ``[d, p]`` weight: "gram" or "direct".
+
+    Counted per row, in multiply-adds of a large matrix product:
+
+        gram      (1.5 rows_per_segment + 75) (p + d) / 2
+        direct    (10 / rows_per_segment + 0.06) p d        beside dW, which is formed anyway
+                  (10 / rows_per_segment + 1.06) p d        without dW
+
+    A small matrix product is slower (1.5) and has to be set up (75); a pass over a segment's tile in cache costs as
+    much as 10 multiply-adds an entry; multiplying tile by tile loses 6 %. Fitted on 2026-11-21 to segments of 1 to 256
+    rows, 1024 rows in all, at 256², 768 x 256, 1024² and 4096 x 256: one thread of a Xeon (AVX-512), torch 2.13, MKL.
+
+    Args:
+        rows_per_segment: rows of a segment, or Σ rows² / Σ rows over segments that differ.
+        d, p: the weight's shape, ``[out, in]``.
+        with_dw: whether the weight gradient is wanted beside the norms.
+
+    Example:
+        >>> outer_method(8, 1024, 1024, True), outer_method(512, 1024, 1024, True)
+        ('gram', 'direct')
+    """
+    gram = (1.5 * rows_per_segment + 75) * (p + d) / 2
+    direct = (10 / max(rows_per_segment, 1) + (0.06 if with_dw else 1.06)) * p * d
+    return "gram" if gram < direct else "direct"
+
+
+def outer_sqnorm(x: Tensor, g: Tensor, segments: Segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.outer_sqnorm`."""
+    return _outer(_rows(x), _rows(g), segments, None, None, 0)[1]
+
+
+def outer_wgrad(
+    x: Tensor,
+    g: Tensor,
+    segments: Segments,
+    *,
+    weight: Tensor | None = None,
+    outputs: Tensor | None = None,
+    n_outputs: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`gradnorm_ext.ops.outer_wgrad`; ``outputs [S]``: which of ``n_outputs`` gradients a segment joins."""
+    dw, sqnorm = _outer(_rows(x), _rows(g), segments, weight, outputs, n_outputs)
+    return dw if outputs is not None else dw[0], sqnorm
+
+
+def lookup_sqnorm(
+    ids: Tensor, g: Tensor, vocabulary: int, segments: Segments, *, padding_idx: int | None = None
+) -> Tensor:
+    """See :func:`gradnorm_ext.ops.lookup_sqnorm`."""
+    return _lookup(ids, _rows(g), segments, padding_idx, None, None, None)
+
+
+def lookup_wgrad(
+    ids: Tensor,
+    g: Tensor,
+    vocabulary: int,
+    segments: Segments,
+    *,
+    padding_idx: int | None = None,
+    weight: Tensor | None = None,
+    outputs: Tensor | None = None,
+    n_outputs: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`gradnorm_ext.ops.lookup_wgrad`; ``outputs`` as of :func:`outer_wgrad`."""
+    g = _rows(g)
+    dw = g.new_zeros(n_outputs if outputs is not None else 1, vocabulary, g.shape[1])
+    sqnorm = _lookup(ids, g, segments, padding_idx, weight, outputs, dw)
+    return dw if outputs is not None else dw[0], sqnorm
+
+
+def product_sums(
+    x: Tensor, g: Tensor, segments: Segments, *, shift: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """See :func:`gradnorm_ext.ops.product_sums`."""
+    x, g = _rows(x), _rows(g)
+    out = g.new_empty(segments.count, g.shape[1])
+    _kernels.product_sums(x, g, _vector(shift, x.dtype), _vector(scale, x.dtype), segments.offsets, out)
+    return out
+
+
+def sum_sums(g: Tensor, segments: Segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.sum_sums`."""
+    g = _rows(g)
+    out = g.new_empty(segments.count, g.shape[1])
+    _kernels.sum_sums(g, segments.offsets, out)
+    return out
+
+
+def segment_std(values: Tensor, ids: Tensor, count: int, *, ddof: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`gradnorm_ext.ops.segment_std`."""
+    mean, std, low, high = values.new_empty(4, count)
+    number = ids.new_empty(count)
+    _kernels.segment_std(values.contiguous(), ids.contiguous(), ddof, mean, std, number, low, high)
+    return mean, std, number, low, high
+
+
+def _rows(rows: Tensor) -> Tensor:
+    """As the kernels take them: float32 or float64, one row after the other, its entries side by side."""
+    if rows.dtype != torch.float64:
+        rows = rows.float()
+    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def _vector(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if vector is None else vector.to(dtype).contiguous()
+
+
+def _lookup(
+    ids: Tensor,
+    g: Tensor,
+    segments: Segments,
+    padding_idx: int | None,
+    weight: Tensor | None,
+    outputs: Tensor | None,
+    dw: Tensor | None,
+) -> Tensor:
+    groups = segments.groups
+    sqnorm = g.new_zeros(segments.columns)
+    padding_idx = -1 if padding_idx is None else padding_idx
+    weight = _vector(weight, g.dtype)
+    offsets, walk, columns = segments.offsets, groups.walk, groups.columns
+    _kernels.lookup_wgrad(ids.contiguous(), g, offsets, walk, columns, outputs, weight, padding_idx, dw, sqnorm)
+    return sqnorm
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A partition of the rows, its members one after the other: the segments, or a level's groups in walk order."""
+
+    offsets: Tensor
+    columns: Tensor  # where in a sqnorm vector its members' entries are
+    rows_per_segment: float  # Σ rows² / Σ rows: the gram method pays by the pair
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Segments in walk order: every group's rows lie side by side once the rows are taken in the order ``rows``."""
+
+    parts: list[_Part]  # the segments, in their own order, and every level, in walk order
+    rows: Tensor | None  # [R], None where the rows are in walk order already
+    order: Tensor  # [S]
+    offsets: Tensor  # of the segments in walk order
+    columns: Tensor  # [L, S]
+
+    @staticmethod
+    def of(segments: Segments) -> _Walk:
+        order, columns = segments.groups.walk, segments.groups.columns
+        own = torch.arange(segments.count)
+        lengths = segments.offsets.diff()
+        walked = lengths[order]
+        offsets = _offsets(walked)
+        rows = None
+        if not torch.equal(order, own):
+            moved = segments.offsets[:-1][order] - offsets[:-1]
+            rows = torch.arange(int(offsets[-1])) + torch.repeat_interleave(moved, walked)
+        parts = [_Part(segments.offsets, own, _rows_per_segment(lengths))]
+        columns = columns[:, order].contiguous()
+        for level in columns:
+            members, member = torch.unique_consecutive(level, return_inverse=True)
+            sizes = lengths.new_zeros(len(members)).index_add_(0, member, walked)
+            parts.append(_Part(_offsets(sizes), members, _rows_per_segment(sizes)))
+        return _Walk(parts, rows, order, offsets, columns)
+
+
+# All layers of an observe block share their segments, and what is worked out here with them.
+_walks: weakref.WeakKeyDictionary[Segments, _Walk] = weakref.WeakKeyDictionary()
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _rows_per_segment(lengths: Tensor) -> float:
+    return float(lengths.square().sum()) / max(1, int(lengths.sum()))
+
+
+def _outer(
+    x: Tensor, g: Tensor, segments: Segments, weight: Tensor | None, outputs: Tensor | None, n_outputs: int
+) -> tuple[Tensor, Tensor]:
+    """``dw [n_outputs, d, p]`` and ``sqnorm``; from the finest on, levels of short groups go by the gram method."""
+    d, p, groups = g.shape[1], x.shape[1], segments.groups
+    sqnorm = x.new_zeros(segments.columns)
+    if len(x) == 0 or p == 0 or d == 0:
+        return x.new_zeros(n_outputs, d, p), sqnorm
+    # Where some output gets no rows, zeros are its gradient; elsewhere the kernel overwrites what is there.
+    dw = x.new_zeros(n_outputs, d, p) if outputs is not None else x.new_empty(n_outputs, d, p)
+    into = dw if n_outputs else None
+    weight = _vector(weight, x.dtype)
+    walk = _walks.get(segments)
+    if walk is None:
+        walk = _walks[segments] = _Walk.of(segments)
+
+    # Segments of one group are multiplied as one, unless their weights differ: then dW is formed apart.
+    changes = -1 if weight is None else int(weight[walk.order].diff().count_nonzero())
+    n_gram = 0
+    for part in walk.parts:
+        with_dw = n_outputs > 0 and (n_gram == 0 or changes < len(part.columns))
+        if outer_method(part.rows_per_segment, d, p, with_dw) == "direct":
+            break
+        n_gram += 1
+    if n_gram == 0:
+        _kernels.outer_wgrad(x, g, segments.offsets, groups.walk, groups.columns, outputs, weight, into, sqnorm, True)
+        return dw, sqnorm
+
+    _kernels.outer_sqnorm(x, g, segments.offsets, sqnorm[: segments.count])
+    weight = None if weight is None else weight[walk.order]
+    if outputs is not None:
+        outputs = outputs[walk.order]
+    if walk.rows is not None:
+        x, g = x.index_select(0, walk.rows), g.index_select(0, walk.rows)
+    for part in walk.parts[1:n_gram]:
+        norms = x.new_empty(len(part.columns))
+        _kernels.outer_sqnorm(x, g, part.offsets, norms)
+        sqnorm[part.columns] = norms
+
+    order, columns = torch.arange(segments.count), walk.columns[n_gram - 1 :]
+    if len(columns) and changes < len(walk.parts[n_gram].columns):
+        _kernels.outer_wgrad(x, g, walk.offsets, order, columns, outputs, weight, into, sqnorm, False)
+        return dw, sqnorm
+    if len(columns):
+        _kernels.outer_wgrad(x, g, walk.offsets, order, columns, None, None, None, sqnorm, False)
+    if into is not None:
+        if weight is not None:
+            g = g * torch.repeat_interleave(weight, walk.offsets.diff())[:, None]
+        if outputs is None:
+            torch.mm(g.t(), x, out=dw[0])
+        else:
+            nothing = sqnorm.new_empty(segments.columns)
+            _kernels.outer_wgrad(x, g, walk.offsets, order, columns[:0], outputs, None, dw, nothing, False)
+    return dw, sqnorm

@@ -1,0 +1,364 @@
+"""The operations: what each one means, and the checks on what it is given. Backends carry them out.
+
+Layers reduce to four forms. ``r`` runs over rows, ``s`` over segments, ``x`` is a layer's input, ``g`` the gradient of
+the loss at its output. Every ``*_sqnorm`` returns one vector: the squared norm of each segment's gradient, then of each
+group's, level after level (:class:`~gradnorm_ext.segments.Segments`); every ``*_wgrad`` returns the weight gradient and
+that vector from one pass over the rows. Sums are formed in float32, or in float64 for float64 input.
+
+Every operation takes ``backend``: "auto" (the default: the fastest that is there), "native" or "reference".
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradnorm_ext import backends
+from gradnorm_ext.reference import sqnorm_of_sums
+from gradnorm_ext.segments import Segments
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def outer_sqnorm(x: Tensor, g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
+    """Squared norm of each segment's summed outer product.
+
+        out[s] = ‖ Σ_{r in s} g[r] x[r]ᵀ ‖²  =  Σ_{q, r in s} (x[q]·x[r]) (g[q]·g[r])
+
+    The sum is the gradient of a linear layer's weight over the rows of ``s``: one segment per example gives
+    per-example norms, one group per task per-task norms.
+
+    Args:
+        x: the layer's input, ``[rows, in]``; float64, float32, float16 or bfloat16.
+        g: the gradient of the loss at the layer's output, ``[rows, out]``, same dtype.
+        segments: which rows are summed together.
+
+    Returns:
+        ``[segments + groups]``, float32 (float64 for float64 input), in the loss's units squared.
+
+    Raises:
+        ValueError: shapes that do not fit each other or the segments.
+        TypeError: a dtype other than the four.
+
+    Example:
+        >>> x, g = torch.tensor([[1., 2.], [3., 0.]]), torch.tensor([[1.], [2.]])
+        >>> outer_sqnorm(x, g, Segments.equal(2, 1))
+        tensor([ 5., 36.])
+    """
+    _check_rows("outer_sqnorm", segments, x=x, g=g)
+    return backends.find("outer_sqnorm", x.device.type, backends.choose(backend))(x, g, segments)  # type: ignore[no-any-return]
+
+
+def outer_wgrad(
+    x: Tensor,
+    g: Tensor,
+    segments: Segments,
+    *,
+    weight: Tensor | None = None,
+    by_group: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A linear layer's weight gradient and its segments' squared norms, from one pass over the rows.
+
+        dw = Σ_s weight[s] Σ_{r in s} g[r] x[r]ᵀ        sqnorm as of :func:`outer_sqnorm`, not weighted
+
+    Args:
+        x, g, segments: as of :func:`outer_sqnorm`.
+        weight: ``[segments]``, or None for ones.
+        by_group: one gradient for every group of the coarsest level instead of their sum.
+
+    Returns:
+        ``dw [out, in]``, or ``[groups, out, in]`` with ``by_group``; and ``sqnorm``. float32 (float64 for float64).
+
+    Example:
+        >>> x, g = torch.tensor([[1., 2.], [3., 0.]]), torch.tensor([[1.], [2.]])
+        >>> outer_wgrad(x, g, Segments.equal(2, 1), weight=torch.tensor([1., 0.]))
+        (tensor([[1., 2.]]), tensor([ 5., 36.]))
+    """
+    _check_rows("outer_wgrad", segments, x=x, g=g)
+    outputs, n_outputs = _outputs("outer_wgrad", segments, weight, by_group)
+    run = backends.find("outer_wgrad", x.device.type, backends.choose(backend))
+    return run(x, g, segments, weight=weight, outputs=outputs, n_outputs=n_outputs)  # type: ignore[no-any-return]
+
+
+def lookup_sqnorm(
+    ids: Tensor,
+    g: Tensor,
+    vocabulary: int,
+    segments: Segments,
+    *,
+    padding_idx: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Squared norm of each segment's gradient of an embedding table.
+
+        out[s] = Σ_v ‖ Σ_{r in s, ids[r] = v} g[r] ‖²        without v = padding_idx
+
+    Args:
+        ids: ``[rows]`` int64, in ``[0, vocabulary)``.
+        g: the gradient of the loss at the embedding's output, ``[rows, width]``.
+        vocabulary: how many rows the table has.
+        segments: which rows are summed together.
+        padding_idx: the row of the table that gets no gradient.
+
+    Returns:
+        ``[segments + groups]``, as of :func:`outer_sqnorm`.
+
+    Example:
+        >>> lookup_sqnorm(torch.tensor([5, 5, 1]), torch.ones(3, 1), 8, Segments.equal(1, 3))
+        tensor([5.])
+    """
+    _check_lookup("lookup_sqnorm", ids, g, vocabulary, segments)
+    run = backends.find("lookup_sqnorm", g.device.type, backends.choose(backend))
+    return run(ids, g, vocabulary, segments, padding_idx=padding_idx)  # type: ignore[no-any-return]
+
+
+def lookup_wgrad(
+    ids: Tensor,
+    g: Tensor,
+    vocabulary: int,
+    segments: Segments,
+    *,
+    padding_idx: int | None = None,
+    weight: Tensor | None = None,
+    by_group: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """An embedding table's gradient and its segments' squared norms.
+
+        dw[v] = Σ_s weight[s] Σ_{r in s, ids[r] = v} g[r]        sqnorm as of :func:`lookup_sqnorm`, not weighted
+
+    Args and returns: as of :func:`lookup_sqnorm` and :func:`outer_wgrad`; ``dw [vocabulary, width]``.
+
+    Example:
+        >>> lookup_wgrad(torch.tensor([1, 1, 0]), torch.ones(3, 1), 2, Segments.equal(3, 1))
+        (tensor([[1.],
+                [2.]]), tensor([1., 1., 1.]))
+    """
+    _check_lookup("lookup_wgrad", ids, g, vocabulary, segments)
+    outputs, n_outputs = _outputs("lookup_wgrad", segments, weight, by_group)
+    run = backends.find("lookup_wgrad", g.device.type, backends.choose(backend))
+    return run(  # type: ignore[no-any-return]
+        ids, g, vocabulary, segments, padding_idx=padding_idx, weight=weight, outputs=outputs, n_outputs=n_outputs
+    )
+
+
+def product_sums(
+    x: Tensor,
+    g: Tensor,
+    segments: Segments,
+    *,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Each segment's gradient of a layer's scale.
+
+        out[s] = Σ_{r in s} g[r] ⊙ (x[r] - shift[r]) scale[r]
+
+    With a LayerNorm's mean and reciprocal deviation as ``shift`` and ``scale`` the normalised input need not be formed.
+
+    Args:
+        x, g: ``[rows, width]``, of one dtype.
+        segments: which rows are summed together.
+        shift, scale: ``[rows]``, or None for 0 and 1.
+
+    Returns:
+        ``[segments, width]``, float32 (float64 for float64 input).
+
+    Example:
+        >>> product_sums(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(1, 2))
+        tensor([[5.]])
+    """
+    _check_rows("product_sums", segments, x=x, g=g)
+    run = backends.find("product_sums", x.device.type, backends.choose(backend))
+    return run(x, g, segments, shift=shift, scale=scale)  # type: ignore[no-any-return]
+
+
+def product_sqnorm(
+    x: Tensor,
+    g: Tensor,
+    segments: Segments,
+    *,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Squared norm of each segment's gradient of a layer's scale: ``out[s] = ‖product_sums[s]‖²``, groups likewise.
+
+    Example:
+        >>> product_sqnorm(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(1, 2))
+        tensor([25.])
+    """
+    return sqnorm_of_sums(product_sums(x, g, segments, shift=shift, scale=scale, backend=backend), segments)
+
+
+def product_wgrad(
+    x: Tensor,
+    g: Tensor,
+    segments: Segments,
+    *,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    by_group: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A scale's gradient ``dw = Σ_s weight[s] product_sums[s]`` and its segments' squared norms (not weighted).
+
+    Example:
+        >>> product_wgrad(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(2, 1))
+        (tensor([5.]), tensor([4., 9.]))
+    """
+    sums = product_sums(x, g, segments, shift=shift, scale=scale, backend=backend)
+    return sums_wgrad(sums, segments, weight=weight, by_group=by_group), sqnorm_of_sums(sums, segments)
+
+
+def sum_sums(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
+    """Each segment's gradient of a bias: ``out[s] = Σ_{r in s} g[r]``, ``[segments, width]``.
+
+    Example:
+        >>> sum_sums(torch.tensor([[2.], [3.]]), Segments.equal(1, 2))
+        tensor([[5.]])
+    """
+    _check_rows("sum_sums", segments, g=g)
+    return backends.find("sum_sums", g.device.type, backends.choose(backend))(g, segments)  # type: ignore[no-any-return]
+
+
+def sum_sqnorm(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
+    """Squared norm of each segment's gradient of a bias: ``out[s] = ‖sum_sums[s]‖²``, groups likewise.
+
+    Example:
+        >>> sum_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(1, 2))
+        tensor([25.])
+    """
+    return sqnorm_of_sums(sum_sums(g, segments, backend=backend), segments)
+
+
+def sum_wgrad(
+    g: Tensor,
+    segments: Segments,
+    *,
+    weight: Tensor | None = None,
+    by_group: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A bias's gradient ``dw = Σ_s weight[s] sum_sums[s]`` and its segments' squared norms (not weighted).
+
+    Example:
+        >>> sum_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
+        (tensor([8.]), tensor([4., 9.]))
+    """
+    sums = sum_sums(g, segments, backend=backend)
+    return sums_wgrad(sums, segments, weight=weight, by_group=by_group), sqnorm_of_sums(sums, segments)
+
+
+def sums_wgrad(
+    sums: Tensor, segments: Segments, *, weight: Tensor | None = None, by_group: bool = False
+) -> Tensor:
+    """The (weighted) total of gradients given per segment, ``sums [S, n]``: ``[n]``, or ``[groups, n]``.
+
+    Example:
+        >>> sums_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
+        tensor([8.])
+    """
+    outputs, n_outputs = _outputs("sums_wgrad", segments, weight, by_group)
+    if outputs is not None:
+        return sums.new_zeros(n_outputs, sums.shape[1]).index_add_(0, outputs, sums)
+    return sums.sum(0) if weight is None else weight.to(sums.dtype) @ sums
+
+
+class SegmentStd(NamedTuple):
+    """What :func:`segment_std` returns, one entry per segment."""
+
+    mean: Tensor
+    std: Tensor
+    count: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def segment_std(
+    values: Tensor, ids: Tensor, count: int, *, ddof: int = 1, backend: str = "auto"
+) -> SegmentStd:
+    """Mean, standard deviation, count, minimum and maximum of each segment's values.
+
+        std[s] = sqrt( Σ_{i in s} (values[i] - mean[s])² / (n[s] - ddof) )        formed in float64
+
+    Args:
+        values: ``[n]``, float32 or float64. A NaN makes its segment's mean, std, low and high NaN.
+        ids: ``[n]`` int64 in ``[0, count)``, in any order: the segment of each value.
+        count: how many segments there are.
+        ddof: 1 for the sample's deviation, 0 for the population's; std is NaN where n <= ddof.
+
+    Returns:
+        :class:`SegmentStd`; low and high are +inf and -inf for an empty segment.
+
+    Example:
+        >>> segment_std(torch.tensor([1., 3., 5.]), torch.tensor([0, 0, 1]), 2).std
+        tensor([1.4142,    nan])
+    """
+    if values.dim() != 1 or ids.shape != values.shape:
+        raise ValueError(
+            f"segment_std: values and ids must be one-dimensional and equally long, got {list(values.shape)} and "
+            f"{list(ids.shape)}; pass one id per value"
+        )
+    if values.dtype not in (torch.float32, torch.float64) or ids.dtype != torch.int64:
+        raise TypeError(
+            f"segment_std: values must be float32 or float64 and ids int64, got {values.dtype} and {ids.dtype}; cast them"
+        )
+    if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+        raise ValueError(
+            f"segment_std: ids must lie in [0, {count}), got {int(ids.min())} to {int(ids.max())}; pass a larger count"
+        )
+    run = backends.find("segment_std", values.device.type, backends.choose(backend))
+    return SegmentStd(*run(values, ids, count, ddof=ddof))
+
+
+def _check_rows(who: str, segments: Segments, **rows: Tensor) -> None:
+    names, tensors = " and ".join(rows), list(rows.values())
+    if any(t.dim() != 2 or len(t) != len(tensors[0]) for t in tensors):
+        got = " and ".join(str(list(t.shape)) for t in tensors)
+        raise ValueError(f"{who}: {names} must be [rows, width] with equally many rows, got {got}; flatten them to rows")
+    if any(t.dtype not in FLOATS or t.dtype != tensors[0].dtype for t in tensors):
+        got = " and ".join(str(t.dtype) for t in tensors)
+        raise TypeError(f"{who}: {names} must have one dtype of {', '.join(map(str, FLOATS))}, got {got}; cast them")
+    _check_row_count(who, len(tensors[0]), segments)
+
+
+def _check_lookup(who: str, ids: Tensor, g: Tensor, vocabulary: int, segments: Segments) -> None:
+    if ids.dim() != 1 or g.dim() != 2 or len(ids) != len(g):
+        raise ValueError(
+            f"{who}: ids must be [rows] and g [rows, width], got {list(ids.shape)} and {list(g.shape)}; flatten them"
+        )
+    if ids.dtype != torch.int64 or g.dtype not in FLOATS:
+        raise TypeError(f"{who}: ids must be int64 and g floating, got {ids.dtype} and {g.dtype}; cast them")
+    if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise ValueError(f"{who}: ids must lie in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}")
+    _check_row_count(who, len(ids), segments)
+
+
+def _check_row_count(who: str, rows: int, segments: Segments) -> None:
+    if segments.length is not None:
+        expected = segments.length * segments.count
+    elif segments.offsets.device.type == "cpu":
+        expected = int(segments.offsets[-1])
+    else:
+        return  # looking would wait for the device
+    if rows != expected:
+        raise ValueError(
+            f"{who}: the rows must be those of the segments, got {rows} rows and segments of {expected}; "
+            "make the segments from the same rows"
+        )
+
+
+def _outputs(who: str, segments: Segments, weight: Tensor | None, by_group: bool) -> tuple[Tensor | None, int]:
+    if weight is not None and weight.shape != (segments.count,):
+        raise ValueError(f"{who}: weight must be [{segments.count}], one per segment, got {list(weight.shape)}")
+    if not by_group:
+        return None, 1
+    if weight is not None or not segments.groups.levels:
+        raise ValueError(f"{who}: by_group needs segments with groups and no weight; weigh the groups' gradients instead")
+    return segments.groups.levels[-1], segments.groups.counts[-1]

@@ -1,0 +1,294 @@
+"""Reweighting: an optimizer around an optimizer, whose gradients are a policy's mixture of the examples' or tasks'."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradnorm_ext.layers import Plan
+from gradnorm_ext.meter import Ids, Meter
+from gradnorm_ext.policies import Policy, weighs_of
+from gradnorm_ext.stats import Stats
+
+
+@dataclasses.dataclass
+class _Running:
+    """Means over steps with exponential decay, one per task, of a figure that a step may lack for some tasks."""
+
+    total: Tensor
+    mass: Tensor
+
+    @staticmethod
+    def of(tasks: int) -> _Running:
+        return _Running(torch.zeros(tasks, dtype=torch.float64), torch.zeros(tasks, dtype=torch.float64))
+
+    def update(self, value: Tensor, decay: float) -> None:
+        value = value.detach().double()
+        present = ~torch.isnan(value)
+        if self.total.device != value.device:
+            self.total, self.mass = self.total.to(value.device), self.mass.to(value.device)
+        decayed = decay * self.total + (1 - decay) * value.nan_to_num()
+        self.total = torch.where(present, decayed, self.total)
+        self.mass = torch.where(present, decay * self.mass + (1 - decay), self.mass)
+
+    @property
+    def mean(self) -> Tensor:
+        """NaN for a task that was never there."""
+        return self.total / self.mass
+
+
+class Reweighted(torch.optim.Optimizer):
+    """An optimizer that steps along reweighted gradients:  ``.grad = Σ_k w_k g_k`` (tasks) or ``Σ_b w_b g_b`` (examples).
+
+    ``.grad`` is complete when an observe block closes, so clipping, gradient accumulation and hooks see it as usual;
+    ``param_groups``, ``state`` and hooks are the wrapped optimizer's own. A step whose norms or rewards are not finite
+    is skipped and counted in ``skipped_steps``; the optimizer's state stays as it was.
+
+    Args:
+        optimizer: the optimizer that steps; of the model's parameters.
+        model_or_meter: the model, or a Meter of it.
+        policy: ``policy(stats) -> weights``, ``[K]`` or, where its attribute ``weighs`` is "examples", ``[B]``.
+            A plain function weighs tasks.
+        apply: whose statistics the weights come from. "same_step" (default): of this very batch; what the layers'
+            backward needs (or K task gradients within ``gradient_budget``) is kept until the block closes, which gives up
+            what activation checkpointing saves. "next_step": running means over earlier steps, per task, at no extra
+            cost; the first step's weights are 1.
+        decay: "next_step": how much of the running mean a step keeps.
+        gradient_budget: "same_step" with weights per task: bytes that may hold separate task gradients; layers beyond
+            it keep their rows instead.
+        unobserved: what ``step()`` does where nothing was observed since the last: "error", or the "plain" step.
+        meter_options: of :class:`Meter`, where a model is given (``tasks=["math", "code"]``).
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> optimizer = Reweighted(torch.optim.SGD(model.parameters(), 0.1), model, lambda stats: 1 / stats.task_norm,
+        ...                        tasks=2)
+        >>> with optimizer.observe(tasks=[0, 1]):
+        ...     model(torch.tensor([[3., 0.], [0., 5.]])).sum().backward()
+        >>> model.weight.grad
+        tensor([[1., 1.]])
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model_or_meter: nn.Module | Meter,
+        policy: Policy,
+        *,
+        apply: Literal["same_step", "next_step"] = "same_step",
+        decay: float = 0.9,
+        gradient_budget: int = 1 << 28,
+        unobserved: Literal["error", "plain"] = "error",
+        **meter_options: Any,
+    ) -> None:
+        # Not Optimizer.__init__: it would make param_groups and state of our own beside the wrapped optimizer's.
+        if apply not in ("same_step", "next_step"):
+            raise ValueError(f'Reweighted: apply must be "same_step" or "next_step", got {apply!r}')
+        if unobserved not in ("error", "plain"):
+            raise ValueError(f'Reweighted: unobserved must be "error" or "plain", got {unobserved!r}')
+        if not 0 <= decay < 1:
+            raise ValueError(f"Reweighted: decay must lie in [0, 1), got {decay}; 0 keeps the last step only")
+        if apply == "next_step" and weighs_of(policy) != "tasks":
+            raise ValueError(
+                'Reweighted: apply="next_step" needs a policy that weighs tasks, since the next batch has other examples, '
+                f'got {policy!r}; use apply="same_step"'
+            )
+        if isinstance(model_or_meter, Meter):
+            if meter_options:
+                raise TypeError(f"Reweighted: meter options go to the Meter that was given, got {sorted(meter_options)}")
+            self.meter = model_or_meter
+        else:
+            self.meter = Meter(model_or_meter, **meter_options)
+        self.optimizer, self.policy, self.apply, self.decay = optimizer, policy, apply, decay
+        self.gradient_budget, self.unobserved = gradient_budget, unobserved
+        self.skipped_steps = 0
+        self.weights: Tensor | None = None
+        self._running = {name: _Running.of(len(self.meter.task_names)) for name in ("sqnorm", "sqnorm_unbiased")}
+        self._observed: list[Tensor] = []  # of each block since the last step: whether it was finite
+        self._share_hooks()
+
+    @contextmanager
+    def observe(
+        self,
+        *,
+        tasks: Ids | None = None,
+        prompts: Ids | None = None,
+        rewards: Tensor | Sequence[float] | None = None,
+        loss_scale: float = 1.0,
+    ) -> Iterator[None]:
+        """As :meth:`Meter.observe`; when it closes, ``.grad`` holds the reweighted gradient."""
+        same_step = self.apply == "same_step"
+        if same_step:
+            self._refuse_early_gradients()
+        plan = (
+            Plan(keep=True, by_task=weighs_of(self.policy) == "tasks", budget=self.gradient_budget)
+            if same_step
+            else Plan(task_weights=self._next_weights())
+        )
+        given = {"tasks": tasks, "prompts": prompts, "rewards": rewards, "loss_scale": loss_scale}
+        with self.meter.block(plan, who="Reweighted", **given) as observation:  # type: ignore[arg-type]
+            yield
+        stats = self.stats
+        if same_step:
+            weights = self._weights(stats)
+            weights = torch.where(stats.finite, weights, torch.ones_like(weights))  # such a step is skipped anyway
+            by_task = weights if plan.by_task else None
+            observation.accumulate_weighted(weights if by_task is None else by_task[stats.tasks], by_task)
+            self.weights = weights
+        else:
+            self.weights = plan.task_weights
+            self._remember(stats)
+        self._observed.append(stats.finite)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """The wrapped optimizer's step along what the observe blocks since the last one left in ``.grad``.
+
+        Args:
+            closure: runs an observed forward and backward and returns the loss; called once.
+
+        Raises:
+            RuntimeError: nothing was observed since the last step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._observed and self.unobserved == "error":
+            raise RuntimeError(
+                "Reweighted: step needs an observe block since the last step, got none, so nothing was measured; wrap "
+                'forward and backward in `with optimizer.observe(...)`, or pass unobserved="plain"'
+            )
+        finite = all(bool(block) for block in self._observed)
+        self._observed.clear()
+        if finite:
+            self.optimizer.step()
+        else:
+            self.skipped_steps += 1
+        return loss
+
+    @property
+    def stats(self) -> Stats:
+        """The statistics of the last closed block."""
+        return self.meter.stats
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._observed.clear()
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's, and under "gradnorm" the running means and the count of skipped steps."""
+        running = {name: {"total": one.total, "mass": one.mass} for name, one in self._running.items()}
+        return {**self.optimizer.state_dict(), "gradnorm": {"running": running, "skipped_steps": self.skipped_steps}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load one of ours, or the wrapped optimizer's own (the running means then start afresh)."""
+        own = state_dict.get("gradnorm")
+        if own is not None:
+            running = {
+                name: _Running(one["total"].clone(), one["mass"].clone()) for name, one in own["running"].items()
+            }
+            if any(len(one.total) != len(self.meter.task_names) for one in running.values()):
+                raise ValueError(
+                    f"Reweighted: the state must be of {len(self.meter.task_names)} tasks, got one of "
+                    f"{len(running['sqnorm'].total)}; make the optimizer with the same tasks"
+                )
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "gradnorm"})
+        if own is not None:
+            self._running, self.skipped_steps = running, own["skipped_steps"]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("optimizer", "meter", "policy", "apply", "decay", "gradient_budget", "unobserved", "skipped_steps")
+        return {name: getattr(self, name) for name in (*names, "weights", "_running", "_observed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._share_hooks()
+
+    def _share_hooks(self) -> None:
+        """Hooks registered here are the wrapped optimizer's: it runs them."""
+        self.__dict__.update({name: hooks for name, hooks in vars(self.optimizer).items() if name.startswith("_optimizer_")})
+
+    def _weights(self, stats: Stats) -> Tensor:
+        weighs = weighs_of(self.policy)
+        weights = torch.as_tensor(self.policy(stats)).detach().to(stats.example_norm)
+        expected = [len(stats.task_names) if weighs == "tasks" else len(stats.tasks)]
+        if list(weights.shape) != expected:
+            raise ValueError(
+                f"Reweighted: the policy must return one weight for each of its {weighs}, {expected}, got "
+                f"{list(weights.shape)} from {self.policy!r}; set its attribute `weighs` to what it returns"
+            )
+        return weights
+
+    def _next_weights(self) -> Tensor:
+        """The policy's weights of the running means; 1 before the first step."""
+        sqnorm = self._running["sqnorm"]
+        if not bool((sqnorm.mass > 0).any()):
+            return torch.ones(len(self.meter.task_names))
+        mean = sqnorm.mean.nan_to_num()
+        last = self.stats if self.meter._stats is not None else None
+        tasks = torch.empty(0, dtype=torch.int64, device=mean.device)
+        smoothed = dataclasses.replace(
+            last if last is not None else _bare_stats(self.meter.task_names, tasks),
+            task_norm=mean.sqrt(),
+            task_sqnorm_unbiased=self._running["sqnorm_unbiased"].mean,
+            task_count=(sqnorm.mass > 0).long(),
+        )
+        weights = self._weights(smoothed)
+        return torch.where(torch.isfinite(weights), weights, torch.ones_like(weights))
+
+    def _remember(self, stats: Stats) -> None:
+        assert stats.task_norm is not None
+        absent = (stats.task_count == 0) | ~stats.finite
+        nan = torch.full_like(stats.task_norm, torch.nan)
+        self._running["sqnorm"].update(torch.where(absent, nan, stats.task_norm.square()), self.decay)
+        self._running["sqnorm_unbiased"].update(torch.where(absent, nan, stats.task_sqnorm_unbiased), self.decay)
+
+    def _refuse_early_gradients(self) -> None:
+        """Whatever acts on ``.grad`` as soon as backward writes it would act before the weights are known."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            raise RuntimeError(
+                'Reweighted: apply="same_step" forms gradients after backward and is for one process, got a process group '
+                f'of {torch.distributed.get_world_size()}; use apply="next_step"'
+            )
+        for name, parameter in self.meter.model.named_parameters():
+            if getattr(parameter, "_post_accumulate_grad_hooks", None):
+                raise RuntimeError(
+                    f'Reweighted: apply="same_step" forms gradients after backward, got {name} with a hook that acts on '
+                    'its gradient during backward (post_accumulate_grad_hook); remove it, or use apply="next_step"'
+                )
+
+
+def _bare_stats(task_names: tuple[str, ...], tasks: Tensor) -> Stats:
+    """Statistics of no batch: what a policy of tasks sees beside the running means right after loading a state."""
+    nothing = torch.empty(0, dtype=torch.float64, device=tasks.device)
+    return Stats.of(
+        torch.cat([nothing, torch.zeros(len(task_names), dtype=torch.float64)]),
+        tasks=tasks,
+        prompts=None,
+        task_of_prompt=None,
+        n_prompts=0,
+        task_names=task_names,
+        has_tasks=True,
+    )

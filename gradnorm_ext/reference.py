@@ -1,0 +1,144 @@
+"""Every operation in plain torch: its definition, the fallback, and what the other backends are compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradnorm_ext.segments import Segments
+
+_BLOCK = 1 << 24  # elements of per-segment weight gradients held at once
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are formed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def outer_sqnorm(x: Tensor, g: Tensor, segments: Segments) -> Tensor:
+    return _outer(x, g, segments, None, None, None)
+
+
+def outer_wgrad(
+    x: Tensor,
+    g: Tensor,
+    segments: Segments,
+    *,
+    weight: Tensor | None = None,
+    outputs: Tensor | None = None,
+    n_outputs: int = 1,
+) -> tuple[Tensor, Tensor]:
+    dw = x.new_zeros(n_outputs, g.shape[1], x.shape[1], dtype=accumulator(x.dtype))
+    sqnorm = _outer(x, g, segments, weight, outputs, dw)
+    return (dw[0] if outputs is None else dw), sqnorm
+
+
+def _outer(
+    x: Tensor, g: Tensor, segments: Segments, weight: Tensor | None, outputs: Tensor | None, dw: Tensor | None
+) -> Tensor:
+    x, g = x.to(accumulator(x.dtype)), g.to(accumulator(x.dtype))
+    sqnorm = x.new_zeros(segments.columns)
+    block = max(1, _BLOCK // max(1, segments.count * x.shape[1]))
+    for i in range(0, g.shape[1], block):  # rows of the weight: the segments' gradients of all rows would not fit
+        of_segment = _outer_per_segment(x, g[:, i : i + block], segments)
+        sqnorm += sqnorm_of_sums(of_segment.flatten(1), segments)
+        if dw is not None:
+            if weight is not None:
+                of_segment = of_segment * weight[:, None, None].to(of_segment.dtype)
+            if outputs is None:
+                dw[0, i : i + block] = of_segment.sum(0)
+            else:
+                dw[:, i : i + block].index_add_(0, outputs, of_segment)
+    return sqnorm
+
+
+def _outer_per_segment(x: Tensor, g: Tensor, segments: Segments) -> Tensor:
+    if segments.length is not None:
+        shape = (segments.count, segments.length, -1)
+        if segments.length == 0 or segments.count == 0:
+            return x.new_zeros(segments.count, g.shape[1], x.shape[1])
+        return torch.bmm(g.reshape(shape).transpose(1, 2), x.reshape(shape))
+    rows = zip(g.split(segments.lengths), x.split(segments.lengths), strict=True)
+    return torch.stack([gs.t() @ xs for gs, xs in rows]) if segments.count else x.new_zeros(0, g.shape[1], x.shape[1])
+
+
+def sqnorm_of_sums(sums: Tensor, segments: Segments) -> Tensor:
+    """The ``sqnorm`` vector of gradients given per segment, ``sums [S, n]``."""
+    parts = [sums.square().sum(1)]
+    for ids, count in zip(segments.groups.levels, segments.groups.counts, strict=True):
+        parts.append(sums.new_zeros(count, sums.shape[1]).index_add_(0, ids, sums).square().sum(1))
+    return torch.cat(parts)
+
+
+def product_sums(
+    x: Tensor, g: Tensor, segments: Segments, *, shift: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    dtype = accumulator(x.dtype)
+    x = x.to(dtype)
+    if shift is not None:
+        x = x - shift.to(dtype)[:, None]
+    if scale is not None:
+        x = x * scale.to(dtype)[:, None]
+    return sum_sums(g.to(dtype) * x, segments)
+
+
+def sum_sums(g: Tensor, segments: Segments) -> Tensor:
+    g = g.to(accumulator(g.dtype))
+    if segments.length is not None:
+        return g.reshape(segments.count, segments.length, g.shape[1]).sum(1)
+    return g.new_zeros(segments.count, g.shape[1]).index_add_(0, _segment_of_row(segments), g)
+
+
+def _segment_of_row(segments: Segments) -> Tensor:
+    return torch.repeat_interleave(torch.arange(segments.count, device=segments.offsets.device), segments.offsets.diff())
+
+
+def lookup_sqnorm(
+    ids: Tensor, g: Tensor, vocabulary: int, segments: Segments, *, padding_idx: int | None = None
+) -> Tensor:
+    g = g.to(accumulator(g.dtype))
+    of_row = _segment_of_row(segments)
+    if padding_idx is not None:
+        g = g * (ids != padding_idx)[:, None]
+    parts = []
+    for level, count in ((None, segments.count), *zip(segments.groups.levels, segments.groups.counts, strict=True)):
+        segment = of_row if level is None else level[of_row]
+        key, where = torch.unique(segment * vocabulary + ids, return_inverse=True)
+        sums = g.new_zeros(len(key), g.shape[1]).index_add_(0, where, g)
+        parts.append(g.new_zeros(count).index_add_(0, key // vocabulary, sums.square().sum(1)))
+    return torch.cat(parts)
+
+
+def lookup_wgrad(
+    ids: Tensor,
+    g: Tensor,
+    vocabulary: int,
+    segments: Segments,
+    *,
+    padding_idx: int | None = None,
+    weight: Tensor | None = None,
+    outputs: Tensor | None = None,
+    n_outputs: int = 1,
+) -> tuple[Tensor, Tensor]:
+    g = g.to(accumulator(g.dtype))
+    sqnorm = lookup_sqnorm(ids, g, vocabulary, segments, padding_idx=padding_idx)
+    of_row = _segment_of_row(segments)
+    if padding_idx is not None:
+        g = g * (ids != padding_idx)[:, None]
+    if weight is not None:
+        g = g * weight.to(g.dtype)[of_row][:, None]
+    if outputs is not None:
+        ids = ids + outputs[of_row] * vocabulary
+    dw = g.new_zeros(n_outputs * vocabulary, g.shape[1]).index_add_(0, ids, g)
+    return (dw if outputs is None else dw.view(n_outputs, vocabulary, -1)), sqnorm
+
+
+def segment_std(values: Tensor, ids: Tensor, count: int, *, ddof: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    exact = values.double()
+    n = torch.zeros(count, dtype=torch.int64, device=values.device).index_add_(0, ids, torch.ones_like(ids))
+    mean = exact.new_zeros(count).index_add_(0, ids, exact) / n
+    square = exact.new_zeros(count).index_add_(0, ids, (exact - mean[ids]).square())
+    std = torch.where(n > ddof, (square / (n - ddof).clamp(min=1)).sqrt(), torch.nan)
+    low = values.new_full((count,), torch.inf).scatter_reduce_(0, ids, values, "amin")
+    high = values.new_full((count,), -torch.inf).scatter_reduce_(0, ids, values, "amax")
+    return mean.to(values.dtype), std.to(values.dtype), n, low, high

@@ -1,0 +1,12 @@
+"""What must be set before any test module is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the import of any Triton kernel
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; torch would give all of them to each
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))

@@ -1,0 +1,237 @@
+"""What the tests compare with: autograd, one example at a time; and the models they compare on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class Case:
+    """A model, a batch for it, and a loss that is a sum of per-example terms."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    def to(self, dtype: torch.dtype) -> Case:
+        x = self.x.to(dtype) if self.x.is_floating_point() else self.x
+        y = self.y.to(dtype) if self.y.is_floating_point() else self.y
+        return Case(copy.deepcopy(self.model).to(dtype), x, y, self.loss)
+
+    def run(self) -> Tensor:
+        return self.loss(self.model(self.x), self.y)
+
+
+def per_example_gradients(case: Case) -> list[dict[str, Tensor]]:
+    """Each example's gradients, from a forward and a backward of its own."""
+    model, found = copy.deepcopy(case.model), []
+    for i in range(len(case.x)):
+        model.zero_grad()
+        case.loss(model(case.x[i : i + 1]), case.y[i : i + 1]).backward()
+        found.append({name: _gradient(p) for name, p in model.named_parameters() if p.requires_grad})
+    return found
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+
+
+def group_norms(gradients: list[dict[str, Tensor]], ids: Tensor, count: int) -> Tensor:
+    """The norm of every group's summed gradient, in float64."""
+    norms = []
+    for group in range(count):
+        members = [gradients[i] for i in (ids == group).nonzero()[:, 0].tolist()]
+        norms.append(sum(sum(g[name].double() for g in members).square().sum() for name in gradients[0]) if members else 0)
+    return torch.stack([torch.as_tensor(norm, dtype=torch.float64) for norm in norms]).sqrt()
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """The largest difference relative to the largest true value."""
+    return float((found.double() - truth.double()).abs().max() / truth.double().abs().max())
+
+
+def token_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy, a mean over tokens and a sum over examples."""
+    return F.cross_entropy(logits.flatten(0, 1).float() if logits.dtype == torch.bfloat16 else logits.flatten(0, 1),
+                           y.flatten(), reduction="none").view(y.shape).mean(1).sum()
+
+
+def square_loss(output: Tensor, y: Tensor) -> Tensor:
+    return (output.flatten(1) - y).square().sum()
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attention, self.norm2 = nn.LayerNorm(width), Attention(width, heads), nn.RMSNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """A small GPT; the head is a module of its own, tied as a module, or the embedding's weight used by `F.linear`."""
+
+    def __init__(self, head: str = "own", vocabulary: int = 13, width: int = 8, length: int = 6) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width, padding_idx=0), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, 2) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.head = None if head == "functional" else nn.Linear(width, vocabulary, bias=False)
+        if head == "tied":
+            self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            h = block(h)
+        h = self.norm(h)
+        return F.linear(h, self.tokens.weight) if self.head is None else self.head(h)
+
+
+class Mixer(nn.Module):
+    """An MLP-Mixer over ``[B, T, d]``: one linear layer sees the tokens as its features."""
+
+    def __init__(self, tokens: int = 5, width: int = 6) -> None:
+        super().__init__()
+        self.norm, self.across = nn.LayerNorm(width), nn.Linear(tokens, tokens)
+        self.along, self.head = nn.Linear(width, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.across(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        return self.head((x + F.gelu(self.along(x))).mean(1))
+
+
+class FreeParameters(nn.Module):
+    """A class token, a position table as a parameter, layer scales, an HF-like RMS norm and the ``1 + w`` kind."""
+
+    def __init__(self, length: int = 5, width: int = 6) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, length + 3, width))
+        self.scale, self.shifted = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width) * 0.1)
+        self.free = nn.Parameter(torch.randn(width, width))
+        self.gate = nn.Parameter(torch.tensor(0.7))
+        self.list = nn.ParameterList([nn.Parameter(torch.randn(width))])
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions[:, : x.shape[1] + 1]
+        x = self.scale * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        x = x * (1.0 + self.shifted.type_as(x)) + self.list[0]
+        x = x + torch.tanh(x @ self.free) * self.gate
+        return self.head(x[:, 0])
+
+
+class FlatRows(nn.Module):
+    """``[B·T, d]`` inside, and one module called twice."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.first, self.twice, self.head = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x.reshape(-1, x.shape[-1])))
+        h = torch.tanh(self.twice(torch.tanh(self.twice(h))))
+        return self.head(h.view_as(x).mean(1))
+
+
+class ManyInnerDimensions(nn.Module):
+    """``[B, H, W, d]`` with a bias added on its own and a product with a ``[W, 1]`` parameter, W = d."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.lift, self.norm = nn.Linear(width, width, bias=False), nn.LayerNorm(width, bias=False)
+        self.bias, self.column = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width, 1))
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh((self.norm(self.lift(x)) + self.bias) * self.column).mean((1, 2)))
+
+
+def _tokens(model: nn.Module, examples: int = 4, length: int = 6, vocabulary: int = 13) -> Case:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocabulary, (examples, length), generator=generator)
+    ids[:, 1::3] = ids[:, :1]  # repeated ids
+    y = torch.randint(0, vocabulary, (examples, length), generator=generator)
+    return Case(model, ids, y, token_loss)
+
+
+def _floats(model: nn.Module, *shape: int, outputs: int) -> Case:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(shape, generator=generator), torch.randn(shape[0], outputs, generator=generator)
+    return Case(model, x, y, square_loss)
+
+
+def _hf(kind: str) -> Case:
+    import transformers
+
+    common = {"vocab_size": 13, "attn_implementation": "sdpa"}
+    llama = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            n_embd=16, n_layer=2, n_head=4, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common
+        )
+        inner: nn.Module = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.LlamaConfig(
+            num_key_value_heads=2, max_position_embeddings=16, tie_word_embeddings=kind == "llama_tied", **llama, **common
+        )
+        inner = transformers.LlamaForCausalLM(config)
+    return _tokens(Logits(inner))
+
+
+class Logits(nn.Module):
+    """A Hugging Face model as a function of ids."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 9, bias=False), nn.Tanh(), nn.Linear(9, 3))
+
+
+MAKERS: dict[str, Callable[[], Case]] = {
+    "mlp": lambda: _floats(_mlp(), 6, 7, outputs=3),
+    "transformer": lambda: _tokens(Transformer()),
+    "transformer, tied head": lambda: _tokens(Transformer("tied")),
+    "transformer, functional head": lambda: _tokens(Transformer("functional")),
+    "mixer": lambda: _floats(Mixer(), 4, 5, 6, outputs=3),
+    "free parameters": lambda: _floats(FreeParameters(), 4, 5, 6, outputs=2),
+    "flat rows, module twice": lambda: _floats(FlatRows(), 4, 5, 6, outputs=2),
+    "many inner dimensions": lambda: _floats(ManyInnerDimensions(), 3, 2, 4, 4, outputs=2),
+    "llama": lambda: _hf("llama"),
+    "llama, tied": lambda: _hf("llama_tied"),
+    "gpt2": lambda: _hf("gpt2"),
+}
+
+
+def make(name: str) -> Case:
+    """One of `MAKERS`, always with the same weights and data."""
+    torch.manual_seed(0)
+    return MAKERS[name]()

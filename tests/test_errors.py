@@ -1,0 +1,297 @@
+"""Bad input: one clear message, nothing changed, and the next block works."""
+
+import re
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gradnorm_ext import Meter, check
+
+OPTIONS = [
+    ({"tasks": [0, 1, 2]}, ValueError, "Meter: the rows of 0.weight must belong to the batch's 3 examples, got an input of "
+     "shape [4, 7], whose first size is neither 3 nor a multiple of it; give tasks and prompts one entry per example"),
+    ({"tasks": [0, 1, 2, 0], "prompts": [0, 0, 1]}, ValueError,
+     "Meter: tasks, prompts and rewards must have one entry per example, got tasks of 4, prompts of 3"),
+    ({"tasks": [0.0, 1.0, 2.0, 0.0]}, TypeError, "Meter: tasks must be integers, got torch.float32; pass int64 ids"),
+    ({"tasks": [True, False, True, False]}, TypeError, "Meter: tasks must be integers, got torch.bool"),
+    ({"tasks": [[0, 1], [1, 0]]}, ValueError, "Meter: tasks must be one integer per example, got shape [2, 2]"),
+    ({"tasks": [0, 1, 2, 3]}, ValueError, "Meter: tasks must lie in [0, 3), got 0 to 3; give the meter all tasks"),
+    ({"tasks": [0, -1, 2, 1]}, ValueError, "Meter: tasks must lie in [0, 3), got -1 to 2"),
+    ({"tasks": torch.zeros(4, dtype=torch.long, device="meta")}, ValueError,
+     "Meter: tasks must be on the CPU or on the model's device cpu, got meta; move them"),
+    ({}, ValueError, "Meter: tasks must be given, one integer per example, since the meter has 3 tasks, got None"),
+    ({"tasks": []}, ValueError, "Meter: a batch must have at least one example, got none; skip empty batches"),
+    ({"tasks": [0, 1, 2, 0], "prompts": [5, 6, 7, 6]}, ValueError,
+     "Meter: a prompt must lie in one task, got prompt 6 in tasks [0, 1]; give each task's prompts ids of their own"),
+    ({"tasks": [0, 1, 2, 0], "rewards": [0.0, 1.0, 0.0, 1.0]}, ValueError,
+     "Meter: rewards need prompts, one integer per example, got None; pass observe(prompts=...)"),
+    ({"tasks": [0, 1, 2, 0], "loss_scale": 0.0}, ValueError, "Meter: loss_scale must be positive, got 0.0"),
+]  # fmt: skip
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+@pytest.mark.parametrize(("given", "error", "message"), OPTIONS, ids=range(len(OPTIONS)))
+def test_bad_ids_are_named_and_nothing_is_lost(given, error, message):
+    model, x = mlp(), torch.randn(4, 7)
+    meter = Meter(model, tasks=3)
+    with pytest.raises(error, match=re.escape(message)), meter.observe(**given):
+        model(x).sum().backward()
+    assert [type(m) for m in model.modules()] == [type(m) for m in mlp().modules()]
+    assert all(p.grad is None for p in model.parameters())
+    works(meter, model, x)
+
+
+def works(meter, model, x):
+    model.zero_grad()
+    tasks = torch.arange(len(x)) % len(meter.task_names)
+    with meter.observe(tasks=tasks):
+        model(x).square().sum().backward()
+    expected = oracle.per_example_gradients(oracle.Case(model, x, x, lambda output, _: output.square().sum()))
+    torch.testing.assert_close(
+        meter.stats.example_norm.double(), oracle.group_norms(expected, torch.arange(len(x)), len(x)), rtol=1e-5, atol=0
+    )
+
+
+def refused(model, x, error, message, run=None):
+    meter = Meter(model)
+    with pytest.raises(error, match=re.escape(message)), meter.observe():
+        (run or (lambda: model(x).square().sum().backward()))()
+    return meter
+
+
+def test_no_backward_in_the_block():
+    model, x = mlp(), torch.randn(4, 7)
+    meter = refused(model, x, RuntimeError, "loss.backward() must run inside the observe block, got a forward without it",
+                    lambda: model(x))
+    works(meter, model, x)
+
+
+def test_no_forward_in_the_block():
+    model, x = mlp(), torch.randn(4, 7)
+    meter = refused(model, x, RuntimeError, "the model must be called with gradients inside the observe block, got no call",
+                    lambda: None)
+    works(meter, model, x)
+
+
+def test_backward_after_the_block():
+    model, x = mlp(), torch.randn(4, 7)
+    meter = Meter(model)
+    with pytest.raises(RuntimeError, match=re.escape("loss.backward() must run inside the observe block")), meter.observe():
+        loss = model(x).sum()
+    assert loss.grad_fn is not None
+    works(meter, model, x)
+
+
+def test_backward_twice_through_one_forward():
+    model, x = mlp(), torch.randn(4, 7)
+
+    def twice():
+        loss = model(x).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    works(refused(model, x, RuntimeError, "must run once per use", twice), model, x)
+
+
+def test_two_backwards_over_the_same_examples():
+    model, x = mlp(), torch.randn(4, 7)
+
+    def separately():
+        model(x).square().sum().backward()
+        model(-x).square().sum().backward()
+
+    message = "run all forwards before one backward, or open one observe block for each"
+    works(refused(model, x, RuntimeError, message, separately), model, x)
+
+
+def test_second_derivatives_are_refused():
+    model, x = mlp(), torch.randn(4, 7, requires_grad=True)
+
+    def penalty():
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+
+    meter = refused(model, x, RuntimeError, "trying to differentiate twice", penalty)
+    works(meter, model, x.detach())
+
+
+def test_empty_batch():
+    model, x = mlp(), torch.randn(0, 7)
+    meter = refused(model, x, ValueError, "must have the examples as its first dimension, got an empty batch")
+    works(meter, model, torch.randn(4, 7))
+
+
+def test_rows_that_no_layout_explains():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(7, 5)
+
+        def forward(self, x):
+            return self.inner(x[:3])
+
+    model, x = Pooled(), torch.randn(4, 7)
+    refused(model, x, ValueError, "the rows of inner.weight must belong to the batch's 4 examples, got an input of shape [3, 7]")
+
+
+def test_batch_norm_in_training_mode():
+    model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
+    meter = refused(model, torch.randn(4, 7), ValueError,
+                    "examples must not influence each other, got 1 (BatchNorm1d) in training mode; put it in eval mode")
+    model.eval()
+    with pytest.raises(RuntimeError, match="no rule for batch_norm of 1.weight"), meter.observe():
+        model(torch.randn(4, 7)).sum().backward()
+    for parameter in model[1].parameters():
+        parameter.requires_grad_(False)
+    x = torch.randn(4, 7)
+    with meter.observe():
+        model(x).sum().backward()
+
+
+def test_examples_that_influence_each_other_are_found_by_tagging():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(7, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            h = self.inner(x)
+            return self.head(h - h.mean(0))
+
+    refused(Centred(), torch.randn(4, 7), RuntimeError, "inner.weight (linear, rows [4, 5]) was used with rows that do not")
+
+
+@pytest.mark.parametrize(
+    ("use", "name"),
+    [
+        (lambda x, w: F.conv1d(x[:, None], w[:, None]), "conv1d"),
+        (lambda x, w: torch.einsum("bi,oi->bo", x, w), "einsum"),
+        (lambda x, w: x @ torch.exp(w).t(), "exp"),
+        (lambda x, w: x - w[0], "sub"),
+        (lambda x, w: torch.cat([x, w], 0), "cat"),
+        (lambda x, w: F.linear(x, w[torch.tensor([0, 0])]), "__getitem__"),
+        (lambda x, w: F.linear(x, w * w), "mul"),
+    ],
+)
+def test_a_use_that_no_rule_knows_is_refused_by_name(use, name):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.odd = nn.Linear(7, 7), nn.Parameter(torch.randn(3, 7))
+
+        def forward(self, x):
+            return use(self.first(x), self.odd)
+
+    model = Model()
+    meter = refused(model, torch.randn(4, 7), RuntimeError, "Meter: no rule for ")
+    with pytest.raises(RuntimeError, match=rf"no rule for {name} of odd .*, which is trainable; freeze it with"), \
+            meter.observe():
+        model(torch.randn(4, 7)).sum().backward()
+    model.odd.requires_grad_(False)
+    with meter.observe():
+        model(torch.randn(4, 7)).sum().backward()
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
+def test_embedding_options_that_change_the_gradient_are_refused(option):
+    model = nn.Sequential(nn.Embedding(5, 3, **option), nn.Linear(3, 2))
+    name = next(iter(option))
+    refused(model, torch.tensor([[1, 2], [3, 4]]), RuntimeError, f"no rule for embedding with {name}=")
+
+
+def test_lstm_is_refused_by_name():
+    model = nn.LSTM(3, 4, batch_first=True)
+    x = torch.randn(2, 5, 3)
+    refused(model, x, RuntimeError, "no rule for lstm of weight_ih_l0", lambda: model(x)[0].sum().backward())
+
+
+def test_one_block_at_a_time_on_a_model():
+    model, x = mlp(), torch.randn(4, 7)
+    first, second = Meter(model), Meter(model)
+    with first.observe():
+        with pytest.raises(RuntimeError, match="a model is observed by one block at a time"), second.observe():
+            pass
+        with pytest.raises(RuntimeError, match="a model is observed by one block at a time"), first.observe():
+            pass
+        model(x).square().sum().backward()
+    works(second, model, x)
+    works(first, model, x)
+
+
+def test_models_that_cannot_be_measured_at_all():
+    frozen = mlp().requires_grad_(False)
+    with pytest.raises(ValueError, match="the model must have a trainable parameter, got none; unfreeze one"):
+        Meter(frozen)
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match=r"parameters must be real floating point, got w of torch.complex64"):
+        Meter(model)
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got list"):
+        Meter([mlp()])
+    with pytest.raises(ValueError, match="tasks must be at least one, with distinct names"):
+        Meter(mlp(), tasks=["a", "a"])
+    with pytest.raises(ValueError, match="tasks must be at least one"):
+        Meter(mlp(), tasks=0)
+
+
+def test_a_closed_meter_and_one_that_measured_nothing():
+    model = mlp()
+    with Meter(model) as meter, pytest.raises(RuntimeError, match="nothing was measured yet"):
+        _ = meter.stats
+    with pytest.raises(RuntimeError, match="the meter must be open, got one that was closed"), meter.observe():
+        pass
+
+
+def test_an_exception_in_a_block_leaves_the_model_as_it_was():
+    model, x = mlp(), torch.randn(4, 7)
+    meter = Meter(model)
+    for when in ("before", "between", "after"):
+        with pytest.raises(ZeroDivisionError), meter.observe():
+            if when == "before":
+                raise ZeroDivisionError
+            loss = model(x).sum()
+            if when == "between":
+                raise ZeroDivisionError
+            loss.backward()
+            raise ZeroDivisionError
+        assert type(model[0]) is nn.Linear
+        works(meter, model, x)
+
+
+def test_checker_says_what_it_needs():
+    with pytest.raises(ValueError, match="an input must be a tensor with the examples as its first dimension, got none"):
+        check(mlp(), torch.sum)
+    pooled = nn.Sequential(nn.Linear(7, 2), nn.Flatten(0))
+    with pytest.raises(ValueError, match="outputs must have the 4 examples as their first dimension, got"):
+        check(pooled, torch.sum, torch.randn(4, 7))
+
+
+def test_a_broken_native_build_is_an_error_and_never_a_fallback(monkeypatch):
+    from gradnorm_ext import backends
+
+    def broken(name):
+        raise ImportError("undefined symbol: torch_gone")
+
+    monkeypatch.setattr(backends.importlib, "import_module", broken)
+    backends.load.cache_clear()
+    backends.find.cache_clear()
+    try:
+        with pytest.raises(ImportError, match="the native backend is installed but does not load .*torch_gone.*; rebuild it"):
+            backends.find("outer_wgrad", "cpu", "auto")
+    finally:
+        backends.load.cache_clear()
+        backends.find.cache_clear()
+
+
+def test_backend_names_are_checked():
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, native, reference, got 'fast'"):
+        model = mlp()
+        with Meter(model, backend="fast").observe():
+            model(torch.randn(4, 7)).sum().backward()

@@ -1,0 +1,365 @@
+"""Reweighted against the naive loop, and as an optimizer among others."""
+
+import copy
+import io
+import pickle
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+from gradnorm_ext import ClipExamples, Equal, InverseNorm, Meter, Reweighted, RewardStd
+
+K = 3
+
+
+def ids(case):
+    return torch.tensor([(2 * i + 1) % K for i in range(len(case.x))])
+
+
+def by_example(stats):
+    return 1 + torch.arange(len(stats.tasks), dtype=stats.example_norm.dtype)
+
+
+by_example.weighs = "examples"
+
+
+def by_task(stats):
+    return 0.5 + torch.arange(K, dtype=stats.example_norm.dtype)
+
+
+def wrap(case, policy, lr=0.05, optimizer=torch.optim.AdamW, **options):
+    options.setdefault("tasks", K)
+    return Reweighted(optimizer(case.model.parameters(), lr=lr), case.model, policy, **options)
+
+
+def block(optimizer, case, **given):
+    with optimizer.observe(tasks=ids(case), **given):
+        loss = case.run()
+        loss.backward()
+    return loss
+
+
+def gradients(case):
+    return {name: p.grad.clone() for name, p in case.model.named_parameters() if p.grad is not None}
+
+
+def weighted(case, weights):
+    """The naive loop: a backward for each example, and the weighted sum."""
+    found = oracle.per_example_gradients(case)
+    return {name: sum(w * g[name] for w, g in zip(weights.tolist(), found, strict=True)) for name in found[0]}
+
+
+def assert_close(found, expected):
+    scale = max(float(g.norm()) for g in expected.values())
+    for name, gradient in found.items():
+        assert float((gradient - expected[name]).norm()) <= 1e3 * torch.finfo(gradient.dtype).eps * scale, name
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("policy", [by_example, by_task, ClipExamples(0.3), InverseNorm()], ids=str)
+@pytest.mark.parametrize("name", [name for name in oracle.MAKERS if name != "llama"])
+def test_same_step_is_the_weighted_sum_of_separate_backwards(name, policy, backend):
+    case = oracle.make(name).to(torch.float64)
+    optimizer = wrap(case, policy, backend=backend)
+    for _ in range(2):  # the first block verifies itself, the second is the ordinary one
+        optimizer.zero_grad()
+        block(optimizer, case)
+        examples = getattr(policy, "weighs", "tasks") == "examples"
+        weights = optimizer.weights if examples else optimizer.weights[ids(case)]
+        assert_close(gradients(case), weighted(case, weights))
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer, tied head", "free parameters"])
+def test_a_small_budget_changes_only_what_is_kept(name):
+    case = oracle.make(name).to(torch.float64)
+    optimizer = wrap(case, by_task, gradient_budget=1000)
+    for _ in range(2):
+        optimizer.zero_grad()
+        block(optimizer, case)
+        assert_close(gradients(case), weighted(case, by_task(optimizer.stats)[ids(case)]))
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer", "transformer, tied head", "free parameters", "gpt2"])
+def test_next_step_weighs_with_running_means_and_measures_without(name):
+    case = oracle.make(name).to(torch.float64)
+    optimizer = wrap(case, InverseNorm(), lr=0.0, apply="next_step")
+    expected = torch.ones(K, dtype=torch.float64)
+    for _ in range(3):
+        optimizer.zero_grad()
+        block(optimizer, case)
+        torch.testing.assert_close(optimizer.weights.double(), expected)
+        assert_close(gradients(case), weighted(case, optimizer.weights[ids(case)]))
+        expected = InverseNorm()(optimizer.stats)  # the same batch again: its norms are the running means
+        truth = oracle.group_norms(oracle.per_example_gradients(case), ids(case), K)
+        torch.testing.assert_close(optimizer.stats.task_norm, truth)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("apply", ["same_step", "next_step"])
+@pytest.mark.parametrize("name", ["mlp", "transformer, tied head", "llama"])
+def test_equal_weights_follow_the_plain_optimizer(name, apply):
+    plain, case = oracle.make(name).to(torch.float64), oracle.make(name).to(torch.float64)
+    expected, optimizer = torch.optim.AdamW(plain.model.parameters(), lr=0.01), wrap(case, Equal(), 0.01, apply=apply)
+    for _ in range(5):
+        expected.zero_grad()
+        plain.run().backward()
+        expected.step()
+        optimizer.zero_grad()
+        block(optimizer, case)
+        optimizer.step()
+    for a, b in zip(case.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradient_is_complete_when_the_block_closes_and_accumulates():
+    case = oracle.make("transformer").to(torch.float64)
+    optimizer = wrap(case, by_example)
+    block(optimizer, case)
+    once = gradients(case)
+    block(optimizer, case)
+    assert_close(gradients(case), {name: 2 * g for name, g in once.items()})
+    total = nn.utils.clip_grad_norm_(case.model.parameters(), 0.1)
+    assert float(total) > 0.1
+    assert float(torch.stack([p.grad.norm() for p in case.model.parameters()]).norm()) == pytest.approx(0.1, rel=1e-4)
+    optimizer.step()
+
+
+def test_reward_std_weighs_examples_by_their_prompt():
+    case = oracle.make("mlp").to(torch.float64)
+    optimizer = Reweighted(torch.optim.SGD(case.model.parameters(), lr=0.1), case.model, RewardStd())
+    rewards, prompts = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.5]), torch.tensor([4, 4, 9, 9, 2, 2])
+    with optimizer.observe(rewards=rewards, prompts=prompts):
+        case.run().backward()
+    expected = torch.tensor([2.0, 2.0, 0.0, 0.0, 1.0, 1.0], dtype=torch.float64)  # the prompts' stds are as 2 : 0 : 1
+    torch.testing.assert_close(optimizer.weights, expected)
+    assert_close(gradients(case), weighted(case, expected))
+    assert optimizer.stats.task_norm is None  # one task, weights per example
+
+
+def test_is_an_optimizer_with_the_wrapped_ones_groups_and_state():
+    case = oracle.make("mlp")
+    optimizer = wrap(case, Equal())
+    inner = optimizer.optimizer
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is inner.param_groups and optimizer.state is inner.state
+    extra = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [extra], "lr": 0.5})
+    assert inner.param_groups[1]["lr"] == 0.5
+    block(optimizer, case)
+    optimizer.step()
+    assert len(inner.state) == len(list(case.model.parameters()))
+    assert "AdamW" not in repr(optimizer) and "lr" in repr(optimizer)
+
+
+def test_learning_rate_schedulers_drive_the_wrapped_optimizer():
+    case = oracle.make("mlp")
+    optimizer = wrap(case, Equal(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for expected in (0.5, 0.25):
+        block(optimizer, case)
+        optimizer.step()
+        scheduler.step()
+        assert optimizer.optimizer.param_groups[0]["lr"] == expected
+    pickle.loads(pickle.dumps(optimizer))
+
+
+def test_hooks_run_around_the_step():
+    case = oracle.make("mlp")
+    optimizer, seen = wrap(case, Equal()), []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.register_state_dict_post_hook(lambda *_: seen.append("state"))
+    block(optimizer, case)
+    optimizer.step()
+    optimizer.state_dict()
+    assert seen == ["before", "after", "state"]
+
+
+@pytest.mark.parametrize("apply", ["same_step", "next_step"])
+def test_a_run_continues_from_its_state_as_if_it_had_not_stopped(apply):
+    def steps(optimizer, case, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            block(optimizer, case)
+            optimizer.step()
+
+    case = oracle.make("transformer")
+    optimizer = wrap(case, InverseNorm(), apply=apply)
+    steps(optimizer, case, 2)
+    stored = io.BytesIO()
+    torch.save({"model": case.model.state_dict(), "optimizer": optimizer.state_dict()}, stored)
+    steps(optimizer, case, 2)
+
+    stored.seek(0)
+    loaded = torch.load(stored, weights_only=True)
+    again = oracle.make("transformer")
+    resumed = wrap(again, InverseNorm(), apply=apply)
+    again.model.load_state_dict(loaded["model"])
+    resumed.load_state_dict(loaded["optimizer"])
+    steps(resumed, again, 2)
+    for a, b in zip(case.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(resumed.weights, optimizer.weights, rtol=0, atol=0)
+
+
+def test_takes_over_a_plain_optimizers_state():
+    case = oracle.make("mlp")
+    plain = torch.optim.AdamW(case.model.parameters(), lr=0.3)
+    case.run().backward()
+    plain.step()
+    optimizer = wrap(case, Equal())
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.3 and len(optimizer.state) == len(plain.state)
+    with pytest.raises(ValueError, match="the state must be of 3 tasks, got one of 2"):
+        optimizer.load_state_dict(wrap(case, Equal(), tasks=2).state_dict())
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
+def test_is_copied_and_pickled_with_its_model(copier):
+    case = oracle.make("transformer")
+    optimizer = wrap(case, InverseNorm(), apply="next_step")
+    block(optimizer, case)
+    optimizer.step()
+    model, copied = copier((case.model, optimizer))
+    assert copied.meter.model is model and copied.param_groups[0]["params"][0] is next(model.parameters())
+    other = oracle.Case(model, case.x, case.y, case.loss)
+    for one, on in ((optimizer, case), (copied, other)):
+        one.zero_grad()
+        block(one, on)
+        one.step()
+    for a, b in zip(case.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_closure_runs_the_observed_forward_and_backward():
+    case = oracle.make("mlp")
+    optimizer = wrap(case, InverseNorm())
+
+    def closure():
+        optimizer.zero_grad()
+        return block(optimizer, case)
+
+    assert float(optimizer.step(closure).detach()) > 0
+
+
+def test_step_without_observe_is_an_error_unless_told_otherwise():
+    case = oracle.make("mlp")
+    optimizer = wrap(case, Equal())
+    case.run().backward()
+    with pytest.raises(RuntimeError, match="step needs an observe block since the last step, got none"):
+        optimizer.step()
+    block(optimizer, case)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="step needs an observe block"):
+        optimizer.step()
+    before = [p.clone() for p in case.model.parameters()]
+    wrap(case, Equal(), unobserved="plain").step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, case.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("apply", ["same_step", "next_step"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(bad, apply):
+    case = oracle.make("mlp")
+    optimizer = wrap(case, InverseNorm(), apply=apply)
+    block(optimizer, case)
+    optimizer.step()
+    weights, state = copy.deepcopy(case.model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    optimizer.zero_grad()
+    with optimizer.observe(tasks=ids(case)):
+        (case.run() * bad).backward()
+    assert not bool(optimizer.stats.finite)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(weights.values(), case.model.state_dict().values(), strict=True))
+    for parameter, before in state["state"].items():
+        assert all(torch.equal(before[k], optimizer.state_dict()["state"][parameter][k]) for k in before)
+    assert state["gradnorm"]["running"]["sqnorm"]["total"].equal(
+        optimizer.state_dict()["gradnorm"]["running"]["sqnorm"]["total"]
+    )
+    optimizer.zero_grad()
+    block(optimizer, case)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and bool(optimizer.stats.finite)
+
+
+def test_a_reward_that_is_not_a_number_skips_the_step():
+    case = oracle.make("mlp")
+    optimizer = wrap(case, Equal())
+    prompts = ids(case)
+    block(optimizer, case, prompts=prompts, rewards=torch.tensor([1.0, 0.0, float("nan"), 1.0, 0.0, 1.0]))
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and not optimizer.state
+
+
+def test_an_exception_in_a_block_leaves_everything_ready_for_the_next():
+    case = oracle.make("transformer")
+    optimizer = wrap(case, InverseNorm())
+    block(optimizer, case)
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(KeyboardInterrupt), optimizer.observe(tasks=ids(case)):
+        case.run().backward()
+        raise KeyboardInterrupt
+    assert all(p.grad is None for p in case.model.parameters())
+    assert type(case.model.norm) is nn.LayerNorm
+    block(optimizer, case)
+    optimizer.step()
+
+
+def test_same_step_refuses_what_acts_on_gradients_during_backward():
+    case = oracle.make("mlp")
+    optimizer = wrap(case, Equal())
+    handle = case.model[0].weight.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(RuntimeError, match=r"got 0.weight with a hook that acts on its gradient during backward"):
+        block(optimizer, case)
+    handle.remove()
+    block(optimizer, case)
+
+
+def test_same_step_refuses_activations_that_changed_in_place():
+    class Clobber(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+            self.kept = None
+
+        def forward(self, x):
+            self.kept = torch.tanh(self.first(x))
+            return self.second(self.kept)
+
+    model, x = Clobber(), torch.randn(4, 3)
+    optimizer = Reweighted(torch.optim.SGD(model.parameters(), 0.1), model, ClipExamples(1.0))
+    with pytest.raises(RuntimeError, match=r"what the backward of second.weight kept must not change"), \
+            optimizer.observe():
+        model(x).square().sum().backward()
+        model.kept.detach().add_(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"apply": "now"}, ValueError, 'apply must be "same_step" or "next_step", got \'now\''),
+        ({"unobserved": "skip"}, ValueError, 'unobserved must be "error" or "plain"'),
+        ({"decay": 1.0}, ValueError, r"decay must lie in \[0, 1\), got 1.0"),
+        ({"apply": "next_step", "policy": ClipExamples(1.0)}, ValueError, "needs a policy that weighs tasks"),
+        ({"policy": lambda stats: torch.ones(7)}, ValueError, r"one weight for each of its tasks, \[3\], got \[7\]"),
+    ],
+)
+def test_bad_options_are_named(options, error, message):
+    case = oracle.make("mlp")
+    with pytest.raises(error, match=message):
+        block(wrap(case, options.pop("policy", Equal()), **options), case)
+
+
+def test_takes_a_meter_instead_of_a_model():
+    case = oracle.make("mlp")
+    meter = Meter(case.model, tasks=["a", "b", "c"])
+    inner = torch.optim.SGD(case.model.parameters(), 0.1)
+    optimizer = Reweighted(inner, meter, InverseNorm())
+    block(optimizer, case)
+    assert optimizer.stats is meter.stats and optimizer.stats.task_names == ("a", "b", "c")
+    with pytest.raises(TypeError, match=r"meter options go to the Meter that was given, got \['tasks'\]"):
+        Reweighted(inner, meter, InverseNorm(), tasks=2)

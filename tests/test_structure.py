@@ -1,0 +1,65 @@
+"""Who imports whom (the arrows of docs/design.md never turn back), and what the package says of itself."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradnorm_ext
+
+PACKAGE = Path(gradnorm_ext.__file__).parent
+MAY_IMPORT = {
+    "segments": set(),
+    "backends": set(),
+    "reference": {"segments"},
+    "native": {"segments", "_C"},
+    "ops": {"backends", "reference", "segments"},
+    "rewards": {"_C", "backends", "ops"},
+    "layers": {"layers", "ops", "reference", "segments"},
+    "stats": {"rewards"},
+    "policies": {"stats"},  # for types only
+    "meter": {"layers", "rewards", "segments", "stats"},
+    "optimizer": {"layers", "meter", "policies", "stats"},
+    "check": {"layers", "meter"},
+    "__main__": {"backends", "native"},
+    "__init__": {"ops", "policies", "check", "meter", "optimizer", "rewards", "stats"},
+}
+
+
+def imported(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("gradnorm_ext"):
+            inner = node.module.split(".")[1:]
+            names |= {inner[0]} if inner else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("gradnorm_ext.")}
+    return names
+
+
+def sources():
+    return [*PACKAGE.glob("*.py"), *PACKAGE.glob("layers/*.py")]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    extra = imported(path) - MAY_IMPORT[module]
+    assert not extra, f"{module} must not import {sorted(extra)}"
+
+
+def test_the_core_needs_only_torch_and_numpy():
+    code = (
+        "import sys; import gradnorm_ext; "
+        "print([m for m in ('transformers', 'matplotlib', 'rich', 'torchjd', 'triton', 'hypothesis') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() in ("[]", "['triton']")  # torch itself may import triton
+
+
+def test_bug_report_names_versions_backends_and_methods():
+    found = subprocess.run([sys.executable, "-m", "gradnorm_ext"], capture_output=True, text=True, check=True)
+    for part in (f"gradnorm_ext {gradnorm_ext.__version__}", "torch ", "native: present", "outer_wgrad by", "rows a segment"):
+        assert part in found.stdout
