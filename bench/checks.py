@@ -26,7 +26,7 @@ def wrong_operation(operation: Operation, arguments: dict[str, Any], backend: st
     try:
         ours = operation.run(arguments, backend)
     except Exception as error:
-        return f"raised {error!r}"
+        return f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     outputs = enumerate(zip(ours, plain, exact, strict=True))
     return next(filter(None, (difference(f"output {i}", *output) for i, output in outputs)), None)
 
@@ -42,20 +42,14 @@ def wrong_step(variant: Variant, problem: Problem, oracle: Oracle) -> str | None
             optimizer.zero_grad()
             measured = backward()
     except Exception as error:
-        return f"raised {error!r}"
+        return f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     for name, norms in measured.items():
         error, slack = (norms - oracle.norms[name]).abs(), oracle.slack[name]
         worst = int((error / slack).argmax())
         if reason := beyond(f"{name}[{worst}]", float(error[worst]), 2 * float(slack[worst])):
             return reason
-    names, parameters = zip(*problem.model.named_parameters(), strict=True)
-    sizes = [parameter.numel() for parameter in parameters]
-    theirs = zip(*(one.split(sizes) for one in oracle.gradients(variant.policy(problem))), strict=True)
-    found = (
-        difference(f"the gradient of {name}", parameter.grad.flatten(), plain, exact)
-        for name, parameter, (plain, exact) in zip(names, parameters, theirs, strict=True)
-    )
-    return next(filter(None, found), None)
+    gradient = torch.cat([parameter.grad.flatten() for parameter in problem.model.parameters()])
+    return difference("the gradient", gradient, *oracle.gradients(variant.policy(problem)))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -61,8 +60,6 @@ def main() -> int:
         command.add_argument("--quick", action="store_true", help="tiny sizes, nothing is recorded")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    # torch.func runs attention in a loop over the examples, and says so at every call.
-    warnings.filterwarnings("ignore", message="There is a performance drop")
 
     refusals: list[str] = []
     if given.command == "ops":
@@ -116,7 +113,7 @@ def time_operations(backend_names: Sequence[str], group: str, threads: int, refu
                 print(line.format(operation.name, size.name, backend, "REFUSED", "", "", "").rstrip(), flush=True)
             else:
                 calls[backend] = partial(operation.run, arguments, backend)
-        seconds = in_turns(calls, 3 if quick else 25, threads, at_least=0 if quick else 2e-3)
+        seconds = in_turns(calls, 3 if quick else 15, threads, at_least=0 if quick else 2e-3)
         medians = {name: statistics.median(samples) for name, samples in seconds.items()}
         for name, median in medians.items():
             rate, of_limit = f"{work / median / 1e9:.4g} {unit}", f"{medians[limit] / median:.0%} of {limit}"
@@ -148,8 +145,8 @@ def time_steps(
     `peak_bytes`; the table shows the worst of the models.
     """
     backend = backends.find("outer_wgrad", "cpu", backends.choose("auto")).__module__.rpartition(".")[2]
-    kinds = ("memory", "resident") if not quick else ("memory",)
-    weighed = models if not quick else models[:1]  # a process costs a second
+    kinds = () if sys.platform != "linux" else ("memory",) if quick else ("memory", "resident")
+    weighed = models[:1] if quick else models  # a process takes a second
     line = "{:18}" + " {:32}" * len(models) + " {:20}" * len(kinds)
     titles = [(QUICK if quick else MODELS)[model].title for model in models]
     print(line.format("x plain step", *titles, *kinds).rstrip())
@@ -162,7 +159,7 @@ def time_steps(
     figures = []
     for name in variants:
         variant = VARIANTS[name]
-        bounds = dict(zip((*MODELS, "memory"), variant.bounds, strict=False))
+        bounds = {} if quick else dict(zip((*MODELS, "memory"), variant.bounds, strict=False))
         cells, memory = [], []
         for model in models:
             if reason := wrong_step(variant, make(model, quick=quick), oracles[model]):
@@ -196,7 +193,7 @@ def verdict(figure: Figure, bound: float | None) -> str:
 def in_turns(
     calls: Mapping[str, Callable[[], object]], runs: int, threads: int, at_least: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of each call, run after run, in turns and in alternating order; short calls are repeated ``at_least`` so long.
+    """Seconds of each call in every run, in turns and alternating order; calls are repeated for ``at_least`` seconds.
 
     Two runs before the first that counts load what is loaded lazily; the first observed block also verifies itself.
     """
@@ -219,12 +216,12 @@ def in_turns(
 def peak_bytes(model: str, variant: str, kind: str, threads: int, quick: bool) -> int:
     """By how much this process's resident memory grows from before the model is built to its peak during five steps.
 
-    Linux with glibc only. The peak is VmHWM of /proc/self/status, after writing 5 to /proc/self/clear_refs, which resets
-    it; where that is not allowed the peak so far stands, which was no higher. What loads lazily is loaded by a tiny step.
+    Linux with glibc only. The peak is VmHWM of /proc/self/status, after writing 5 to /proc/self/clear_refs, which
+    resets it (where that is not allowed, the peak of the imports stands). A tiny step before loads what loads lazily.
 
-    "memory" is what is in use: blocks from 128 KiB on are mapped one by one, so that memory is resident while it is
-    held. "resident" is what the allocator makes of it by default: its threshold then grows to the largest block freed,
-    and freed blocks below it stay resident, in an order that a few bytes may change.
+    "memory" is what is in use: blocks from 128 KiB on are mapped one by one, hence resident only while they are held.
+    "resident" is what the allocator makes of it by default: its threshold grows to the largest block that was freed,
+    smaller ones come from a heap with gaps, and the figure moves by a tenth with the order in which they were freed.
     """
     m_mmap_threshold = -3  # of <malloc.h>; setting it also keeps it from growing
     if kind == "memory":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -76,6 +77,8 @@ def reweighted(problem: Problem, policy: Any, *, apply: Any, tasks: int = 1) -> 
 
 def per_example(problem: Problem, policy: Any) -> Training:
     """Every example's gradient by torch.func, all of them in memory at once."""
+    # torch 2.13 runs attention under vmap in a loop over the examples, and says so.
+    warnings.filterwarnings("ignore", message="There is a performance drop")
     parameters = dict(problem.model.named_parameters())
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ def per_example(problem: Problem, policy: Any) -> Training:
 
 
 def per_task(problem: Problem, policy: Any, *, forwards: int) -> Training:
-    """Every task's gradient by a backward of its own, after one forward of the batch or one of each task's part of it."""
+    """Every task's gradient by a backward of its own, after one forward of the batch or one of each task's part."""
     parameters = list(problem.model.parameters())
     members = [(problem.tasks == task).nonzero()[:, 0] for task in range(TASKS)]
     parts = [problem.part(examples) for examples in members]

@@ -53,7 +53,7 @@ class Task:
 
 
 def draw_word(rng: random.Random) -> str:
-    return "".join(rng.choices(LETTERS, k=rng.randint(4, 7)))
+    return "".join(rng.choices(LETTERS, k=rng.randint(3, 6)))
 
 
 def draw_copy(rng: random.Random) -> tuple[str, str]:
@@ -67,7 +67,7 @@ def draw_reverse(rng: random.Random) -> tuple[str, str]:
 
 
 def draw_addition(rng: random.Random) -> tuple[str, str]:
-    a, b = rng.randint(10, 29), rng.randint(10, 29)
+    a, b = rng.randint(10, 99), rng.randint(1, 9)
     return f"{a}+{b}=", str(a + b)
 
 

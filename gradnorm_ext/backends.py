@@ -16,6 +16,8 @@ MODULES = {
 }
 PREFERRED = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
 
+DEFAULT = os.environ.get("GRADNORM_BACKEND", "auto")
+
 _MAY_BE_ABSENT = ("gradnorm_ext._C", "triton")  # not built, not installed; present and failing to import is an error
 
 
@@ -36,8 +38,8 @@ def load(name: str) -> ModuleType | str:
 
 
 def choose(backend: str) -> str:
-    """The backend asked for; where that is "auto", GRADNORM_BACKEND's."""
-    chosen = os.environ.get("GRADNORM_BACKEND", "auto") if backend == "auto" else backend
+    """The backend asked for; where that is "auto", the one that GRADNORM_BACKEND named at import."""
+    chosen = DEFAULT if backend == "auto" else backend
     if chosen != "auto" and chosen not in MODULES:
         raise ValueError(f"gradnorm_ext: backend must be one of auto, {', '.join(MODULES)}, got {chosen!r}")
     return chosen

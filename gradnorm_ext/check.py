@@ -79,7 +79,9 @@ def check(
     examples = len(batched[0])
     measured = _measured(copied, loss, inputs, backend, observe_options)
     expected = _one_at_a_time(copied, loss, inputs, examples)
-    total = sum(expected.values(), torch.zeros(examples, dtype=torch.float64)).clamp(min=torch.finfo(torch.float64).tiny)
+    total = sum(expected.values(), torch.zeros(examples, dtype=torch.float64)).clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
     errors = {name: float(((measured[name] - expected[name]).abs() / total).max()) for name in expected}
     found = Check(errors, tolerance=torch.finfo(torch.float64).eps ** 0.5)
     print(found)
@@ -99,8 +101,9 @@ def _measured(
 ) -> dict[str, Tensor]:
     tasks = observe_options.get("tasks")
     meter = Meter(model, tasks=1 if tasks is None else int(torch.as_tensor(tasks).max()) + 1, backend=backend)
-    with meter.block(Plan(), who="check", always_verify=True, **observe_options):
+    with meter.block(Plan(), who="check", always_verify=True, **observe_options) as observation:
         loss(model(*inputs)).backward()
+    observation.forget()
     model.zero_grad()
     return {name: sqnorm.double() for name, sqnorm in meter.parameter_sqnorm.items()}
 

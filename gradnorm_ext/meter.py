@@ -65,13 +65,17 @@ class Meter:
         self, model: nn.Module, *, tasks: int | Sequence[str] = 1, per_layer: bool = False, backend: str = "auto"
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"Meter: model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+            raise TypeError(
+                f"Meter: model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself"
+            )
         names = tuple(str(k) for k in range(tasks)) if isinstance(tasks, int) else tuple(tasks)
         if not names or len(set(names)) != len(names):
-            raise ValueError(f"Meter: tasks must be at least one, with distinct names, got {tasks!r}; name each task once")
+            raise ValueError(
+                f"Meter: tasks must be at least one, with distinct names, got {tasks!r}; name each task once"
+            )
         self.model, self.task_names, self.per_layer, self.backend = model, names, per_layer, backend
         self.memory = Memory()
-        self._trainable()
+        _trainable(list(model.named_modules()))
         self._stats: Stats | None = None
         self._parameter_sqnorm: dict[str, Tensor] = {}
         self._closed = False
@@ -80,7 +84,9 @@ class Meter:
     def stats(self) -> Stats:
         """The statistics of the last closed block."""
         if self._stats is None:
-            raise RuntimeError("Meter: nothing was measured yet; run forward and backward inside `with meter.observe():`")
+            raise RuntimeError(
+                "Meter: nothing was measured yet; run forward and backward inside `with meter.observe():`"
+            )
         return self._stats
 
     @property
@@ -111,8 +117,10 @@ class Meter:
             RuntimeError: no forward or backward in the block; a use of a parameter that no rule knows; rows that do not
                 belong to one example each. The model is as before and the next block works.
         """
-        with self.block(Plan(), tasks=tasks, prompts=prompts, rewards=rewards, loss_scale=loss_scale):
+        given = {"tasks": tasks, "prompts": prompts, "rewards": rewards, "loss_scale": loss_scale}
+        with self.block(Plan(), **given) as observation:  # type: ignore[arg-type]
             yield
+        observation.forget()
 
     @contextmanager
     def block(
@@ -131,8 +139,9 @@ class Meter:
             raise RuntimeError(f"{who}: the meter must be open, got one that was closed; make a new Meter")
         if not loss_scale > 0:
             raise ValueError(f"{who}: loss_scale must be positive, got {loss_scale}; pass the GradScaler's scale")
-        parameters = self._trainable()
-        self._refuse_coupled_examples(who)
+        modules = list(self.model.named_modules())
+        parameters = _trainable(modules)
+        _refuse_coupled_examples(who, modules)
         device = parameters[0][1].device
         batch = self._batch(who, device, tasks, prompts, rewards)
 
@@ -146,12 +155,12 @@ class Meter:
         observation = Observation(who, parameters, self.memory, plan, self.backend, start, always_verify)
         if batch.examples is not None:
             start(batch.examples)
-        observe_modules(self.model, observation)
+        observe_modules(modules, observation)
         try:
             try:
                 yield observation
             finally:
-                release_modules(self.model, observation)
+                release_modules(modules, observation)
             sqnorms = observation.close().detach() / loss_scale**2
         finally:
             observation.release()
@@ -171,23 +180,6 @@ class Meter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
-        trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        if not trainable:
-            raise ValueError("Meter: the model must have a trainable parameter, got none; unfreeze one")
-        for name, p in trainable:
-            if not p.is_floating_point():
-                raise TypeError(f"Meter: parameters must be real floating point, got {name} of {p.dtype}; freeze it")
-        return trainable
-
-    def _refuse_coupled_examples(self, who: str) -> None:
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                raise ValueError(
-                    f"{who}: examples must not influence each other, got {name or 'the model'} ({type(module).__name__}) "
-                    "in training mode; put it in eval mode, or use GroupNorm or LayerNorm"
-                )
 
     def _batch(
         self,
@@ -228,8 +220,8 @@ class Meter:
                 raise ValueError(
                     f"{who}: rewards need prompts, one integer per example, got None; pass observe(prompts=...)"
                 )
-            on_host = [None if ids is None else ids.cpu() for ids in (prompt_ids, task_ids)]
-            reward = reward_stats(reward_values.cpu(), on_host[0], on_host[1], n_tasks=n_tasks)
+            of_task = None if task_ids is None else task_ids.cpu()
+            reward = reward_stats(reward_values.cpu(), prompt_ids.cpu(), of_task, n_tasks=n_tasks)
         tasks_there = None if task_ids is None else task_ids.to(device)
         there = [None if ids is None else ids.to(device) for ids in (prompt_index, task_of_prompt)]
         return _Batch(examples, tasks_there, there[0], there[1], n_prompts, reward)
@@ -242,7 +234,7 @@ class Meter:
 
     def _make_stats(self, observation: Observation, batch: _Batch, sqnorms: Tensor, names: Sequence[str]) -> Stats:
         assert observation.examples is not None
-        common = dict(  # noqa: C408  keyword arguments, named as they are passed
+        common = dict(
             tasks=self._tasks_of(batch, observation.examples, sqnorms.device),
             prompts=batch.prompts,
             task_of_prompt=self._task_of_prompt(batch),
@@ -262,6 +254,30 @@ class Meter:
         if batch.prompts is None or batch.task_of_prompt is not None:
             return batch.task_of_prompt
         return torch.zeros(batch.n_prompts, dtype=torch.int64, device=batch.prompts.device)
+
+
+def _trainable(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Parameter]]:
+    """The trainable parameters and their first names, as `named_parameters` gives them."""
+    found: dict[nn.Parameter, str] = {}
+    for prefix, module in modules:
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad and p not in found:
+                found[p] = f"{prefix}.{name}" if prefix else name
+    if not found:
+        raise ValueError("Meter: the model must have a trainable parameter, got none; unfreeze one")
+    for p, name in found.items():
+        if not p.is_floating_point():
+            raise TypeError(f"Meter: parameters must be real floating point, got {name} of {p.dtype}; freeze it")
+    return [(name, p) for p, name in found.items()]
+
+
+def _refuse_coupled_examples(who: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
+    for name, module in modules:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"{who}: examples must not influence each other, got {name or 'the model'} ({type(module).__name__}) "
+                "in training mode; put it in eval mode, or use GroupNorm or LayerNorm"
+            )
 
 
 def _checked_ids(who: str, name: str, ids: Ids, device: torch.device) -> Tensor:
@@ -285,9 +301,7 @@ def _check_range(who: str, tasks: Tensor, n_tasks: int) -> None:
         )
 
 
-def _prompt_groups(
-    who: str, prompts: Tensor, tasks: Tensor | None, n_tasks: int
-) -> tuple[Tensor, Tensor | None, int]:
+def _prompt_groups(who: str, prompts: Tensor, tasks: Tensor | None, n_tasks: int) -> tuple[Tensor, Tensor | None, int]:
     """Each example's index among the distinct prompts, and each prompt's task."""
     distinct, index = torch.unique(prompts.cpu(), return_inverse=True)
     if tasks is None:

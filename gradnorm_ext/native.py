@@ -21,6 +21,8 @@ lookup_wgrad(Tensor ids, Tensor g, Tensor offsets, Tensor walk, Tensor columns, 
     int padding_idx, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
 product_sums(Tensor x, Tensor g, Tensor? shift, Tensor? scale, Tensor offsets, Tensor(a!) out) -> ()
 sum_sums(Tensor g, Tensor offsets, Tensor(a!) out) -> ()
+sums_wgrad(Tensor sums, Tensor offsets, Tensor walk, Tensor columns, Tensor? weight, Tensor(a!)? dw,
+    Tensor(b!) sqnorm) -> ()
 segment_std(Tensor values, Tensor ids, int ddof, Tensor(a!) mean, Tensor(b!) std, Tensor(c!) count, Tensor(d!) low,
     Tensor(e!) high) -> ()
 """
@@ -68,7 +70,7 @@ def outer_method(rows_per_segment: float, d: int, p: int, with_dw: bool) -> str:
 
 def outer_sqnorm(x: Tensor, g: Tensor, segments: Segments) -> Tensor:
     """See :func:`gradnorm_ext.ops.outer_sqnorm`."""
-    return _outer(_rows(x), _rows(g), segments, None, None, 0)[1]
+    return _outer(_rows(x), _rows(g), segments, None, None, None)
 
 
 def outer_wgrad(
@@ -79,9 +81,13 @@ def outer_wgrad(
     weight: Tensor | None = None,
     outputs: Tensor | None = None,
     n_outputs: int = 1,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`gradnorm_ext.ops.outer_wgrad`; ``outputs [S]``: which of ``n_outputs`` gradients a segment joins."""
-    dw, sqnorm = _outer(_rows(x), _rows(g), segments, weight, outputs, n_outputs)
+    x, g = _rows(x), _rows(g)
+    shape = (n_outputs, g.shape[1], x.shape[1])
+    dw = x.new_empty(shape) if out is None else out.view(shape)
+    sqnorm = _outer(x, g, segments, weight, outputs, dw)
     return dw if outputs is not None else dw[0], sqnorm
 
 
@@ -123,9 +129,29 @@ def product_sums(
 def sum_sums(g: Tensor, segments: Segments) -> Tensor:
     """See :func:`gradnorm_ext.ops.sum_sums`."""
     g = _rows(g)
+    if segments.length == 1:
+        return g
     out = g.new_empty(segments.count, g.shape[1])
     _kernels.sum_sums(g, segments.offsets, out)
     return out
+
+
+def sums_sqnorm(sums: Tensor, segments: Segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.sums_sqnorm`."""
+    return _sums(sums, segments, None, None)
+
+
+def sums_wgrad(sums: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`gradnorm_ext.ops.sums_wgrad`."""
+    dw = sums.new_empty(sums.shape[1])
+    return dw, _sums(sums, segments, weight, dw)
+
+
+def _sums(sums: Tensor, segments: Segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
+    sqnorm, groups = sums.new_empty(segments.columns), segments.groups
+    weight = _vector(weight, sums.dtype)
+    _kernels.sums_wgrad(sums.contiguous(), segments.offsets, groups.walk, groups.columns, weight, dw, sqnorm)
+    return sqnorm
 
 
 def segment_std(values: Tensor, ids: Tensor, count: int, *, ddof: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -174,7 +200,7 @@ class _Part:
     rows_per_segment: float  # Σ rows² / Σ rows: the gram method pays by the pair
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Walk:
     """Segments in walk order: every group's rows lie side by side once the rows are taken in the order ``rows``."""
 
@@ -183,6 +209,13 @@ class _Walk:
     order: Tensor  # [S]
     offsets: Tensor  # of the segments in walk order
     columns: Tensor  # [L, S]
+    outputs_present: set[int] | None = None  # `present`, once it was asked for
+
+    def present(self, outputs: Tensor) -> set[int]:
+        """Which outputs any rows go to."""
+        if self.outputs_present is None:  # one answer: outputs are the coarsest level
+            self.outputs_present = set(outputs[self.parts[0].offsets.diff() > 0].tolist())
+        return self.outputs_present
 
     @staticmethod
     def of(segments: Segments) -> _Walk:
@@ -208,6 +241,13 @@ class _Walk:
 _walks: weakref.WeakKeyDictionary[Segments, _Walk] = weakref.WeakKeyDictionary()
 
 
+def _walk_of(segments: Segments) -> _Walk:
+    walk = _walks.get(segments)
+    if walk is None:
+        walk = _walks[segments] = _Walk.of(segments)
+    return walk
+
+
 def _offsets(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
@@ -217,32 +257,33 @@ def _rows_per_segment(lengths: Tensor) -> float:
 
 
 def _outer(
-    x: Tensor, g: Tensor, segments: Segments, weight: Tensor | None, outputs: Tensor | None, n_outputs: int
-) -> tuple[Tensor, Tensor]:
-    """``dw [n_outputs, d, p]`` and ``sqnorm``; from the finest on, levels of short groups go by the gram method."""
+    x: Tensor, g: Tensor, segments: Segments, weight: Tensor | None, outputs: Tensor | None, dw: Tensor | None
+) -> Tensor:
+    """Fill ``dw [n_outputs, d, p]`` and return ``sqnorm``; from the finest on, levels of short groups go by gram."""
     d, p, groups = g.shape[1], x.shape[1], segments.groups
     sqnorm = x.new_zeros(segments.columns)
     if len(x) == 0 or p == 0 or d == 0:
-        return x.new_zeros(n_outputs, d, p), sqnorm
-    # Where some output gets no rows, zeros are its gradient; elsewhere the kernel overwrites what is there.
-    dw = x.new_zeros(n_outputs, d, p) if outputs is not None else x.new_empty(n_outputs, d, p)
-    into = dw if n_outputs else None
+        if dw is not None:
+            dw.zero_()
+        return sqnorm
+    walk = _walk_of(segments)
+    if dw is not None and outputs is not None:  # the kernel does not write an output without rows
+        for empty in set(range(len(dw))) - walk.present(outputs):
+            dw[empty] = 0
     weight = _vector(weight, x.dtype)
-    walk = _walks.get(segments)
-    if walk is None:
-        walk = _walks[segments] = _Walk.of(segments)
 
     # Segments of one group are multiplied as one, unless their weights differ: then dW is formed apart.
-    changes = -1 if weight is None else int(weight[walk.order].diff().count_nonzero())
-    n_gram = 0
+    n_gram, changes = 0, -1
     for part in walk.parts:
-        with_dw = n_outputs > 0 and (n_gram == 0 or changes < len(part.columns))
+        if n_gram == 1 and weight is not None:
+            changes = int(weight[walk.order].diff().count_nonzero())
+        with_dw = dw is not None and (n_gram == 0 or changes < len(part.columns))
         if outer_method(part.rows_per_segment, d, p, with_dw) == "direct":
             break
         n_gram += 1
     if n_gram == 0:
-        _kernels.outer_wgrad(x, g, segments.offsets, groups.walk, groups.columns, outputs, weight, into, sqnorm, True)
-        return dw, sqnorm
+        _kernels.outer_wgrad(x, g, segments.offsets, groups.walk, groups.columns, outputs, weight, dw, sqnorm, True)
+        return sqnorm
 
     _kernels.outer_sqnorm(x, g, segments.offsets, sqnorm[: segments.count])
     weight = None if weight is None else weight[walk.order]
@@ -257,11 +298,11 @@ def _outer(
 
     order, columns = torch.arange(segments.count), walk.columns[n_gram - 1 :]
     if len(columns) and changes < len(walk.parts[n_gram].columns):
-        _kernels.outer_wgrad(x, g, walk.offsets, order, columns, outputs, weight, into, sqnorm, False)
-        return dw, sqnorm
+        _kernels.outer_wgrad(x, g, walk.offsets, order, columns, outputs, weight, dw, sqnorm, False)
+        return sqnorm
     if len(columns):
         _kernels.outer_wgrad(x, g, walk.offsets, order, columns, None, None, None, sqnorm, False)
-    if into is not None:
+    if dw is not None:
         if weight is not None:
             g = g * torch.repeat_interleave(weight, walk.offsets.diff())[:, None]
         if outputs is None:
@@ -269,4 +310,4 @@ def _outer(
         else:
             nothing = sqnorm.new_empty(segments.columns)
             _kernels.outer_wgrad(x, g, walk.offsets, order, columns[:0], outputs, None, dw, nothing, False)
-    return dw, sqnorm
+    return sqnorm

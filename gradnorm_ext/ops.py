@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_ext import backends
-from gradnorm_ext.reference import sqnorm_of_sums
+from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -58,6 +58,7 @@ def outer_wgrad(
     *,
     weight: Tensor | None = None,
     by_group: bool = False,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """A linear layer's weight gradient and its segments' squared norms, from one pass over the rows.
@@ -68,6 +69,7 @@ def outer_wgrad(
         x, g, segments: as of :func:`outer_sqnorm`.
         weight: ``[segments]``, or None for ones.
         by_group: one gradient for every group of the coarsest level instead of their sum.
+        out: where ``dw`` is written, contiguous, of the returned shape and dtype; None makes it.
 
     Returns:
         ``dw [out, in]``, or ``[groups, out, in]`` with ``by_group``; and ``sqnorm``. float32 (float64 for float64).
@@ -79,8 +81,14 @@ def outer_wgrad(
     """
     _check_rows("outer_wgrad", segments, x=x, g=g)
     outputs, n_outputs = _outputs("outer_wgrad", segments, weight, by_group)
+    if out is not None:
+        shape, dtype = [*([n_outputs] if by_group else []), g.shape[1], x.shape[1]], accumulator(x.dtype)
+        if list(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
+            raise ValueError(
+                f"outer_wgrad: out must be contiguous, {shape} of {dtype}, got {list(out.shape)} of {out.dtype}; make it so"
+            )
     run = backends.find("outer_wgrad", x.device.type, backends.choose(backend))
-    return run(x, g, segments, weight=weight, outputs=outputs, n_outputs=n_outputs)  # type: ignore[no-any-return]
+    return run(x, g, segments, weight=weight, outputs=outputs, n_outputs=n_outputs, out=out)  # type: ignore[no-any-return]
 
 
 def lookup_sqnorm(
@@ -192,7 +200,8 @@ def product_sqnorm(
         >>> product_sqnorm(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(1, 2))
         tensor([25.])
     """
-    return sqnorm_of_sums(product_sums(x, g, segments, shift=shift, scale=scale, backend=backend), segments)
+    sums = product_sums(x, g, segments, shift=shift, scale=scale, backend=backend)
+    return sums_sqnorm(sums, segments, backend=backend)
 
 
 def product_wgrad(
@@ -203,7 +212,6 @@ def product_wgrad(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
     weight: Tensor | None = None,
-    by_group: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """A scale's gradient ``dw = Σ_s weight[s] product_sums[s]`` and its segments' squared norms (not weighted).
@@ -213,7 +221,7 @@ def product_wgrad(
         (tensor([5.]), tensor([4., 9.]))
     """
     sums = product_sums(x, g, segments, shift=shift, scale=scale, backend=backend)
-    return sums_wgrad(sums, segments, weight=weight, by_group=by_group), sqnorm_of_sums(sums, segments)
+    return sums_wgrad(sums, segments, weight=weight, backend=backend)
 
 
 def sum_sums(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
@@ -234,16 +242,11 @@ def sum_sqnorm(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tenso
         >>> sum_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(1, 2))
         tensor([25.])
     """
-    return sqnorm_of_sums(sum_sums(g, segments, backend=backend), segments)
+    return sums_sqnorm(sum_sums(g, segments, backend=backend), segments, backend=backend)
 
 
 def sum_wgrad(
-    g: Tensor,
-    segments: Segments,
-    *,
-    weight: Tensor | None = None,
-    by_group: bool = False,
-    backend: str = "auto",
+    g: Tensor, segments: Segments, *, weight: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """A bias's gradient ``dw = Σ_s weight[s] sum_sums[s]`` and its segments' squared norms (not weighted).
 
@@ -251,23 +254,42 @@ def sum_wgrad(
         >>> sum_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
         (tensor([8.]), tensor([4., 9.]))
     """
-    sums = sum_sums(g, segments, backend=backend)
-    return sums_wgrad(sums, segments, weight=weight, by_group=by_group), sqnorm_of_sums(sums, segments)
+    return sums_wgrad(sum_sums(g, segments, backend=backend), segments, weight=weight, backend=backend)
+
+
+def sums_sqnorm(sums: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
+    """Squared norms of gradients that are given per segment: ``out[s] = ‖sums[s]‖²``, a group's of its sum.
+
+    Args:
+        sums: ``[segments, n]``, float32 or float64.
+        segments: whose gradients they are; only the number of segments and the groups matter.
+
+    Returns:
+        ``[segments + groups]``, as of :func:`outer_sqnorm`.
+
+    Example:
+        >>> sums_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(2, 1, Groups.of(2, [(torch.tensor([0, 0]), 1)])))
+        tensor([ 4.,  9., 25.])
+    """
+    _check_sums("sums_sqnorm", sums, segments)
+    return backends.find("sums_sqnorm", sums.device.type, backends.choose(backend))(sums, segments)  # type: ignore[no-any-return]
 
 
 def sums_wgrad(
-    sums: Tensor, segments: Segments, *, weight: Tensor | None = None, by_group: bool = False
-) -> Tensor:
-    """The (weighted) total of gradients given per segment, ``sums [S, n]``: ``[n]``, or ``[groups, n]``.
+    sums: Tensor, segments: Segments, *, weight: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The (weighted) total of gradients that are given per segment, ``Σ_s weight[s] sums[s]``, and their squared norms.
+
+    Args and returns: as of :func:`sums_sqnorm`; ``weight [segments]`` or None for ones; the total is ``[n]``.
 
     Example:
         >>> sums_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
-        tensor([8.])
+        (tensor([8.]), tensor([4., 9.]))
     """
-    outputs, n_outputs = _outputs("sums_wgrad", segments, weight, by_group)
-    if outputs is not None:
-        return sums.new_zeros(n_outputs, sums.shape[1]).index_add_(0, outputs, sums)
-    return sums.sum(0) if weight is None else weight.to(sums.dtype) @ sums
+    _check_sums("sums_wgrad", sums, segments)
+    _outputs("sums_wgrad", segments, weight, by_group=False)
+    run = backends.find("sums_wgrad", sums.device.type, backends.choose(backend))
+    return run(sums, segments, weight=weight)  # type: ignore[no-any-return]
 
 
 class SegmentStd(NamedTuple):
@@ -275,14 +297,12 @@ class SegmentStd(NamedTuple):
 
     mean: Tensor
     std: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # a tuple's method of that name is not missed
     low: Tensor
     high: Tensor
 
 
-def segment_std(
-    values: Tensor, ids: Tensor, count: int, *, ddof: int = 1, backend: str = "auto"
-) -> SegmentStd:
+def segment_std(values: Tensor, ids: Tensor, count: int, *, ddof: int = 1, backend: str = "auto") -> SegmentStd:
     """Mean, standard deviation, count, minimum and maximum of each segment's values.
 
         std[s] = sqrt( Σ_{i in s} (values[i] - mean[s])² / (n[s] - ddof) )        formed in float64
@@ -318,14 +338,32 @@ def segment_std(
 
 
 def _check_rows(who: str, segments: Segments, **rows: Tensor) -> None:
+    first, *others = rows.values()
+    shape = first.shape
+    for other in others:
+        if other.dim() != 2 or other.shape[0] != shape[0] or other.dtype != first.dtype:
+            shape = torch.Size()
+    if len(shape) != 2 or first.dtype not in FLOATS:
+        _refuse_rows(who, rows)
+    _check_row_count(who, shape[0], segments)
+
+
+def _refuse_rows(who: str, rows: dict[str, Tensor]) -> None:
     names, tensors = " and ".join(rows), list(rows.values())
     if any(t.dim() != 2 or len(t) != len(tensors[0]) for t in tensors):
         got = " and ".join(str(list(t.shape)) for t in tensors)
-        raise ValueError(f"{who}: {names} must be [rows, width] with equally many rows, got {got}; flatten them to rows")
-    if any(t.dtype not in FLOATS or t.dtype != tensors[0].dtype for t in tensors):
-        got = " and ".join(str(t.dtype) for t in tensors)
-        raise TypeError(f"{who}: {names} must have one dtype of {', '.join(map(str, FLOATS))}, got {got}; cast them")
-    _check_row_count(who, len(tensors[0]), segments)
+        raise ValueError(
+            f"{who}: {names} must be [rows, width] with equally many rows, got {got}; flatten them to rows"
+        )
+    got = " and ".join(str(t.dtype) for t in tensors)
+    raise TypeError(f"{who}: {names} must have one dtype of {', '.join(map(str, FLOATS))}, got {got}; cast them")
+
+
+def _check_sums(who: str, sums: Tensor, segments: Segments) -> None:
+    if sums.dim() != 2 or sums.shape[0] != segments.count:
+        raise ValueError(f"{who}: sums must be [{segments.count}, n], one row per segment, got {list(sums.shape)}")
+    if sums.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{who}: sums must be float32 or float64, got {sums.dtype}; cast them")
 
 
 def _check_lookup(who: str, ids: Tensor, g: Tensor, vocabulary: int, segments: Segments) -> None:
@@ -360,5 +398,7 @@ def _outputs(who: str, segments: Segments, weight: Tensor | None, by_group: bool
     if not by_group:
         return None, 1
     if weight is not None or not segments.groups.levels:
-        raise ValueError(f"{who}: by_group needs segments with groups and no weight; weigh the groups' gradients instead")
+        raise ValueError(
+            f"{who}: by_group needs segments with groups and no weight; weigh the groups' gradients instead"
+        )
     return segments.groups.levels[-1], segments.groups.counts[-1]

@@ -101,7 +101,9 @@ class Reweighted(torch.optim.Optimizer):
             )
         if isinstance(model_or_meter, Meter):
             if meter_options:
-                raise TypeError(f"Reweighted: meter options go to the Meter that was given, got {sorted(meter_options)}")
+                raise TypeError(
+                    f"Reweighted: meter options go to the Meter that was given, got {sorted(meter_options)}"
+                )
             self.meter = model_or_meter
         else:
             self.meter = Meter(model_or_meter, **meter_options)
@@ -111,6 +113,7 @@ class Reweighted(torch.optim.Optimizer):
         self.weights: Tensor | None = None
         self._running = {name: _Running.of(len(self.meter.task_names)) for name in ("sqnorm", "sqnorm_unbiased")}
         self._observed: list[Tensor] = []  # of each block since the last step: whether it was finite
+        self._buffers: dict[str, Tensor] = {}
         self._share_hooks()
 
     @contextmanager
@@ -127,7 +130,12 @@ class Reweighted(torch.optim.Optimizer):
         if same_step:
             self._refuse_early_gradients()
         plan = (
-            Plan(keep=True, by_task=weighs_of(self.policy) == "tasks", budget=self.gradient_budget)
+            Plan(
+                keep=True,
+                by_task=weighs_of(self.policy) == "tasks",
+                budget=self.gradient_budget,
+                buffers=self._buffers,
+            )
             if same_step
             else Plan(task_weights=self._next_weights())
         )
@@ -144,6 +152,7 @@ class Reweighted(torch.optim.Optimizer):
         else:
             self.weights = plan.task_weights
             self._remember(stats)
+        observation.forget()
         self._observed.append(stats.finite)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -222,12 +231,14 @@ class Reweighted(torch.optim.Optimizer):
         return {name: getattr(self, name) for name in (*names, "weights", "_running", "_observed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _buffers={})
         self._share_hooks()
 
     def _share_hooks(self) -> None:
         """Hooks registered here are the wrapped optimizer's: it runs them."""
-        self.__dict__.update({name: hooks for name, hooks in vars(self.optimizer).items() if name.startswith("_optimizer_")})
+        self.__dict__.update(
+            {name: hooks for name, hooks in vars(self.optimizer).items() if name.startswith("_optimizer_")}
+        )
 
     def _weights(self, stats: Stats) -> Tensor:
         weighs = weighs_of(self.policy)

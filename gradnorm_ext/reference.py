@@ -27,8 +27,10 @@ def outer_wgrad(
     weight: Tensor | None = None,
     outputs: Tensor | None = None,
     n_outputs: int = 1,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    dw = x.new_zeros(n_outputs, g.shape[1], x.shape[1], dtype=accumulator(x.dtype))
+    shape = (n_outputs, g.shape[1], x.shape[1])
+    dw = x.new_zeros(shape, dtype=accumulator(x.dtype)) if out is None else out.view(shape).zero_()
     sqnorm = _outer(x, g, segments, weight, outputs, dw)
     return (dw[0] if outputs is None else dw), sqnorm
 
@@ -41,7 +43,7 @@ def _outer(
     block = max(1, _BLOCK // max(1, segments.count * x.shape[1]))
     for i in range(0, g.shape[1], block):  # rows of the weight: the segments' gradients of all rows would not fit
         of_segment = _outer_per_segment(x, g[:, i : i + block], segments)
-        sqnorm += sqnorm_of_sums(of_segment.flatten(1), segments)
+        sqnorm += sums_sqnorm(of_segment.flatten(1), segments)
         if dw is not None:
             if weight is not None:
                 of_segment = of_segment * weight[:, None, None].to(of_segment.dtype)
@@ -62,12 +64,16 @@ def _outer_per_segment(x: Tensor, g: Tensor, segments: Segments) -> Tensor:
     return torch.stack([gs.t() @ xs for gs, xs in rows]) if segments.count else x.new_zeros(0, g.shape[1], x.shape[1])
 
 
-def sqnorm_of_sums(sums: Tensor, segments: Segments) -> Tensor:
-    """The ``sqnorm`` vector of gradients given per segment, ``sums [S, n]``."""
+def sums_sqnorm(sums: Tensor, segments: Segments) -> Tensor:
     parts = [sums.square().sum(1)]
     for ids, count in zip(segments.groups.levels, segments.groups.counts, strict=True):
         parts.append(sums.new_zeros(count, sums.shape[1]).index_add_(0, ids, sums).square().sum(1))
     return torch.cat(parts)
+
+
+def sums_wgrad(sums: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    dw = sums.sum(0) if weight is None else weight.to(sums.dtype) @ sums
+    return dw, sums_sqnorm(sums, segments)
 
 
 def product_sums(
@@ -90,7 +96,9 @@ def sum_sums(g: Tensor, segments: Segments) -> Tensor:
 
 
 def _segment_of_row(segments: Segments) -> Tensor:
-    return torch.repeat_interleave(torch.arange(segments.count, device=segments.offsets.device), segments.offsets.diff())
+    return torch.repeat_interleave(
+        torch.arange(segments.count, device=segments.offsets.device), segments.offsets.diff()
+    )
 
 
 def lookup_sqnorm(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Groups:
     """Coarser and coarser partitions of the same segments, each nested in the next.
 
@@ -45,7 +45,7 @@ class Groups:
         return Groups(tuple(ids for ids, _ in levels), tuple(count for _, count in levels), walk, columns)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segments:
     """Rows ``offsets[s]`` to ``offsets[s + 1]`` belong to segment ``s``.
 
@@ -78,12 +78,12 @@ class Segments:
         torch.cumsum(lengths, 0, out=offsets[1:])
         return Segments(offsets, None, groups or Groups.of(len(lengths), device=lengths.device))
 
-    @property
+    @functools.cached_property
     def count(self) -> int:
         """How many segments there are."""
         return len(self.offsets) - 1
 
-    @property
+    @functools.cached_property
     def columns(self) -> int:
         """The length of a ``sqnorm`` vector: the segments and all groups."""
         return self.count + sum(self.groups.counts)

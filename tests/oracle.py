@@ -48,7 +48,9 @@ def group_norms(gradients: list[dict[str, Tensor]], ids: Tensor, count: int) -> 
     norms = []
     for group in range(count):
         members = [gradients[i] for i in (ids == group).nonzero()[:, 0].tolist()]
-        norms.append(sum(sum(g[name].double() for g in members).square().sum() for name in gradients[0]) if members else 0)
+        norms.append(
+            sum(sum(g[name].double() for g in members).square().sum() for name in gradients[0]) if members else 0
+        )
     return torch.stack([torch.as_tensor(norm, dtype=torch.float64) for norm in norms]).sqrt()
 
 
@@ -59,8 +61,16 @@ def relative(found: Tensor, truth: Tensor) -> float:
 
 def token_loss(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy, a mean over tokens and a sum over examples."""
-    return F.cross_entropy(logits.flatten(0, 1).float() if logits.dtype == torch.bfloat16 else logits.flatten(0, 1),
-                           y.flatten(), reduction="none").view(y.shape).mean(1).sum()
+    return (
+        F.cross_entropy(
+            logits.flatten(0, 1).float() if logits.dtype == torch.bfloat16 else logits.flatten(0, 1),
+            y.flatten(),
+            reduction="none",
+        )
+        .view(y.shape)
+        .mean(1)
+        .sum()
+    )
 
 
 def square_loss(output: Tensor, y: Tensor) -> Tensor:
@@ -195,7 +205,11 @@ def _hf(kind: str) -> Case:
         inner: nn.Module = transformers.GPT2LMHeadModel(config)
     else:
         config = transformers.LlamaConfig(
-            num_key_value_heads=2, max_position_embeddings=16, tie_word_embeddings=kind == "llama_tied", **llama, **common
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+            tie_word_embeddings=kind == "llama_tied",
+            **llama,
+            **common,
         )
         inner = transformers.LlamaForCausalLM(config)
     return _tokens(Logits(inner))

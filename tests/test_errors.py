@@ -68,22 +68,35 @@ def refused(model, x, error, message, run=None):
 
 def test_no_backward_in_the_block():
     model, x = mlp(), torch.randn(4, 7)
-    meter = refused(model, x, RuntimeError, "loss.backward() must run inside the observe block, got a forward without it",
-                    lambda: model(x))
+    meter = refused(
+        model,
+        x,
+        RuntimeError,
+        "loss.backward() must run inside the observe block, got a forward without it",
+        lambda: model(x),
+    )
     works(meter, model, x)
 
 
 def test_no_forward_in_the_block():
     model, x = mlp(), torch.randn(4, 7)
-    meter = refused(model, x, RuntimeError, "the model must be called with gradients inside the observe block, got no call",
-                    lambda: None)
+    meter = refused(
+        model,
+        x,
+        RuntimeError,
+        "the model must be called with gradients inside the observe block, got no call",
+        lambda: None,
+    )
     works(meter, model, x)
 
 
 def test_backward_after_the_block():
     model, x = mlp(), torch.randn(4, 7)
     meter = Meter(model)
-    with pytest.raises(RuntimeError, match=re.escape("loss.backward() must run inside the observe block")), meter.observe():
+    with (
+        pytest.raises(RuntimeError, match=re.escape("loss.backward() must run inside the observe block")),
+        meter.observe(),
+    ):
         loss = model(x).sum()
     assert loss.grad_fn is not None
     works(meter, model, x)
@@ -138,13 +151,22 @@ def test_rows_that_no_layout_explains():
             return self.inner(x[:3])
 
     model, x = Pooled(), torch.randn(4, 7)
-    refused(model, x, ValueError, "the rows of inner.weight must belong to the batch's 4 examples, got an input of shape [3, 7]")
+    refused(
+        model,
+        x,
+        ValueError,
+        "the rows of inner.weight must belong to the batch's 4 examples, got an input of shape [3, 7]",
+    )
 
 
 def test_batch_norm_in_training_mode():
     model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
-    meter = refused(model, torch.randn(4, 7), ValueError,
-                    "examples must not influence each other, got 1 (BatchNorm1d) in training mode; put it in eval mode")
+    meter = refused(
+        model,
+        torch.randn(4, 7),
+        ValueError,
+        "examples must not influence each other, got 1 (BatchNorm1d) in training mode; put it in eval mode",
+    )
     model.eval()
     with pytest.raises(RuntimeError, match="no rule for batch_norm of 1.weight"), meter.observe():
         model(torch.randn(4, 7)).sum().backward()
@@ -165,7 +187,9 @@ def test_examples_that_influence_each_other_are_found_by_tagging():
             h = self.inner(x)
             return self.head(h - h.mean(0))
 
-    refused(Centred(), torch.randn(4, 7), RuntimeError, "inner.weight (linear, rows [4, 5]) was used with rows that do not")
+    refused(
+        Centred(), torch.randn(4, 7), RuntimeError, "inner.weight (linear, rows [4, 5]) was used with rows that do not"
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,8 +215,10 @@ def test_a_use_that_no_rule_knows_is_refused_by_name(use, name):
 
     model = Model()
     meter = refused(model, torch.randn(4, 7), RuntimeError, "Meter: no rule for ")
-    with pytest.raises(RuntimeError, match=rf"no rule for {name} of odd .*, which is trainable; freeze it with"), \
-            meter.observe():
+    with (
+        pytest.raises(RuntimeError, match=rf"no rule for {name} of odd .*, which is trainable; freeze it with"),
+        meter.observe(),
+    ):
         model(torch.randn(4, 7)).sum().backward()
     model.odd.requires_grad_(False)
     with meter.observe():
@@ -266,7 +292,9 @@ def test_an_exception_in_a_block_leaves_the_model_as_it_was():
 
 
 def test_checker_says_what_it_needs():
-    with pytest.raises(ValueError, match="an input must be a tensor with the examples as its first dimension, got none"):
+    with pytest.raises(
+        ValueError, match="an input must be a tensor with the examples as its first dimension, got none"
+    ):
         check(mlp(), torch.sum)
     pooled = nn.Sequential(nn.Linear(7, 2), nn.Flatten(0))
     with pytest.raises(ValueError, match="outputs must have the 4 examples as their first dimension, got"):
@@ -283,7 +311,9 @@ def test_a_broken_native_build_is_an_error_and_never_a_fallback(monkeypatch):
     backends.load.cache_clear()
     backends.find.cache_clear()
     try:
-        with pytest.raises(ImportError, match="the native backend is installed but does not load .*torch_gone.*; rebuild it"):
+        with pytest.raises(
+            ImportError, match="the native backend is installed but does not load .*torch_gone.*; rebuild it"
+        ):
             backends.find("outer_wgrad", "cpu", "auto")
     finally:
         backends.load.cache_clear()

@@ -289,8 +289,10 @@ def test_tagging_refuses_rows_of_another_example():
             return self.head(torch.tanh(self.inner(x.roll(1, 0))).roll(-1, 0))
 
     model = Rolled()
-    with pytest.raises(RuntimeError, match=r"inner.weight .* was used with rows that do not belong to one example each"), \
-            Meter(model).observe():
+    with (
+        pytest.raises(RuntimeError, match=r"inner.weight .* was used with rows that do not belong to one example each"),
+        Meter(model).observe(),
+    ):
         model(torch.randn(4, 3)).square().sum().backward()
 
 
@@ -305,8 +307,10 @@ def test_audit_refuses_a_use_that_was_not_seen():
             return F.linear(self.first(x), self.alias[0])
 
     model = Hidden()
-    with pytest.raises(RuntimeError, match=r"first.weight got a gradient that its seen uses account for only in part"), \
-            Meter(model).observe():
+    with (
+        pytest.raises(RuntimeError, match=r"first.weight got a gradient that its seen uses account for only in part"),
+        Meter(model).observe(),
+    ):
         model(torch.randn(4, 3)).square().sum().backward()
 
 

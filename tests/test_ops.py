@@ -31,7 +31,11 @@ def segments_of(lengths, nested=True):
     coarse = torch.tensor([2, 0, 0, 2])[fine] if count else fine
     groups = Groups.of(count, [(fine, 4), (coarse, 3)] if nested else [])
     equal = len(set(lengths)) == 1
-    return Segments.equal(count, lengths[0], groups) if equal else Segments.from_lengths(torch.tensor(lengths, dtype=torch.int64), groups)
+    return (
+        Segments.equal(count, lengths[0], groups)
+        if equal
+        else Segments.from_lengths(torch.tensor(lengths, dtype=torch.int64), groups)
+    )
 
 
 def members(segments):
@@ -101,7 +105,9 @@ def test_outer(backend, lengths, widths, dtype):
     assert_as_good_as_plain(dw, plain.sum(0), exact.sum(0), size.sum(0))
     assert_as_good_as_plain(sqnorm, *norms)
     dw, sqnorm = ops.outer_wgrad(x, g, segments, weight=weight, backend=backend)
-    assert_as_good_as_plain(dw, *(torch.tensordot(weight.to(tensor), tensor, 1) for tensor in (plain, exact)), size.sum(0))
+    assert_as_good_as_plain(
+        dw, *(torch.tensordot(weight.to(tensor), tensor, 1) for tensor in (plain, exact)), size.sum(0)
+    )
     assert_as_good_as_plain(sqnorm, *norms)
     dw, sqnorm = ops.outer_wgrad(x, g, segments, by_group=True, backend=backend)
     coarse = segments.groups.levels[-1]
@@ -125,7 +131,9 @@ def test_lookup(backend, lengths, padding_idx, dtype):
     norms, given = [truth(t, segments) for t in (plain, exact, size)], {"padding_idx": padding_idx, "backend": backend}
     assert_as_good_as_plain(ops.lookup_sqnorm(ids, g, vocabulary, segments, **given), *norms)
     dw, sqnorm = ops.lookup_wgrad(ids, g, vocabulary, segments, weight=weight, **given)
-    assert_as_good_as_plain(dw, *(torch.tensordot(weight.to(tensor), tensor, 1) for tensor in (plain, exact)), size.sum(0))
+    assert_as_good_as_plain(
+        dw, *(torch.tensordot(weight.to(tensor), tensor, 1) for tensor in (plain, exact)), size.sum(0)
+    )
     assert_as_good_as_plain(sqnorm, *norms)
     dw, _ = ops.lookup_wgrad(ids, g, vocabulary, segments, by_group=True, **given)
     coarse = segments.groups.levels[-1]
@@ -142,7 +150,9 @@ def test_product_and_sum(backend, lengths, dtype):
     shift, scale = (torch.linspace(low, 2, len(x)).to(accumulated(x).dtype) for low in (-1, 0.5))
 
     def per_segment(x, g, shift, scale):
-        return torch.stack([rows.sum(0) for rows in (g * (x - shift[:, None]) * scale[:, None]).split(segments.lengths)])
+        return torch.stack(
+            [rows.sum(0) for rows in (g * (x - shift[:, None]) * scale[:, None]).split(segments.lengths)]
+        )
 
     def check(found, plain, exact, size):
         weight = torch.linspace(-1, 2, len(lengths), dtype=plain.dtype)
@@ -176,7 +186,9 @@ def test_rows_may_be_strided(backend):
         expected = ops.outer_wgrad(x.contiguous(), g.contiguous(), segments, backend="reference")
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
-        torch.testing.assert_close(ops.sum_sums(g, segments, backend=backend), ops.sum_sums(g, segments, backend="reference"))
+        torch.testing.assert_close(
+            ops.sum_sums(g, segments, backend=backend), ops.sum_sums(g, segments, backend="reference")
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -198,8 +210,12 @@ def test_segment_std(backend, dtype):
     ids = torch.tensor([3, 3, 3, 0, 0, 1, 2, 2])
     found = ops.segment_std(values, ids, 5, backend=backend)
     assert found.count.tolist() == [2, 1, 2, 3, 0]
-    expected = torch.stack([values[ids == s].double().std() if (ids == s).sum() > 1 else torch.tensor(torch.nan).double()
-                            for s in range(5)])
+    expected = torch.stack(
+        [
+            values[ids == s].double().std() if (ids == s).sum() > 1 else torch.tensor(torch.nan).double()
+            for s in range(5)
+        ]
+    )
     torch.testing.assert_close(found.std.double(), expected, equal_nan=True, rtol=1e-6, atol=1e-7)
     assert found.low[3] == found.high[3] == values[0] and found.low[4] == torch.inf and found.high[4] == -torch.inf
     assert found.mean[2].isnan() and found.low[2].isnan() and found.high[2].isnan()
@@ -250,8 +266,11 @@ ONE = Segments.equal(2, 3, Groups.of(2, [(torch.tensor([0, 1]), 2)]))
          "the rows must be those of the segments, got 5 rows and segments of 6"),
         (lambda: ops.outer_wgrad(torch.ones(6, 2), torch.ones(6, 2), ONE, weight=torch.ones(3)), ValueError,
          "outer_wgrad: weight must be [2], one per segment, got [3]"),
-        (lambda: ops.sum_wgrad(torch.ones(6, 2), Segments.equal(2, 3), by_group=True), ValueError,
-         "sums_wgrad: by_group needs segments with groups and no weight"),
+        (lambda: ops.outer_wgrad(torch.ones(6, 2), torch.ones(6, 2), Segments.equal(2, 3), by_group=True), ValueError,
+         "outer_wgrad: by_group needs segments with groups and no weight"),
+        (lambda: ops.sums_wgrad(torch.ones(3, 2), ONE), ValueError,
+         "sums_wgrad: sums must be [2, n], one row per segment, got [3, 2]"),
+        (lambda: ops.sums_sqnorm(torch.ones(2, 2).half(), ONE), TypeError, "sums must be float32 or float64"),
         (lambda: ops.lookup_sqnorm(torch.tensor([0, 1, 2, 3, 4, 9]), torch.ones(6, 2), 9, ONE), ValueError,
          "lookup_sqnorm: ids must lie in [0, 9), got 0 to 9"),
         (lambda: ops.lookup_sqnorm(torch.zeros(6), torch.ones(6, 2), 9, ONE), TypeError, "ids must be int64"),

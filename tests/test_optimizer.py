@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradnorm_ext import ClipExamples, Equal, InverseNorm, Meter, Reweighted, RewardStd
+from gradnorm_ext import ClipExamples, Equal, InverseNorm, Meter, RewardStd, Reweighted
 
 K = 3
 
@@ -58,7 +58,9 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-@pytest.mark.parametrize("policy", [by_example, by_task, ClipExamples(0.3), InverseNorm()], ids=str)
+@pytest.mark.parametrize(
+    "policy", [by_example, by_task, ClipExamples(0.3), InverseNorm()], ids=["by_example", "by_task", "clip", "inverse"]
+)
 @pytest.mark.parametrize("name", [name for name in oracle.MAKERS if name != "llama"])
 def test_same_step_is_the_weighted_sum_of_separate_backwards(name, policy, backend):
     case = oracle.make(name).to(torch.float64)
@@ -216,7 +218,9 @@ def test_takes_over_a_plain_optimizers_state():
         optimizer.load_state_dict(wrap(case, Equal(), tasks=2).state_dict())
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
+)
 def test_is_copied_and_pickled_with_its_model(copier):
     case = oracle.make("transformer")
     optimizer = wrap(case, InverseNorm(), apply="next_step")
@@ -332,8 +336,10 @@ def test_same_step_refuses_activations_that_changed_in_place():
 
     model, x = Clobber(), torch.randn(4, 3)
     optimizer = Reweighted(torch.optim.SGD(model.parameters(), 0.1), model, ClipExamples(1.0))
-    with pytest.raises(RuntimeError, match=r"what the backward of second.weight kept must not change"), \
-            optimizer.observe():
+    with (
+        pytest.raises(RuntimeError, match=r"what the backward of second.weight kept must not change"),
+        optimizer.observe(),
+    ):
         model(x).square().sum().backward()
         model.kept.detach().add_(1)
 

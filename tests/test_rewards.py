@@ -100,7 +100,7 @@ def test_arrays_and_tensors_agree_and_keep_their_kind_and_dtype(batch, ddof, dty
     rewards, prompts, tasks = batch[0].astype(dtype), *batch[1:]
     of_arrays = reward_stats(rewards, prompts, tasks, ddof=ddof)
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("GRADNORM_BACKEND", "reference")
+        environment.setattr(backends, "DEFAULT", "reference")
         without_native = reward_stats(rewards, prompts, tasks, ddof=ddof)
         of_tensors = reward_stats(*map(torch.from_numpy, (rewards, prompts, tasks)), ddof=ddof)
     for name, value in as_arrays(of_arrays).items():
@@ -414,9 +414,9 @@ def test_arrays_take_the_native_way_where_it_is_built(monkeypatch):
 
     calls = []
     run = _C.reward_stats
-    monkeypatch.delenv("GRADNORM_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "DEFAULT", "auto")
     monkeypatch.setattr(_C, "reward_stats", lambda *args, **options: calls.append(args) or run(*args, **options))
     reward_stats(np.ones(2), np.zeros(2, int))
-    monkeypatch.setenv("GRADNORM_BACKEND", "reference")
+    monkeypatch.setattr(backends, "DEFAULT", "reference")
     reward_stats(np.ones(2), np.zeros(2, int))
     assert len(calls) == 1

@@ -61,5 +61,11 @@ def test_the_core_needs_only_torch_and_numpy():
 
 def test_bug_report_names_versions_backends_and_methods():
     found = subprocess.run([sys.executable, "-m", "gradnorm_ext"], capture_output=True, text=True, check=True)
-    for part in (f"gradnorm_ext {gradnorm_ext.__version__}", "torch ", "native: present", "outer_wgrad by", "rows a segment"):
+    for part in (
+        f"gradnorm_ext {gradnorm_ext.__version__}",
+        "torch ",
+        "native: present",
+        "outer_wgrad by",
+        "rows a segment",
+    ):
         assert part in found.stdout

@@ -19,6 +19,7 @@
 #include "kernels/segment_std.h"
 #include "kernels/segments.h"
 #include "kernels/sum_sums.h"
+#include "kernels/sums_wgrad.h"
 
 #ifdef GRADNORM_WITH_CUDA
 // Only a CUDA build of torch has this. Weak, so that one build of ours loads in a CPU build as
@@ -125,6 +126,10 @@ const int64_t* offsets_of(const Tensor& tensor, int64_t rows) {
   return offsets;
 }
 
+int64_t last_of(const Tensor& offsets) {
+  return vector_of<int64_t>(offsets, offsets.numel(), ScalarType::Long)[offsets.numel() - 1];
+}
+
 gradnorm::Segments segments_of(const Tensor& offsets, const Tensor& walk, const Tensor& columns,
                                const std::optional<Tensor>& outputs, int64_t rows,
                                int64_t n_columns, int64_t n_outputs) {
@@ -214,6 +219,23 @@ void sum_sums_cpu(const Tensor& g, const Tensor& offsets, Tensor& out) {
   });
 }
 
+void sums_wgrad_cpu(const Tensor& sums, const Tensor& offsets, const Tensor& walk,
+                    const Tensor& columns, const std::optional<Tensor>& weight,
+                    std::optional<Tensor> dw, Tensor& sqnorm) {
+  for_type(sums, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t count = sums.size(0), width = sums.size(1);
+    const int64_t rows = offsets.numel() > 0 ? last_of(offsets) : 0;
+    const auto segments =
+        segments_of(offsets, walk, columns, std::nullopt, rows, sqnorm.numel(), 1);
+    STD_TORCH_CHECK(segments.count == count, "gradnorm: sums must be [segments, width]");
+    gradnorm::sums_wgrad_cpu(vector_of<T>(sums, count * width, kType<T>), width, segments,
+                             vector_of<T>(weight, count, kType<T>),
+                             dw ? out_of<T>(*dw, width) : nullptr, out_of<T>(sqnorm, sqnorm.numel()),
+                             sqnorm.numel(), torch_host<T>());
+  });
+}
+
 template <typename T>
 gradnorm::SegmentStd<T> segment_std_out(Tensor& mean, Tensor& std, Tensor& count, Tensor& low,
                                         Tensor& high) {
@@ -260,6 +282,7 @@ STABLE_TORCH_LIBRARY_IMPL(gradnorm, CPU, m) {
   m.impl("lookup_wgrad", TORCH_BOX(&lookup_wgrad_cpu));
   m.impl("product_sums", TORCH_BOX(&product_sums_cpu));
   m.impl("sum_sums", TORCH_BOX(&sum_sums_cpu));
+  m.impl("sums_wgrad", TORCH_BOX(&sums_wgrad_cpu));
   m.impl("segment_std", TORCH_BOX(&segment_std_cpu));
 }
 

@@ -1,12 +1,13 @@
 """What one use of a parameter adds to its gradient, per example: kept as rows (outer, lookup) or as small sums.
 
-Every contribution offers the same four things: `sqnorm` (squared norms per segment and group), `wgrad` (the gradient,
-optionally weighted, and the norms from the same pass), `by_group` (one gradient per group of the coarsest level, and
-the norms) and `total` (the weighted gradient alone). `combined_sqnorm` squares the *sum* of several contributions.
+Every contribution offers the same: `sqnorm` (squared norms per segment and group), `wgrad` (the gradient,
+optionally weighted, and the norms from the same pass), `total` (the weighted gradient alone), and `kept` (what must
+not change until it is used). `combined_sqnorm` squares the *sum* of several contributions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_ext import ops
-from gradnorm_ext.reference import accumulator, sqnorm_of_sums
+from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
 
@@ -38,8 +39,9 @@ class Outer:
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return ops.outer_wgrad(self.x, self.g, self.segments, weight=weight, backend=self.backend)
 
-    def by_group(self) -> tuple[Tensor, Tensor]:
-        return ops.outer_wgrad(self.x, self.g, self.segments, by_group=True, backend=self.backend)
+    def by_group(self, out: Tensor) -> Tensor:
+        """The norms; the gradient of each group of the coarsest level goes to ``out``."""
+        return ops.outer_wgrad(self.x, self.g, self.segments, by_group=True, out=out, backend=self.backend)[1]
 
     def total(self, weight: Tensor | None = None) -> Tensor:
         if weight is None:
@@ -119,19 +121,22 @@ class Sums:
 
     sums: Tensor
     segments: Segments
+    backend: str
 
     @property
     def flat(self) -> Tensor:
         return self.sums.reshape(self.segments.count, -1)
 
     def sqnorm(self) -> Tensor:
-        return sqnorm_of_sums(self.flat, self.segments)
+        return ops.sums_sqnorm(self.flat, self.segments, backend=self.backend)
 
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.total(weight), self.sqnorm()
+        total, sqnorm = ops.sums_wgrad(self.flat, self.segments, weight=weight, backend=self.backend)
+        return total.view(self.sums.shape[1:]), sqnorm
 
     def total(self, weight: Tensor | None = None) -> Tensor:
-        return ops.sums_wgrad(self.flat, self.segments, weight=weight).view(self.sums.shape[1:])
+        total = self.sums.sum(0) if weight is None else torch.tensordot(weight.to(self.sums.dtype), self.sums, 1)
+        return total.view(self.sums.shape[1:])
 
     def of_segments(self, segments: Tensor) -> Tensor:
         return self.sums[segments].sum(0)
@@ -178,7 +183,9 @@ class Placed:
         if isinstance(self.contribution, Sums) and self.views:
             sums = self.contribution.sums
             placed = torch.stack([self.adjoint(one) for one in sums.unbind(0)]) if len(sums) else sums
-            return Placed(Sums(placed, self.contribution.segments), (), lambda gradient: gradient)
+            return Placed(
+                Sums(placed, self.contribution.segments, self.contribution.backend), (), lambda gradient: gradient
+            )
         return self
 
 
@@ -199,7 +206,7 @@ def combined_sqnorm(placed: Sequence[Placed]) -> Tensor:
             if lookup and outer:
                 return tied_sqnorm(TiedOuter.of(outer, [lookup.ids]), [lookup])
         elif sums and not outers and not lookups:
-            return Sums(functools.reduce(torch.add, [one.sums for one in sums]), sums[0].segments).sqnorm()
+            return dataclasses.replace(sums[0], sums=functools.reduce(torch.add, [one.sums for one in sums])).sqnorm()
     return _dense_sqnorm(uses)
 
 

@@ -39,6 +39,7 @@ from gradnorm_ext.layers.contributions import (
     per_row,
     tied_sqnorm,
 )
+from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Groups, Segments
 
 Layout = Literal["leading", "flat", "shared"]
@@ -103,12 +104,15 @@ class Plan:
         task_weights: ``[K]``, known beforehand (``apply="next_step"``): weight gradients are formed with them.
         keep: the weights come when the block closes (``apply="same_step"``): nothing reaches ``.grad`` before.
         by_task: with ``keep``: form one gradient per task where ``budget`` bytes allow, instead of keeping rows.
+        buffers: where those gradients are kept from block to block, by parameter: fresh memory would cost as much
+            as filling it.
     """
 
     task_weights: Tensor | None = None
     keep: bool = False
     by_task: bool = False
     budget: int = 0
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -160,6 +164,8 @@ class Observation:
         self.probe = torch.zeros(
             len(parameters), columns + 1, dtype=dtype, device=parameters[0].device, requires_grad=True
         )
+        self._one = torch.ones(1, dtype=dtype, device=self.probe.device)  # a use is counted in the last column
+        self._unmeasured = torch.cat([self._one.new_zeros(columns), self._one])
         self.probe_rows = self.probe.unbind(0)
         self.probe_node = self.probe_rows[0].grad_fn
         for slot in self.slots.values():
@@ -208,7 +214,9 @@ class Observation:
             self._audit(slot)
         return use
 
-    def deliver(self, use: Use, contribution: Contribution, needs_gradient: bool) -> tuple[Tensor | None, Tensor | None]:
+    def deliver(
+        self, use: Use, contribution: Contribution, needs_gradient: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         """What a use's backward returns for the parameter and for the probe."""
         if self.tagging is not None:
             self._tag(use, contribution)
@@ -224,11 +232,16 @@ class Observation:
             )
         gradient: Tensor | None = None
         norms: Tensor | None = None
-        if keep and self.plan.by_task and not several and isinstance(contribution, Outer) and self._afford(contribution):
-            gradients, norms = contribution.by_group()
-            slot.kept.append((use, gradients, ()))
+        if (
+            keep
+            and not several
+            and isinstance(contribution, Outer)
+            and (out := self._buffer(slot, contribution)) is not None
+        ):
+            norms = contribution.by_group(out)
+            slot.kept.append((use, out, ()))
             if needs_gradient:
-                gradient = gradients.sum(0)
+                gradient = out.sum(0)
         elif keep:
             slot.kept.append((use, contribution, tuple(kept._version for kept in contribution.kept)))
             if not several:
@@ -251,19 +264,22 @@ class Observation:
             if slot.hooked:
                 placed = use.adjoint(gradient)
                 slot.delivered = placed if slot.delivered is None else slot.delivered + placed
-        row = self.probe.new_zeros(self.probe.shape[1])
-        if norms is not None:
-            row[:-1] = norms
-        row[-1] = 1
-        return gradient, row
+        return gradient, self._unmeasured if norms is None else torch.cat([norms.to(self._one), self._one])
 
-    def _afford(self, outer: Outer) -> bool:
-        tasks = outer.segments.groups.counts[-1]
-        size = tasks * outer.x.shape[1] * outer.g.shape[1] * max(4, outer.x.element_size())
+    def _buffer(self, slot: Slot, outer: Outer) -> Tensor | None:
+        """Where a parameter's gradients per task go, as far as the budget reaches."""
+        if not self.plan.by_task:
+            return None
+        shape = outer.segments.groups.counts[-1], outer.g.shape[1], outer.x.shape[1]
+        dtype = accumulator(outer.x.dtype)
+        size = math.prod(shape) * dtype.itemsize
         if size > self.budget:
-            return False
+            return None
         self.budget -= size
-        return True
+        buffer = self.plan.buffers.get(slot.name)
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != outer.x.device:
+            buffer = self.plan.buffers[slot.name] = outer.x.new_empty(shape, dtype=dtype)
+        return buffer
 
     def _thinned(self, slot: Slot, use: Use, contribution: Contribution) -> Contribution | TiedOuter:
         """Of a head tied to embeddings, what their cross term needs, so that its rows can go; else the contribution."""
@@ -396,6 +412,7 @@ class Observation:
                 if use.layout == "shared" and use.lookup_ids is not None:
                     self.memory.shared_lookups.add((slot.name, use.lookup_ids.dim()))
 
+    @torch.no_grad()
     def accumulate_weighted(self, weights: Tensor, by_task: Tensor | None) -> None:
         """Form the weighted gradient of everything that was kept, and add it to ``.grad``.
 
@@ -407,7 +424,7 @@ class Observation:
             for use, kept, versions in slot.kept:
                 if isinstance(kept, Tensor):
                     assert by_task is not None
-                    gradient = torch.tensordot(by_task.to(kept.dtype), kept, 1)
+                    gradient = torch.mv(kept.flatten(1).t(), by_task.to(kept.dtype))
                 else:
                     if versions != tuple(tensor._version for tensor in kept.kept):
                         raise RuntimeError(
@@ -416,11 +433,28 @@ class Observation:
                             'or use apply="next_step"'
                         )
                     gradient = kept.total(weights)
-                torch.autograd.backward((use.value,), (gradient.view_as(use.value).to(use.value.dtype),))
+                self._accumulate(use, gradient.view_as(use.value).to(use.value.dtype))
             slot.kept.clear()
+
+    def _accumulate(self, use: Use, gradient: Tensor) -> None:
+        parameter = use.slot.parameter
+        if use.value is not parameter or parameter._backward_hooks:
+            torch.autograd.backward((use.value,), (gradient,))  # through views, past hooks
+        elif parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad += gradient
 
     def release(self) -> None:
         """Take the audit's hooks off the parameters."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+    def forget(self) -> None:
+        """Let go of rows and uses: they refer to the block and it to them, and would wait for the garbage collector."""
+        for slot in self.slots.values():
+            for kept in (slot.uses, slot.deferred, slot.kept):
+                kept.clear()
+        self.slots.clear()
+        del self.start

@@ -7,6 +7,7 @@ whose backward hands `Observation.deliver` a contribution, and list the rule at 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from gradnorm_ext.layers.contributions import Contribution, Lookup, Outer, Sums
 from gradnorm_ext.layers.observation import Layout, Observation, Use
 from gradnorm_ext.layers.taps import LookedUp, Tap
 from gradnorm_ext.segments import Segments
+
 
 class _Call:
     """What a function's backward has to know: the uses it feeds, in the order of their probe rows."""
@@ -40,7 +42,8 @@ class _Backward:
     def __init__(self, ctx: Any, call: _Call) -> None:
         self.ctx, self.call, self.backend = ctx, call, call.observation.backend
         # Not so in torch.autograd.grad(y, x): that run is not for the parameters.
-        self.measures = bool(torch._C._will_engine_execute_node(call.observation.probe_node))
+        probe_node = call.observation.probe_node
+        self.measures = probe_node is not None and bool(torch._C._will_engine_execute_node(probe_node))
 
     def deliver(
         self, which: int, argument: int, make: Callable[[], Contribution]
@@ -59,13 +62,14 @@ class _Backward:
         uses = [use for use in self.call.uses if use is not None]
         if self.measures:
             node, output = self.ctx.next_functions[0]
-            self.call.observation.run_tagging(
-                torch.autograd.graph.GradientEdge(node, output), dx, uses, self.call.rows
-            )
+            self.call.observation.run_tagging(torch.autograd.graph.GradientEdge(node, output), dx, uses, self.call.rows)
 
 
-def _no_autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Backward passes compute in the dtypes they are given, also where they run inside an autocast block."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 class _Linear(torch.autograd.Function):
@@ -93,7 +97,7 @@ class _Linear(torch.autograd.Function):
         call: _Call = ctx.call
         with _no_autocast(g.device):
             run = _Backward(ctx, call)
-            g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+            g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.detach().reshape(-1, x.shape[-1])
             dx = None
             if ctx.needs_input_grad[1]:
                 dx = (g_rows @ (weight.t() if call.swapped else weight)).view_as(x).to(ctx.x_dtype)
@@ -105,7 +109,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _summed(g_rows: Tensor, segments: Segments, backend: str) -> Sums:
-    return Sums(ops.sum_sums(g_rows, segments, backend=backend), segments)
+    return Sums(ops.sum_sums(g_rows, segments, backend=backend), segments, backend)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, swapped: bool) -> Any:
@@ -149,9 +153,7 @@ class _Embedding(torch.autograd.Function):
     """``y[r] = W[ids[r]]``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, call: _Call, ids: Tensor, weight: Tensor, padding_idx: int | None, probe: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, call: _Call, ids: Tensor, weight: Tensor, padding_idx: int | None, probe: Tensor) -> Tensor:
         ctx.call, ctx.padding_idx, ctx.vocabulary = call, padding_idx, len(weight)
         ctx.save_for_backward(ids)
         return F.embedding(ids, weight)
@@ -236,12 +238,12 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def _normalised_product(x: Tensor, g: Tensor, call: _Call, shift: Tensor | None, scale: Tensor | None) -> Sums:
-    rows = [t.reshape(-1, t.shape[-1]) for t in (x.to(g.dtype), g)]
-    per_row = [None if t is None else t.reshape(-1).to(g.dtype) for t in (shift, scale)]
-    sums = ops.product_sums(
-        *rows, call.segments, shift=per_row[0], scale=per_row[1], backend=call.observation.backend
+    x, g = (t.reshape(-1, t.shape[-1]) for t in (x.to(g.dtype), g))
+    shift, scale = (None if t is None else t.reshape(-1).to(g.dtype) for t in (shift, scale))
+    backend = call.observation.backend
+    return Sums(
+        ops.product_sums(x, g, call.segments, shift=shift, scale=scale, backend=backend), call.segments, backend
     )
-    return Sums(sums, call.segments)
 
 
 def layer_norm(
@@ -260,7 +262,7 @@ def layer_norm(
     call = _Call(observation, rows, *uses)
     operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
     if torch.is_autocast_enabled(input.device.type):
-        input, *operands = (None if t is None else t.float() for t in (input, *operands))
+        input, operands = input.float(), [None if t is None else t.float() for t in operands]
     return _LayerNorm.apply(call, input, *operands, eps, *call.probes)
 
 
@@ -295,8 +297,8 @@ class _Product(torch.autograd.Function):
             def scale_gradient() -> Contribution:
                 if _is_row(weight.shape, g.shape) and x.shape == g.shape:
                     sums = _normalised_product(x, g, call, None, None).sums
-                    return Sums(sums.view(-1, *weight.shape), call.segments)
-                return Sums(_per_example(g * x, weight.shape, call), call.segments)
+                    return Sums(sums.view(-1, *weight.shape), call.segments, run.backend)
+                return Sums(_per_example(g * x, weight.shape, call), call.segments, run.backend)
 
             dw, of_weight = run.deliver(0, 2, scale_gradient)
         return None, dx, dw, of_weight
@@ -306,9 +308,7 @@ class _Sum(torch.autograd.Function):
     """``y = x + w``, broadcast; or ``y = x + W[ids]`` for ids that all examples share (a position table)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, call: _Call, x: Tensor, operand: Tensor, looked_up: LookedUp | None, probe: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, call: _Call, x: Tensor, operand: Tensor, looked_up: LookedUp | None, probe: Tensor) -> Tensor:
         added = operand if looked_up is None else looked_up.rows
         ctx.call, ctx.x_shape, ctx.x_dtype, ctx.added_shape = call, x.shape, x.dtype, added.shape
         ctx.looked_up, ctx.vocabulary = looked_up, len(operand) if looked_up else 0
@@ -330,8 +330,8 @@ class _Sum(torch.autograd.Function):
                     return _shared_lookup(_per_example(g, ctx.added_shape, call), ctx.looked_up, ctx.vocabulary, call)
                 if _is_row(ctx.added_shape, g.shape):
                     summed = _summed(g.reshape(-1, g.shape[-1]), call.segments, run.backend)
-                    return Sums(summed.sums.view(-1, *ctx.added_shape), call.segments)
-                return Sums(_per_example(g, ctx.added_shape, call), call.segments)
+                    return Sums(summed.sums.view(-1, *ctx.added_shape), call.segments, run.backend)
+                return Sums(_per_example(g, ctx.added_shape, call), call.segments, run.backend)
 
             dw, of_operand = run.deliver(0, 2, gradient)
         return None, dx, dw, None, of_operand
@@ -410,7 +410,7 @@ class _Expand(torch.autograd.Function):
         call: _Call = ctx.call
         run = _Backward(ctx, call)
         dw, of_weight = run.deliver(
-            0, 1, lambda: Sums(_per_example(g, ctx.weight_shape, call), call.segments)
+            0, 1, lambda: Sums(_per_example(g, ctx.weight_shape, call), call.segments, run.backend)
         )
         return None, dw, None, of_weight
 
@@ -464,7 +464,7 @@ VIEWS: dict[str, tuple[Callable[..., Any], ...]] = {
     ),
 }
 
-Tap.rules |= {
+_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: linear,
     torch.addmm: addmm,
     **dict.fromkeys((torch.matmul, torch.mm, _T.matmul, _T.mm, _T.__matmul__), matmul),
@@ -476,3 +476,4 @@ Tap.rules |= {
     _T.expand: expand,
     **{function: _view_rule(function, name) for name, functions in VIEWS.items() for function in functions},
 }
+Tap.rules.update(_RULES)

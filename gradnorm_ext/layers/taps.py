@@ -11,7 +11,7 @@ Outside observe blocks a model is exactly what it was.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,7 +52,7 @@ class Tap(Tensor):
         return tap
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return self.slot.name
 
     def viewed(self, value: Tensor, view: str) -> Tap:
@@ -110,9 +110,9 @@ class Tap(Tensor):
 
 
 @functools.cache
-def _observed_class(base: type[nn.Module]) -> type[nn.Module]:
+def _observed_class(base: type) -> type:
     def __getattr__(self: nn.Module, name: str) -> Any:
-        value = super(observed, self).__getattr__(name)
+        value = base.__getattr__(self, name)  # type: ignore[attr-defined]  # a module's class has it
         if isinstance(value, nn.Parameter) and value.requires_grad and torch.is_grad_enabled():
             observation: Observation | None = self.__dict__.get(_SESSION)
             if observation is not None and (slot := observation.slots.get(id(value))) is not None:
@@ -123,12 +123,12 @@ def _observed_class(base: type[nn.Module]) -> type[nn.Module]:
         observation: Observation | None = self.__dict__.get(_SESSION)
         if observation is not None and observation.examples is None and torch.is_grad_enabled():
             observation.begin_with(args, kwargs)
-        return super(observed, self).__call__(*args, **kwargs)
+        return base.__call__(self, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         return _unobserved, (base, {key: value for key, value in self.__dict__.items() if key != _SESSION})
 
-    observed = type(
+    return type(
         base.__name__,
         (base,),
         {
@@ -141,7 +141,6 @@ def _observed_class(base: type[nn.Module]) -> type[nn.Module]:
             "_gradnorm_base": base,
         },
     )
-    return observed
 
 
 def _unobserved(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
@@ -151,23 +150,24 @@ def _unobserved(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     return module
 
 
-def observe_modules(model: nn.Module, observation: Observation) -> None:
-    """Make every read of a trainable parameter through the model's modules a tap."""
-    for name, module in model.named_modules():
+def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Observation) -> None:
+    """Make every read of a trainable parameter through these modules (of one model, itself first) a tap."""
+    for index, (name, module) in enumerate(modules):
         if _SESSION in module.__dict__:
-            release_modules(model, observation)
+            release_modules(modules, observation)
             raise RuntimeError(
-                f"{observation.who}: a model is observed by one block at a time, got {name or type(model).__name__}, which "
-                "another open observe block observes; close that one first, or use one Meter for both"
+                f"{observation.who}: a model is observed by one block at a time, got {name or type(module).__name__}, "
+                "which another open observe block observes; close that one first, or use one Meter for both"
             )
-        if module is model or any(parameter is not None for parameter in module._parameters.values()):
+        if index == 0 or any(parameter is not None for parameter in module._parameters.values()):
             module.__dict__[_SESSION] = observation
-            module.__class__ = _observed_class(type(module))
+            own: type = type(module)
+            module.__class__ = _observed_class(own)
 
 
-def release_modules(model: nn.Module, observation: Observation) -> None:
+def release_modules(modules: Sequence[tuple[str, nn.Module]], observation: Observation) -> None:
     """Give the modules their own classes back."""
-    for module in model.modules():
+    for _, module in modules:
         if module.__dict__.get(_SESSION) is observation:
             del module.__dict__[_SESSION]
-            module.__class__ = type(module)._gradnorm_base  # type: ignore[assignment]
+            module.__class__ = vars(type(module))["_gradnorm_base"]

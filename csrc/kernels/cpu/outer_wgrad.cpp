@@ -5,7 +5,6 @@
 #include "kernels/outer_wgrad.h"
 
 #include <algorithm>
-#include <memory>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -230,8 +229,9 @@ void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride,
     // which it would not give the same bits.
     constexpr int64_t kAlign = 64;
     const int64_t area = round_up(tiling.height * tiling.width, kAlign);
-    const std::unique_ptr<T[]> memory(new T[plan.buffers * area + kAlign]);
-    T* scratch = memory.get();
+    static thread_local std::vector<T> memory;  // kept: fresh pages cost as much as a pass
+    memory.resize(std::max<size_t>(memory.size(), plan.buffers * area + kAlign));
+    T* scratch = memory.data();
     while (reinterpret_cast<uintptr_t>(scratch) % kAlign != 0) ++scratch;
 
     for (int64_t index = tile_begin; index < tile_end; ++index) {

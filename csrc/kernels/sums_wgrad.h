@@ -1,0 +1,18 @@
+// Gradients that are formed per segment (of a bias, of a scale): their total and all squared norms.
+#pragma once
+
+#include "kernels/host.h"
+#include "kernels/segments.h"
+
+namespace gradnorm {
+
+// sqnorm[s] = |sums[s]|^2, and for every group of segments.columns the squared norm of its sum;
+// dw = sum_s weight[s] sums[s]
+//
+//   sums  [segments, width] contiguous; weight  [segments] or null for ones
+//   dw    [width] or null;  sqnorm  one entry per segment and group, those without segments 0
+template <typename T>
+void sums_wgrad_cpu(const T* sums, int64_t width, const Segments& segments, const T* weight, T* dw,
+                    T* sqnorm, int64_t columns, const Host<T>& host);
+
+}  // namespace gradnorm

@@ -1,0 +1,138 @@
+"""The benchmarks run, print every row, and refuse to time what is wrong. How fast anything is, is not looked at."""
+
+import csv
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradnorm_ext import backends, ops
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+pytestmark = pytest.mark.skipif(not BENCH.exists(), reason="runs in the source tree")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """bench/run.py as a module, and the threads as they were."""
+    before, threads = set(sys.modules), torch.get_num_threads()
+    monkeypatch.syspath_prepend(BENCH)
+    import run
+
+    monkeypatch.setattr(run, "peak_in_fresh_process", lambda *_: 1)  # pytest's main module is no program to start anew
+    yield run
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(BENCH)):
+            del sys.modules[name]
+    torch.set_num_threads(threads)
+
+
+def quick(command: str) -> list[str]:
+    """The lines that a quick run prints, after it succeeded and left the results alone."""
+    before = sorted((path, path.stat().st_size) for path in BENCH.glob("results/*"))
+    done = subprocess.run([sys.executable, BENCH / "run.py", command, "--quick"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted((path, path.stat().st_size) for path in BENCH.glob("results/*")) == before
+    return done.stdout.splitlines()
+
+
+def main(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    return bench.main()  # type: ignore[no-any-return]
+
+
+def test_ops_prints_a_row_for_every_operation_and_backend(bench: ModuleType) -> None:
+    rows = [line.split("tiny") for line in quick("ops")[1:]]
+    names = [name for name in ("native", "reference") if not isinstance(backends.load(name), str)]
+    expected = [
+        (operation.name, backend)
+        for operation in bench.OPERATIONS
+        for backend in ("matmul" if operation.bytes is None else "copy", *names)
+    ]
+    assert [(operation.strip(), figures.split()[0]) for operation, figures in rows] == expected
+    assert all(float(figures.split()[1]) > 0 for _, figures in rows)
+
+
+def test_step_prints_a_row_for_every_variant(bench: ModuleType) -> None:
+    header, *rows = quick("step")
+    assert all(model.title in header for model in bench.QUICK.values())
+    assert [row.split()[0] for row in rows] == [name for name in bench.VARIANTS if name != "plain"]
+    for row in rows:
+        ratios = [float(cell) for cell in row.replace("[", " ").replace("]", " ").split()[1:]]
+        assert len(ratios) == 3 * len(bench.QUICK) + (sys.platform == "linux")  # a median and two quartiles a model
+
+
+def test_a_wrong_operation_is_refused(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = ops.sum_wgrad
+
+    def wrong(*args: Any, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
+        dw, sqnorm = right(*args, backend="reference", **options)
+        return dw, sqnorm * (1.00001 if backend == "native" else 1)
+
+    monkeypatch.setattr(ops, "sum_wgrad", wrong)
+    assert main(bench, monkeypatch, "ops", "--quick", "--backend", "native") == 1
+    out, err = capsys.readouterr()
+    assert "REFUSED, not timed: sum_wgrad, tiny, native: output 1 is off by" in err
+    rows = [line.split()[2:] for line in out.splitlines() if line.startswith("sum_wgrad")]
+    assert ["native", "REFUSED"] in rows
+    assert sorted(row[0] for row in rows) == ["copy", "native", "reference"]
+
+
+@pytest.mark.parametrize("wrong", ["norm", "gradient", "raises"])
+def test_a_wrong_step_is_refused(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str
+) -> None:
+    right = bench.VARIANTS["meter"]
+
+    def start(problem: Any, policy: None) -> Any:
+        optimizer, backward = right.start(problem, policy)
+
+        def wrong_backward() -> dict[str, Tensor]:
+            if wrong == "raises":
+                raise RuntimeError("no kernel")
+            norms: dict[str, Tensor] = backward()
+            if wrong == "norm":
+                norms["example_norm"][1] *= 1.0001
+            else:
+                next(problem.model.parameters()).grad[0, 0] += 1e-4
+            return norms
+
+        return optimizer, wrong_backward
+
+    monkeypatch.setitem(bench.VARIANTS, "meter", bench.VARIANTS["plain"].__class__(start))
+    assert main(bench, monkeypatch, "step", "--quick", "--model", "mlp", "--variant", "meter", "meter_tasks") == 1
+    out, err = capsys.readouterr()
+    reason = {"norm": "example_norm[1] is off by", "gradient": "the gradient is off by", "raises": "raised"}[wrong]
+    assert f"REFUSED, not timed: meter, mlp: {reason}" in err
+    assert err.count("REFUSED") == 1
+    assert out.splitlines()[1].split()[:2] == ["meter", "REFUSED"]
+    assert "REFUSED" not in out.splitlines()[2]
+
+
+def test_results_are_appended_below_one_header(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
+    figure = bench.Figure.of("meter", "gpt", "native", "time_ratio", [1.0, 1.1, 1.3])
+    path = bench.record([figure], threads=1)
+    assert bench.record([figure, figure], threads=2) == path
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["threads"] for row in rows] == ["1", "2", "2"]
+    found = {name: rows[0][name] for name in ("case", "size", "backend", "figure", "median", "torch")}
+    assert found == {
+        "case": "meter",
+        "size": "gpt",
+        "backend": "native",
+        "figure": "time_ratio",
+        "median": "1.1",
+        "torch": torch.__version__,
+    }
