@@ -1,4 +1,7 @@
-"""Which module carries out an operation. A backend is a module with the functions of `reference`; this table is the whole registry."""
+"""Which module carries out an operation.
+
+A backend is a module with functions of `reference`'s names and arguments; the table here is the whole registry.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -125,10 +126,7 @@ def _one_at_a_time(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sqnorms = {name: torch.zeros(examples, dtype=torch.float64) for name in parameters}
     for b in range(examples):
-        alone = pytree.tree_map(
-            lambda leaf: leaf[b : b + 1] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == examples else leaf,
-            inputs,
-        )
+        alone = pytree.tree_map(functools.partial(_one_example, b, examples), inputs)
         outputs = pytree.tree_leaves(model(*alone))
         pairs = [(outputs[i], g[b : b + 1]) for i, g in zip(leaves, of_outputs, strict=True) if g is not None]
         gradients = torch.autograd.grad(
@@ -138,3 +136,7 @@ def _one_at_a_time(
             if gradient is not None:
                 sqnorms[name][b] = gradient.square().sum()
     return sqnorms
+
+
+def _one_example(b: int, examples: int, leaf: Any) -> Any:
+    return leaf[b : b + 1] if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == examples else leaf

@@ -168,7 +168,7 @@ def test_batch_norm_in_training_mode():
         "examples must not influence each other, got 1 (BatchNorm1d) in training mode; put it in eval mode",
     )
     model.eval()
-    with pytest.raises(RuntimeError, match="no rule for batch_norm of 1.weight"), meter.observe():
+    with pytest.raises(RuntimeError, match=r"no rule for batch_norm of 1.weight"), meter.observe():
         model(torch.randn(4, 7)).sum().backward()
     for parameter in model[1].parameters():
         parameter.requires_grad_(False)
@@ -242,9 +242,9 @@ def test_one_block_at_a_time_on_a_model():
     model, x = mlp(), torch.randn(4, 7)
     first, second = Meter(model), Meter(model)
     with first.observe():
-        with pytest.raises(RuntimeError, match="a model is observed by one block at a time"), second.observe():
+        with pytest.raises(RuntimeError, match=r"a model is observed by one block at a time"), second.observe():
             pass
-        with pytest.raises(RuntimeError, match="a model is observed by one block at a time"), first.observe():
+        with pytest.raises(RuntimeError, match=r"a model is observed by one block at a time"), first.observe():
             pass
         model(x).square().sum().backward()
     works(second, model, x)
@@ -253,25 +253,25 @@ def test_one_block_at_a_time_on_a_model():
 
 def test_models_that_cannot_be_measured_at_all():
     frozen = mlp().requires_grad_(False)
-    with pytest.raises(ValueError, match="the model must have a trainable parameter, got none; unfreeze one"):
+    with pytest.raises(ValueError, match=r"the model must have a trainable parameter, got none; unfreeze one"):
         Meter(frozen)
     model = nn.Module()
     model.w = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(TypeError, match=r"parameters must be real floating point, got w of torch.complex64"):
         Meter(model)
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got list"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
         Meter([mlp()])
-    with pytest.raises(ValueError, match="tasks must be at least one, with distinct names"):
+    with pytest.raises(ValueError, match=r"tasks must be at least one, with distinct names"):
         Meter(mlp(), tasks=["a", "a"])
-    with pytest.raises(ValueError, match="tasks must be at least one"):
+    with pytest.raises(ValueError, match=r"tasks must be at least one"):
         Meter(mlp(), tasks=0)
 
 
 def test_a_closed_meter_and_one_that_measured_nothing():
     model = mlp()
-    with Meter(model) as meter, pytest.raises(RuntimeError, match="nothing was measured yet"):
+    with Meter(model) as meter, pytest.raises(RuntimeError, match=r"nothing was measured yet"):
         _ = meter.stats
-    with pytest.raises(RuntimeError, match="the meter must be open, got one that was closed"), meter.observe():
+    with pytest.raises(RuntimeError, match=r"the meter must be open, got one that was closed"), meter.observe():
         pass
 
 
@@ -293,11 +293,11 @@ def test_an_exception_in_a_block_leaves_the_model_as_it_was():
 
 def test_checker_says_what_it_needs():
     with pytest.raises(
-        ValueError, match="an input must be a tensor with the examples as its first dimension, got none"
+        ValueError, match=r"an input must be a tensor with the examples as its first dimension, got none"
     ):
         check(mlp(), torch.sum)
     pooled = nn.Sequential(nn.Linear(7, 2), nn.Flatten(0))
-    with pytest.raises(ValueError, match="outputs must have the 4 examples as their first dimension, got"):
+    with pytest.raises(ValueError, match=r"outputs must have the 4 examples as their first dimension, got"):
         check(pooled, torch.sum, torch.randn(4, 7))
 
 
@@ -312,7 +312,7 @@ def test_a_broken_native_build_is_an_error_and_never_a_fallback(monkeypatch):
     backends.find.cache_clear()
     try:
         with pytest.raises(
-            ImportError, match="the native backend is installed but does not load .*torch_gone.*; rebuild it"
+            ImportError, match=r"the native backend is installed but does not load .*torch_gone.*; rebuild it"
         ):
             backends.find("outer_wgrad", "cpu", "auto")
     finally:
@@ -321,7 +321,7 @@ def test_a_broken_native_build_is_an_error_and_never_a_fallback(monkeypatch):
 
 
 def test_backend_names_are_checked():
-    with pytest.raises(ValueError, match="backend must be one of auto, triton, native, reference, got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend must be one of auto, triton, native, reference, got 'fast'"):
         model = mlp()
         with Meter(model, backend="fast").observe():
             model(torch.randn(4, 7)).sum().backward()

@@ -335,7 +335,7 @@ def test_audit_refuses_a_custom_function_without_a_rule():
             return Scale.apply(self.first(x), self.w)
 
     model = Model()
-    with pytest.raises(RuntimeError, match="w got a gradient from a use that was not seen"), Meter(model).observe():
+    with pytest.raises(RuntimeError, match=r"w got a gradient from a use that was not seen"), Meter(model).observe():
         model(torch.randn(4, 3)).square().sum().backward()
 
 
@@ -349,5 +349,16 @@ def test_a_position_table_is_not_taken_for_a_batch_once_its_kind_is_known():
         case.run().backward()
     expected = oracle.group_norms(oracle.per_example_gradients(case), torch.arange(4), 4)
     torch.testing.assert_close(meter.stats.example_norm, expected)
-    with pytest.raises(RuntimeError, match="positions.weight"), Meter(case.model).observe():
+
+
+def test_a_position_table_taken_for_a_batch_is_refused_and_then_known_for_what_it_is():
+    case = oracle.make("transformer").to(torch.float64)
+    case.x, case.y = case.x[:, :4], case.y[:, :4]  # as many positions as examples, from the first block on
+    meter = Meter(case.model)
+    message = r"positions.weight .* \(from now on it is taken for a table that all examples share: run the batch again\)"
+    with pytest.raises(RuntimeError, match=message), meter.observe():
         case.run().backward()
+    with meter.observe():
+        case.run().backward()
+    expected = oracle.group_norms(oracle.per_example_gradients(case), torch.arange(4), 4)
+    torch.testing.assert_close(meter.stats.example_norm, expected)

@@ -5,7 +5,7 @@ Rows are assigned to examples on evidence, and this is the one place where it is
 1. *leading*: the first size is the number of examples B. The other inner sizes are the example's rows.
 2. *flat*: the first size is a multiple of B, rows in batch-major order (``x.view(B * T, d)``).
 3. *shared*: no batch dimension (a position table's ids). Taken for a lookup whose ids have another first size than B,
-   and for every later lookup of that table with as many dimensions. The gradient is taken where the looked-up rows
+   and for every later lookup of that table with as many dimensions; and where 1 was tried and refuted. The gradient is taken where the looked-up rows
    meet the batch, so that it arrives per example.
 
 1 and 2 are hypotheses until the *tagging test* has passed: in the first block (and whenever a use of a new kind
@@ -70,6 +70,7 @@ class Use:
     layout: Layout
     observation: Observation
     lookup_ids: Tensor | None = None  # of a lookup: what a tied head needs to know beforehand
+    lookup_dim: int = 0  # of a lookup: the dimensions of its ids
     fingerprint: Tensor | None = field(default=None, repr=False)
     tagged: bool = False
 
@@ -349,10 +350,14 @@ class Observation:
         expected = use.fingerprint * factor
         if not torch.equal(fingerprint, expected) and bool(torch.isfinite(fingerprint).all()):
             shape = list(contribution.kept[-1].shape)
-            self.failures.append(
+            failure = (
                 f"{use.slot.name} ({use.function}, rows {shape}) was used with rows that do not belong to one example "
                 f"each, or not to the example their place says"
             )
+            if use.lookup_ids is not None and use.layout != "shared":
+                self.memory.shared_lookups.add((use.slot.name, use.lookup_dim))
+                failure += " (from now on it is taken for a table that all examples share: run the batch again)"
+            self.failures.append(failure)
         use.tagged = True
 
     def close(self) -> Tensor:
@@ -410,7 +415,7 @@ class Observation:
         for slot in self.slots.values():
             for use in slot.uses:
                 if use.layout == "shared" and use.lookup_ids is not None:
-                    self.memory.shared_lookups.add((slot.name, use.lookup_ids.dim()))
+                    self.memory.shared_lookups.add((slot.name, use.lookup_dim))
 
     @torch.no_grad()
     def accumulate_weighted(self, weights: Tensor, by_task: Tensor | None) -> None:

@@ -193,7 +193,7 @@ def embedding(
         return weight.looked_up_rows(F.embedding(input, weight.value, padding_idx), input, padding_idx)
     rows, layout = _rows(observation, input, weight, last=0)
     use = weight.use("embedding", layout)
-    use.lookup_ids = input.reshape(-1)
+    use.lookup_ids, use.lookup_dim = input.reshape(-1), input.dim()
     call = _Call(observation, rows, use)
     return _Embedding.apply(call, input, use.operand, padding_idx, *call.probes)
 
@@ -373,6 +373,7 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[_Call, Use] | None:
     use = tap.use(function, layout)
     if tap.looked_up is not None:
         use.lookup_ids = tap.looked_up.ids.reshape(-1).repeat(observation.examples or 1)
+        use.lookup_dim = tap.looked_up.ids.dim()
     return _Call(observation, shape.numel() // (shape[-1] if shape else 1), use), use
 
 

@@ -4,7 +4,8 @@ A tap is a tensor subclass that stands for the parameter (or a view of it). Ever
 to `Tap.__torch_function__`, which hands it to that function's rule. A function without a rule runs as it is where its
 result carries no gradient (sizes, dtypes, comparisons), and is refused by name where it does.
 
-A module is observed by giving it, for the time of one block, a subclass of its own class with another `__getattr__` (and a `__call__` that tells the block its number of examples where nothing else does).
+A module is observed by giving it, for the time of one block, a subclass of its own class with another `__getattr__`
+(and a `__call__` that tells the block its number of examples where nothing else does).
 Outside observe blocks a model is exactly what it was.
 """
 
