@@ -15,6 +15,8 @@ from operations import Operation
 from torch import Tensor
 from variants import Variant
 
+EPSILON = torch.finfo(torch.float32).eps
+
 
 def wrong_operation(operation: Operation, arguments: dict[str, Any], backend: str) -> str | None:
     """Compares with the reference backend."""
@@ -44,9 +46,9 @@ def wrong_step(variant: Variant, problem: Problem, oracle: Oracle) -> str | None
     except Exception as error:
         return f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     for name, norms in measured.items():
-        error, slack = (norms - oracle.norms[name]).abs(), oracle.slack[name]
-        worst = int((error / slack).argmax())
-        if reason := beyond(f"{name}[{worst}]", float(error[worst]), 2 * float(slack[worst])):
+        error, allowed = (norms - oracle.norms[name]).abs(), 2 * oracle.slack[name] + EPSILON * oracle.norms[name]
+        worst = int((error / allowed).argmax())
+        if reason := beyond(f"{name}[{worst}]", float(error[worst]), float(allowed[worst])):
             return reason
     gradient = torch.cat([parameter.grad.flatten() for parameter in problem.model.parameters()])
     return difference("the gradient", gradient, *oracle.gradients(variant.policy(problem)))
@@ -56,7 +58,7 @@ def wrong_step(variant: Variant, problem: Problem, oracle: Oracle) -> str | None
 class Oracle:
     """The norms by plain autograd, one example at a time in float64, and by how much float32 is off there.
 
-    A norm may be off by what the gradient is that it is of: ``slack[s] = ‖g32[s] - g64[s]‖``.
+    A norm may be off by what the gradient that it is of is: ``slack[s] = ‖g32[s] - g64[s]‖``.
     """
 
     problem: Problem
@@ -99,8 +101,7 @@ def flat_gradient(problem: Problem, loss: Tensor) -> Tensor:
 
 def difference(what: str, ours: Tensor, plain: Tensor, exact: Tensor) -> str | None:
     """The distance to the exact result may be twice plain float32's, and what rounding that result costs."""
-    rounding = torch.finfo(torch.float32).eps * float(exact.double().norm())
-    return beyond(what, distance(ours, exact), 2 * distance(plain, exact) + rounding)
+    return beyond(what, distance(ours, exact), 2 * distance(plain, exact) + EPSILON * float(exact.double().norm()))
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -90,8 +90,8 @@ def per_example(problem: Problem, policy: Any) -> Training:
     def backward() -> dict[str, Tensor]:
         detached = {name: parameter.detach() for name, parameter in parameters.items()}
         gradients = gradients_of(detached, problem.inputs, problem.targets)
-        norm = torch.stack([norm_of(one.flatten(1), dim=1) for one in gradients.values()]).norm(dim=0)
-        weights = policy(SimpleNamespace(example_norm=norm)).float()
+        norm = torch.stack([torch.func.vmap(norm_of)(one) for one in gradients.values()]).norm(dim=0)
+        weights = policy(SimpleNamespace(example_norm=norm))
         for name, parameter in parameters.items():
             parameter.grad = torch.tensordot(weights, gradients[name], 1)
         return {"example_norm": norm}
@@ -120,9 +120,9 @@ def per_task(problem: Problem, policy: Any, *, forwards: int) -> Training:
     return adamw(problem), backward
 
 
-def norm_of(gradient: Tensor, dim: int | None = None) -> Tensor:
-    """Summed in float64: torch 2.13's float32 norm of a million numbers is off by 1e-5, and would be refused."""
-    return torch.linalg.vector_norm(gradient, dim=dim, dtype=torch.float64)
+def norm_of(gradient: Tensor) -> Tensor:
+    """Of rows first: torch 2.13's float32 norm of a million numbers at once is off by 1e-5, and would be refused."""
+    return gradient.norm(dim=-1).norm()
 
 
 def norms_of(stats: Stats, tasks: int) -> dict[str, Tensor]:

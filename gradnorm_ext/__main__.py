@@ -12,7 +12,10 @@ import torch
 import gradnorm_ext
 from gradnorm_ext import backends
 
-OPERATIONS = ("outer_sqnorm", "outer_wgrad", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums", "segment_std")
+OPERATIONS = (
+    *("outer_sqnorm", "outer_wgrad", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
+    *("sums_sqnorm", "sums_wgrad", "segment_std"),
+)
 SIZES = ((1, 1024, 1024), (16, 1024, 1024), (128, 256, 1024), (512, 256, 4096))  # rows per segment, out, in
 
 
@@ -32,7 +35,11 @@ def main() -> int:
             broken = True
             print(f"  {name}: BROKEN ({''.join(traceback.format_exception_only(error)).strip()})")
             continue
-        print(f"  {name}: absent ({module})" if isinstance(module, str) else f"  {name}: present")
+        if isinstance(module, str):
+            print(f"  {name}: absent ({module})")
+        else:
+            has = sum(hasattr(module, operation) for operation in OPERATIONS)
+            print(f"  {name}: present, {has} of {len(OPERATIONS)} operations")
     if broken:
         return 1
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

@@ -17,7 +17,10 @@ MODULES = {
     "native": "gradnorm_ext.native",
     "reference": "gradnorm_ext.reference",
 }
-PREFERRED = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
+PREFERRED = {
+    "cuda": ("triton", "reference"),  # native's CUDA kernels run where asked for: none was run on a GPU yet
+    "cpu": ("native", "reference"),
+}
 
 DEFAULT = os.environ.get("GRADNORM_BACKEND", "auto")
 
@@ -48,6 +51,13 @@ def choose(backend: str) -> str:
     return chosen
 
 
+def _serving(module: ModuleType, operation: str, device_type: str) -> Callable[..., Any] | None:
+    serves: dict[str, tuple[str, ...]] | None = getattr(module, "SERVES", None)  # None: everything it has, everywhere
+    if serves is not None and operation not in serves.get(device_type, ()):
+        return None
+    return getattr(module, operation, None)
+
+
 @functools.cache
 def find(operation: str, device_type: str, backend: str) -> Callable[..., Any]:
     """The function that carries out ``operation`` on ``device_type``: of ``backend``, or of the first that has it."""
@@ -57,8 +67,8 @@ def find(operation: str, device_type: str, backend: str) -> Callable[..., Any]:
         module = load(name)
         if isinstance(module, str):
             absent.append(f"{name} ({module})")
-        elif device_type in getattr(module, "DEVICES", (device_type,)) and (found := getattr(module, operation, None)):
-            return found  # type: ignore[no-any-return]
+        elif found := _serving(module, operation, device_type):
+            return found
         else:
             absent.append(f"{name} (has no {operation} for {device_type})")
     raise RuntimeError(

@@ -78,6 +78,12 @@ def check(
     if not batched:
         raise ValueError("check: an input must be a tensor with the examples as its first dimension, got none")
     examples = len(batched[0])
+    tasks = observe_options.get("tasks")
+    if tasks is not None and len(tasks) != examples:
+        raise ValueError(
+            f"check: tasks must have one entry per example of the first input, got {len(tasks)} for {examples}; pass the "
+            "batched input first"
+        )
     measured = _measured(copied, loss, inputs, backend, observe_options)
     expected = _one_at_a_time(copied, loss, inputs, examples)
     total = sum(expected.values(), torch.zeros(examples, dtype=torch.float64)).clamp(

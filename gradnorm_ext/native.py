@@ -11,7 +11,13 @@ from torch import Tensor
 import gradnorm_ext._C as _C  # importing it registers the kernels; where it is absent the error names it
 from gradnorm_ext.segments import Segments
 
-DEVICES = ("cpu",)
+SERVES = {
+    "cpu": (
+        *("outer_sqnorm", "outer_wgrad", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
+        *("sums_sqnorm", "sums_wgrad", "segment_std"),
+    ),
+    "cuda": ("segment_std",) if _C.with_cuda else (),
+}
 
 _SCHEMAS = """
 outer_sqnorm(Tensor x, Tensor g, Tensor offsets, Tensor(a!) sqnorm) -> ()

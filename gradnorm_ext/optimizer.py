@@ -55,12 +55,11 @@ class Reweighted(torch.optim.Optimizer):
         policy: ``policy(stats) -> weights``, ``[K]`` or, where its attribute ``weighs`` is "examples", ``[B]``.
             A plain function weighs tasks.
         apply: whose statistics the weights come from. "same_step" (default): of this very batch; what the layers'
-            backward needs (or K task gradients within ``gradient_budget``) is kept until the block closes, which gives up
-            what activation checkpointing saves. "next_step": running means over earlier steps, per task, at no extra
+            backward needs is kept until the block closes, which gives up what activation checkpointing saves. "next_step": running means over earlier steps, per task, at no extra
             cost; the first step's weights are 1.
         decay: "next_step": how much of the running mean a step keeps.
-        gradient_budget: "same_step" with weights per task: bytes that may hold separate task gradients; layers beyond
-            it keep their rows instead.
+        gradient_budget: "same_step" with weights per task: bytes that may hold separate task gradients, from step to
+            step; layers beyond it keep their rows until the block closes instead.
         unobserved: what ``step()`` does where nothing was observed since the last: "error", or the "plain" step.
         meter_options: of :class:`Meter`, where a model is given (``tasks=["math", "code"]``).
 
@@ -107,6 +106,12 @@ class Reweighted(torch.optim.Optimizer):
             self.meter = model_or_meter
         else:
             self.meter = Meter(model_or_meter, **meter_options)
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in stepped for p in self.meter.model.parameters()):
+            raise ValueError(
+                "Reweighted: the optimizer must step the model's parameters, got one that has none of them; make it of "
+                "model.parameters()"
+            )
         self.optimizer, self.policy, self.apply, self.decay = optimizer, policy, apply, decay
         self.gradient_budget, self.unobserved = gradient_budget, unobserved
         self.skipped_steps = 0
@@ -126,6 +131,7 @@ class Reweighted(torch.optim.Optimizer):
         loss_scale: float = 1.0,
     ) -> Iterator[None]:
         """As :meth:`Meter.observe`; when it closes, ``.grad`` holds the reweighted gradient."""
+        _refuse_several_processes()
         same_step = self.apply == "same_step"
         if same_step:
             self._refuse_early_gradients()
@@ -277,18 +283,21 @@ class Reweighted(torch.optim.Optimizer):
 
     def _refuse_early_gradients(self) -> None:
         """Whatever acts on ``.grad`` as soon as backward writes it would act before the weights are known."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
-            raise RuntimeError(
-                'Reweighted: apply="same_step" forms gradients after backward and is for one process, got a process group '
-                f'of {torch.distributed.get_world_size()}; use apply="next_step"'
-            )
         for name, parameter in self.meter.model.named_parameters():
             if getattr(parameter, "_post_accumulate_grad_hooks", None):
                 raise RuntimeError(
                     f'Reweighted: apply="same_step" forms gradients after backward, got {name} with a hook that acts on '
                     'its gradient during backward (post_accumulate_grad_hook); remove it, or use apply="next_step"'
                 )
+
+
+def _refuse_several_processes() -> None:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "Reweighted: weights are of one process's examples, got a process group of "
+            f"{torch.distributed.get_world_size()}, whose processes would weigh differently; measure with a Meter"
+        )
 
 
 def _bare_stats(task_names: tuple[str, ...], tasks: Tensor) -> Stats:

@@ -11,8 +11,8 @@ from torch import nn
 from gradnorm_ext import Meter, check
 
 OPTIONS = [
-    ({"tasks": [0, 1, 2]}, ValueError, "Meter: the rows of 0.weight must belong to the batch's 3 examples, got an input of "
-     "shape [4, 7], whose first size is neither 3 nor a multiple of it; give tasks and prompts one entry per example"),
+    ({"tasks": [0, 1, 2]}, ValueError, "Meter: the rows of 0.weight must belong to the batch's 3 examples, got rows of "
+     "shape [4], neither 3 in front nor as many rows as this block's tensors with the batch in front (none yet); give tasks"),
     ({"tasks": [0, 1, 2, 0], "prompts": [0, 0, 1]}, ValueError,
      "Meter: tasks, prompts and rewards must have one entry per example, got tasks of 4, prompts of 3"),
     ({"tasks": [0.0, 1.0, 2.0, 0.0]}, TypeError, "Meter: tasks must be integers, got torch.float32; pass int64 ids"),
@@ -155,8 +155,52 @@ def test_rows_that_no_layout_explains():
         model,
         x,
         ValueError,
-        "the rows of inner.weight must belong to the batch's 4 examples, got an input of shape [3, 7]",
+        "the rows of inner.weight must belong to the batch's 4 examples, got rows of shape [3]",
     )
+
+
+class Masked(nn.Module):
+    """A head on the rows that a mask selects, in batch-major order: not equally many per example."""
+
+    def __init__(self, train_body):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6).requires_grad_(train_body), nn.Linear(6, 2)
+
+    def forward(self, x, mask):
+        return self.head(torch.tanh(self.body(x))[mask])
+
+
+@pytest.mark.parametrize("train_body", [True, False])
+@pytest.mark.parametrize("lengths", [(4, 2), (4, 4)])
+def test_rows_that_a_mask_selected(train_body, lengths):
+    model, x = Masked(train_body), torch.randn(2, 4, 6)
+    mask = torch.arange(4) < torch.tensor(lengths)[:, None]
+    meter = Meter(model)
+
+    def run():
+        model(x, mask).square().sum().backward()
+
+    if lengths == (4, 4) and train_body:  # all rows, and the body's, with the batch in front, prove their order
+        with meter.observe():
+            run()
+    elif lengths == (4, 4):
+        message = "head.weight (linear) was used with 2 times as many rows as it has per example, and nothing before it"
+        refused(model, x, RuntimeError, message, run)
+    else:
+        refused(
+            model,
+            x,
+            ValueError,
+            "the rows of head.weight must belong to the batch's 2 examples, got rows of shape [6]",
+            run,
+        )
+
+
+def test_time_first_rows_are_not_taken_for_batch_major_ones():
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(4, 2, 6)
+    meter = Meter(model, tasks=2)
+    with pytest.raises(ValueError, match="got rows of shape"), meter.observe(tasks=[0, 1]):
+        model(x).square().sum().backward()
 
 
 def test_batch_norm_in_training_mode():
@@ -291,7 +335,45 @@ def test_an_exception_in_a_block_leaves_the_model_as_it_was():
         works(meter, model, x)
 
 
+def test_a_use_that_begins_later_is_found_when_the_tenth_block_verifies_itself():
+    model, x = mlp(), torch.randn(4, 7)
+    meter = Meter(model)
+    hidden = next(model.parameters())
+
+    def penalised():
+        (model(x).square().sum() + hidden.square().sum()).backward()
+
+    works(meter, model, x)
+    for _ in range(8):
+        with meter.observe():
+            penalised()
+    message = r"0.weight got a gradient that its seen uses account for only in part"
+    with pytest.raises(RuntimeError, match=message), meter.observe():
+        penalised()
+
+
+def test_gradient_hooks_of_others_are_not_taken_for_unseen_uses():
+    model, x = mlp(), torch.randn(4, 7)
+    model[0].weight.register_hook(lambda gradient: gradient * 0.5)
+    meter = Meter(model)
+    works(meter, model, x)
+
+
+def test_backward_restricted_to_inputs_measures_nothing():
+    model, x = mlp(), torch.randn(4, 7)
+    parameters = list(model.parameters())
+    refused(
+        model,
+        x,
+        RuntimeError,
+        "loss.backward() must run inside the observe block",
+        lambda: model(x).sum().backward(inputs=parameters),
+    )
+
+
 def test_checker_says_what_it_needs():
+    with pytest.raises(ValueError, match=r"tasks must have one entry per example of the first input, got 2 for 4"):
+        check(mlp(), torch.sum, torch.randn(4, 7), tasks=[0, 1])
     with pytest.raises(
         ValueError, match=r"an input must be a tensor with the examples as its first dimension, got none"
     ):

@@ -355,7 +355,9 @@ def test_a_position_table_taken_for_a_batch_is_refused_and_then_known_for_what_i
     case = oracle.make("transformer").to(torch.float64)
     case.x, case.y = case.x[:, :4], case.y[:, :4]  # as many positions as examples, from the first block on
     meter = Meter(case.model)
-    message = r"positions.weight .* \(from now on it is taken for a table that all examples share: run the batch again\)"
+    message = (
+        r"positions.weight .* \(from now on it is taken for a table that all examples share: run the batch again\)"
+    )
     with pytest.raises(RuntimeError, match=message), meter.observe():
         case.run().backward()
     with meter.observe():

@@ -360,6 +360,14 @@ def test_bad_options_are_named(options, error, message):
         block(wrap(case, options.pop("policy", Equal()), **options), case)
 
 
+def test_refuses_another_models_optimizer():
+    inner = torch.optim.SGD(oracle.make("mlp").model.parameters(), 0.1)
+    with pytest.raises(
+        ValueError, match="the optimizer must step the model's parameters, got one that has none of them"
+    ):
+        Reweighted(inner, oracle.make("mlp").model, Equal())
+
+
 def test_takes_a_meter_instead_of_a_model():
     case = oracle.make("mlp")
     meter = Meter(case.model, tasks=["a", "b", "c"])

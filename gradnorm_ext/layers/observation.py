@@ -3,15 +3,17 @@
 Rows are assigned to examples on evidence, and this is the one place where it is written down:
 
 1. *leading*: the first size is the number of examples B. The other inner sizes are the example's rows.
-2. *flat*: the first size is a multiple of B, rows in batch-major order (``x.view(B * T, d)``).
+2. *flat*: ``B * T`` rows in batch-major order (``x.view(B * T, d)``), where some tensor of the same block is known to
+   have T rows per example: the model's input or the input of an earlier use.
 3. *shared*: no batch dimension (a position table's ids). Taken for a lookup whose ids have another first size than B,
-   and for every later lookup of that table with as many dimensions; and where 1 was tried and refuted. The gradient is taken where the looked-up rows
-   meet the batch, so that it arrives per example.
+   for every later lookup of that table with as many dimensions, and where 1 was tried and refuted. The gradient is
+   taken where the looked-up rows meet the batch, so that it arrives per example.
 
-1 and 2 are hypotheses until the *tagging test* has passed: in the first block (and whenever a use of a new kind
-appears) the backward runs again from the most downstream use, every example's gradient scaled by its own power of two.
-Each row of every use must then scale bit for bit by the factor of the example it is counted for. The layout of that
-most downstream use itself is taken as its shape says.
+1 and 2 are hypotheses until the *tagging test* has passed: in the first block, in the 10th, 100th and so on, and whenever
+a use of a new kind appears, the backward runs again from the most downstream use, every example's gradient scaled by
+its own power of two. Each row of every use must then scale bit for bit by the factor of the example it is counted for.
+The layout of that most downstream use itself is taken as its shape says where it is *leading*; where it is *flat*, a
+use with the batch in front must lie upstream and confirm it.
 
 The *audit* of the same block compares, for every parameter, the gradient that autograd accumulates with the sum of
 what the uses delivered: a use that was not seen is an error, not a missing summand.
@@ -72,7 +74,8 @@ class Use:
     lookup_ids: Tensor | None = None  # of a lookup: what a tied head needs to know beforehand
     lookup_dim: int = 0  # of a lookup: the dimensions of its ids
     fingerprint: Tensor | None = field(default=None, repr=False)
-    tagged: bool = False
+    tagged: bool = False  # the tagging test has passed through it, or has started from it
+    confirmed: bool = True  # a flat use that the test started from: something upstream has the batch in front
 
     @property
     def key(self) -> tuple[str, str, str, tuple[str, ...]]:
@@ -104,7 +107,7 @@ class Plan:
     Attributes:
         task_weights: ``[K]``, known beforehand (``apply="next_step"``): weight gradients are formed with them.
         keep: the weights come when the block closes (``apply="same_step"``): nothing reaches ``.grad`` before.
-        by_task: with ``keep``: form one gradient per task where ``budget`` bytes allow, instead of keeping rows.
+        by_task: with ``keep``: form one gradient per task where that is smaller than the rows and within ``budget`` bytes.
         buffers: where those gradients are kept from block to block, by parameter: fresh memory would cost as much
             as filling it.
     """
@@ -123,6 +126,12 @@ class Memory:
     verified: set[tuple[str, str, str, tuple[str, ...]]] = field(default_factory=set)
     shared_lookups: set[tuple[str, int]] = field(default_factory=set)  # (parameter, dimensions of the ids)
     audited: set[str] = field(default_factory=set)  # parameters whose whole gradient was accounted for
+    blocks: int = 0  # closed so far
+
+    @property
+    def due(self) -> bool:
+        """Whether the next block verifies itself although nothing looks new: the 10th, the 100th, ..."""
+        return str(self.blocks + 1).strip("0") == "1"
 
 
 class Observation:
@@ -144,11 +153,14 @@ class Observation:
         self.examples: int | None = None
         self.groups: Groups | None = None
         self.weights: Tensor | None = None  # per example
-        self.verify = always_verify
+        self.verify = always_verify or memory.due
         self.tagging: Literal["base", "scaled"] | None = None
         self.tag_factor: Tensor | None = None
         self.placing = False
         self.failures: list[str] = []
+        self.refuted_lookups: list[Use] = []  # taken for batched, and not
+        self.rows_per_example: set[int] = set()  # of tensors with the batch in front
+        self.upstream_leading = False  # in the running test, a use with the batch in front has passed
         self.budget = plan.budget
         self.measured_uses = 0
         self._segments: dict[int, Segments] = {}
@@ -173,9 +185,16 @@ class Observation:
             if self.verify or slot.name not in self.memory.audited:
                 self._audit(slot)
 
-    def begin_with(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Where nothing said how many examples there are: begin with what the first call is given."""
-        sizes = [len(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
+    def look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What the model's inputs say: how many examples there are, where nothing else does, and how many rows each."""
+        inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
+        if self.examples is None:
+            self._begin_with([len(t) for t in inputs])
+        for one in inputs:
+            if len(one) == self.examples:
+                self.rows_per_example |= {math.prod(one.shape[1:end]) for end in range(2, one.dim() + 1)}
+
+    def _begin_with(self, sizes: Sequence[int]) -> None:
         if not sizes or sizes[0] == 0:
             raise ValueError(
                 f"{self.who}: the model's first tensor argument must have the examples as its first dimension, got "
@@ -191,17 +210,21 @@ class Observation:
             self._segments[length] = Segments.equal(self.examples, length, self.groups, self.groups.walk.device)
         return self._segments[length]
 
-    def layout(self, first_size: int, who: str, shape: Sequence[int]) -> Layout:
-        """Which of the hypotheses the first size of a tensor speaks for."""
+    def layout(self, shape: Sequence[int], who: str) -> Layout:
+        """Which of the hypotheses speaks for a tensor whose dimensions, the features set aside, are ``shape``."""
         assert self.examples is not None
-        if first_size == self.examples:
+        first, rows = (shape[0] if shape else 0), math.prod(shape)
+        if first == self.examples:
+            self.rows_per_example.add(rows // self.examples)
             return "leading"
-        if first_size and first_size % self.examples == 0:
+        if first and first % self.examples == 0 and rows // self.examples in self.rows_per_example:
             return "flat"
+        known = ", ".join(str(self.examples * count) for count in sorted(self.rows_per_example - {1})) or "none yet"
         raise ValueError(
-            f"{self.who}: the rows of {who} must belong to the batch's {self.examples} examples, got an input of shape "
-            f"{list(shape)}, whose first size is neither {self.examples} nor a multiple of it; give tasks and prompts one "
-            "entry per example, put the batch first, and expand inputs without a batch dimension to the batch"
+            f"{self.who}: the rows of {who} must belong to the batch's {self.examples} examples, got rows of shape "
+            f"{list(shape)}, neither {self.examples} in front nor as many rows as this block's tensors with the batch in "
+            f"front ({known}); give tasks and prompts one entry per example, put the batch first, and expand inputs without "
+            "a batch dimension to it"
         )
 
     def use(self, slot: Slot, value: Tensor, views: tuple[str, ...], function: str, layout: Layout) -> Use:
@@ -274,7 +297,8 @@ class Observation:
         shape = outer.segments.groups.counts[-1], outer.g.shape[1], outer.x.shape[1]
         dtype = accumulator(outer.x.dtype)
         size = math.prod(shape) * dtype.itemsize
-        if size > self.budget:
+        kept = sum(tensor.nbytes for tensor in outer.kept)
+        if size > min(self.budget, kept):  # whichever is smaller is kept
             return None
         self.budget -= size
         buffer = self.plan.buffers.get(slot.name)
@@ -295,7 +319,13 @@ class Observation:
     def _audit(self, slot: Slot) -> None:
         if not slot.hooked:
             slot.hooked = True
-            self._hooks.append(slot.parameter.register_hook(self._auditor(slot)))
+            hook = slot.parameter.register_hook(self._auditor(slot))
+            # Before hooks of others, which may change the gradient; the engine goes by the order of insertion.
+            hooks = slot.parameter._backward_hooks
+            assert hooks is not None
+            others = {key: hooks.pop(key) for key in list(hooks) if key != hook.id}
+            hooks.update(others)
+            self._hooks.append(hook)
 
     def _auditor(self, slot: Slot) -> Callable[[Tensor], Tensor | None]:
         def compare(total: Tensor) -> Tensor | None:
@@ -322,6 +352,7 @@ class Observation:
             return
         example = torch.arange(self.examples, device=dx.device)
         per_example = (self.examples, rows // self.examples)
+        self.upstream_leading = False
         try:
             self.tagging = "base"
             self._backward_to_probe(edge, dx)
@@ -333,7 +364,7 @@ class Observation:
         finally:
             self.tagging = None
         for use in uses:
-            use.tagged = True
+            use.tagged, use.confirmed = True, use.layout != "flat" or self.upstream_leading
 
     def _backward_to_probe(self, edge: torch.autograd.graph.GradientEdge, gradient: Tensor) -> None:
         torch.autograd.grad((edge,), (self.probe,), (gradient,), retain_graph=True, allow_unused=True)
@@ -348,37 +379,34 @@ class Observation:
         if not isinstance(contribution, Sums):
             factor = per_row(factor, contribution.segments)
         expected = use.fingerprint * factor
-        if not torch.equal(fingerprint, expected) and bool(torch.isfinite(fingerprint).all()):
-            shape = list(contribution.kept[-1].shape)
-            failure = (
-                f"{use.slot.name} ({use.function}, rows {shape}) was used with rows that do not belong to one example "
-                f"each, or not to the example their place says"
-            )
-            if use.lookup_ids is not None and use.layout != "shared":
-                self.memory.shared_lookups.add((use.slot.name, use.lookup_dim))
-                failure += " (from now on it is taken for a table that all examples share: run the batch again)"
-            self.failures.append(failure)
         use.tagged = True
+        if torch.equal(fingerprint, expected):
+            self.upstream_leading |= use.layout != "flat" and bool((fingerprint > 0).any())
+        elif bool(torch.isfinite(fingerprint).all()):
+            shape = list(contribution.kept[-1].shape)
+            self.failures.append(
+                f"{use.slot.name} ({use.function}, rows {shape}) was used with rows that do not belong to one example "
+                "each, or not to the example their place says"
+            )
+            if use.lookup_dim == 1 and use.layout != "shared":
+                self.refuted_lookups.append(use)
 
     def close(self) -> Tensor:
         """Check that the block was measured whole, and return the squared norms, ``[parameters, columns]``."""
         self.release()
-        if self.failures:
-            raise RuntimeError(
-                f"{self.who}: every use of a trainable parameter must be measured by rules, per example; but "
-                f"{'; '.join(dict.fromkeys(self.failures))}; expand inputs without a batch dimension to the batch, read "
-                "parameters through their modules, or freeze these parameters"
-            )
-        if self.examples is None or not any(slot.uses for slot in self.slots.values()):
+        used = [use for slot in self.slots.values() for use in slot.uses]
+        if self.examples is None or not used:
             raise RuntimeError(
                 f"{self.who}: the model must be called with gradients inside the observe block, got no call; put the "
                 "forward and the backward inside the block"
             )
-        if self.probe.grad is None or not self.measured_uses:
+        if not self.measured_uses:
             raise RuntimeError(
                 f"{self.who}: loss.backward() must run inside the observe block, got a forward without it; call it "
                 "before the block ends, and without inputs="
             )
+        assert self.probe.grad is not None
+        self._refuse_unproven(used)
         sqnorms: Tensor = self.probe.grad[:, :-1].clone()
         self._check_use_counts(self.probe.grad[:, -1])
         for slot in self.slots.values():
@@ -386,6 +414,27 @@ class Observation:
                 sqnorms[slot.index] = self._combined(slot).to(sqnorms).clamp(min=0)
         self._learn()
         return sqnorms
+
+    def _refuse_unproven(self, used: Sequence[Use]) -> None:
+        if self.verify and self.examples != 1:
+            self.failures += [
+                f"{use.slot.name} ({use.function}) was used with {self.examples} times as many rows as it has per example, "
+                "and nothing before it with the batch in front proves in which order"
+                for use in used
+                if use.slot.arrived and use.layout == "flat" and not (use.tagged and use.confirmed)
+            ]
+        if not self.failures:
+            return
+        failures = list(dict.fromkeys(self.failures))
+        learnt = ""
+        if len(failures) == len({use.slot.name for use in self.refuted_lookups}):
+            self.memory.shared_lookups |= {(use.slot.name, use.lookup_dim) for use in self.refuted_lookups}
+            learnt = " (from now on it is taken for a table that all examples share: run the batch again)"
+        raise RuntimeError(
+            f"{self.who}: every use of a trainable parameter must be measured by rules, per example; but "
+            f"{'; '.join(failures)}{learnt}; expand inputs without a batch dimension to the batch, read parameters "
+            "through their modules, or freeze these parameters"
+        )
 
     def _check_use_counts(self, counted: Tensor) -> None:
         if counted.device.type != "cpu":
@@ -408,6 +457,7 @@ class Observation:
         )
 
     def _learn(self) -> None:
+        self.memory.blocks += 1
         seen = [slot for slot in self.slots.values() if slot.arrived]
         self.memory.audited |= {slot.name for slot in seen}
         if self.examples != 1:

@@ -134,7 +134,7 @@ def _rows(observation: Observation, x: Tensor, tap: Tap, last: int) -> tuple[int
     rows = leading.numel()
     if observation.examples == 1:
         return rows, "leading"
-    return rows, observation.layout(leading[0] if leading else 0, tap.name, x.shape)
+    return rows, observation.layout(leading, tap.name)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -369,7 +369,7 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[_Call, Use] | None:
     if observation.examples != 1:
         if other.dim() != len(shape) or not shape or (tap.dim() == len(shape) and tap.shape[0] != 1):
             return None
-        layout = observation.layout(other.shape[0], tap.name, other.shape)
+        layout = observation.layout(other.shape[:-1] or other.shape, tap.name)
     use = tap.use(function, layout)
     if tap.looked_up is not None:
         use.lookup_ids = tap.looked_up.ids.reshape(-1).repeat(observation.examples or 1)

@@ -5,7 +5,7 @@ to `Tap.__torch_function__`, which hands it to that function's rule. A function 
 result carries no gradient (sizes, dtypes, comparisons), and is refused by name where it does.
 
 A module is observed by giving it, for the time of one block, a subclass of its own class with another `__getattr__`
-(and a `__call__` that tells the block its number of examples where nothing else does).
+(and a `__call__` that shows the block the model's inputs).
 Outside observe blocks a model is exactly what it was.
 """
 
@@ -122,8 +122,8 @@ def _observed_class(base: type) -> type:
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         observation: Observation | None = self.__dict__.get(_SESSION)
-        if observation is not None and observation.examples is None and torch.is_grad_enabled():
-            observation.begin_with(args, kwargs)
+        if observation is not None and not observation.rows_per_example and torch.is_grad_enabled():
+            observation.look_at_call(args, kwargs)
         return base.__call__(self, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
