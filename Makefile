@@ -22,9 +22,9 @@ demo: .venv/built
 	$(BIN)/python examples/multitask_grpo.py $(ARGS)
 
 test: .venv/built
-	cmake -S . -B build/ctest -DGRADNORM_EXTENSION=OFF
-	cmake --build build/ctest --parallel 2
-	ctest --test-dir build/ctest --output-on-failure
+	$(BIN)/cmake -S . -B build/ctest -DGRADNORM_EXTENSION=OFF
+	$(BIN)/cmake --build build/ctest --parallel 2
+	$(BIN)/ctest --test-dir build/ctest --output-on-failure
 	$(BIN)/pytest $(PYTEST_ARGS) --doctest-modules --doctest-glob='README.md' tests gradnorm_ext README.md
 
 lint: .venv/built
@@ -45,7 +45,7 @@ bench: .venv/built
 .venv/torch: Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet 'setuptools>=77' wheel ninja 'pybind11>=2.13' numpy
+	$(BIN)/pip install --quiet 'setuptools>=77' wheel ninja 'cmake>=3.22' 'pybind11>=2.13' numpy
 	touch $@
 
 .venv/built: .venv/torch $(BUILT_FROM)

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -118,15 +119,16 @@ def reward_countdown(prompt: str, completion: str) -> float:
 
 
 TASKS = (
-    Task("copy", draw_copy, reward_copy, warm_up=10),
-    Task("reverse", draw_reverse, reward_reverse, warm_up=13),
+    Task("copy", draw_copy, reward_copy, warm_up=12),
+    Task("reverse", draw_reverse, reward_reverse, warm_up=14),
     Task("addition", draw_addition, reward_addition, warm_up=80),
-    Task("countdown", draw_countdown, reward_countdown, warm_up=60),
+    Task("countdown", draw_countdown, reward_countdown, warm_up=50),
 )
 NAMES = [task.name for task in TASKS]
 
 LETTERS = "abcdefghij"
 CHARACTERS = "0123456789+-*=,:<>" + LETTERS
+INTERRUPTED = 130  # exit status after Ctrl-C
 PAD, END, FIRST = 0, 1, 2  # tokens: padding, end of completion, the first character
 PROMPT_LENGTH, COMPLETION_LENGTH = 10, 8  # tokens; the longest prompt is a countdown such as 7,8,9:-63=
 
@@ -231,7 +233,7 @@ def sample(model: LlamaForCausalLM, problems: list[Problem], samples: int, gener
 def completion_loss(model: LlamaForCausalLM, tokens: Tensor, attention: Tensor, weight: Tensor) -> Tensor:
     """The mean over all completion tokens of -log p(token) times the `weight` `[B]` of its example.
 
-    With advantages as weights it is GRPO's loss on policy: there the importance ratio is 1, and its gradient is this one.
+    With advantages as weights this is the loss of GRPO on policy, where the importance ratio is 1, up to a constant.
     """
     logits = model(input_ids=tokens, attention_mask=attention, use_cache=False).logits[:, PROMPT_LENGTH - 1 : -1]
     surprise = F.cross_entropy(logits.transpose(1, 2), tokens[:, PROMPT_LENGTH:], reduction="none")
@@ -266,6 +268,9 @@ class Loops:
         self.progress.stop()
         signal.signal(signal.SIGINT, self.previous)
 
+    def finish(self) -> None:
+        self.progress.stop()
+
     def steps(self, name: str) -> Iterator[int]:
         self.progress.start_task(self.bars[name])
         for step in range(self.totals[name]):
@@ -286,17 +291,17 @@ class Loops:
 @dataclass(frozen=True)
 class Settings:
     seed: int = 0
-    warm_up_steps: int = 240
+    warm_up_steps: int = 220
     warm_up_rate: float = 3e-3
-    steps: int = 120
-    rate: float = 5e-4
+    steps: int = 180
+    rate: float = 3e-4
     prompts: int = 8  # of each task in a step
     samples: int = 8  # of each prompt
-    held_out: int = 64  # prompts of each task
+    held_out: int = 128  # prompts of each task
     held_out_samples: int = 4
 
 
-QUICK = Settings(warm_up_steps=100, steps=12, prompts=4)
+QUICK = Settings(warm_up_steps=80, steps=12, prompts=4, held_out=64)
 
 
 def warm_up(model: LlamaForCausalLM, settings: Settings, avoid: frozenset[str], loops: Loops) -> None:
@@ -369,8 +374,7 @@ def grpo(run: Run, model: LlamaForCausalLM, settings: Settings, avoid: frozenset
         weights = getattr(observer, "weights", None)
         record(run, step, observer.stats, [1.0] * len(TASKS) if weights is None else weights.tolist())
         run.seconds += time.perf_counter() - started
-        rewards = rollouts.rewards.view(len(TASKS), -1).mean(1).tolist()
-        loops.note(run.name, "reward " + " ".join(f"{name} {r:.2f}" for name, r in zip(NAMES, rewards, strict=True)))
+        loops.note(run.name, f"reward {rollouts.rewards.mean().item():.2f}")
 
 
 def record(run: Run, step: int, stats: gradnorm_ext.Stats, weights: list[float]) -> None:
@@ -428,21 +432,20 @@ def summary_of(run: Run) -> dict[str, dict[str, float]]:
     return summary
 
 
-def report(runs: list[Run], before: list[list[float]], console: Console) -> list[str]:
-    """Prints the table and returns what the differences in held-out reward say."""
-    table = Table(title="Per task: rewards on held-out prompts; the rest are means over the steps")
-    for heading in ("task", "run", "reward before", "reward after", "sq. norm", "unbiased", "zero std", "batch share"):
+def report(before: list[list[float]], runs: list[Run], console: Console) -> list[str]:
+    """Prints the table and returns, in words, what the differences in held-out reward say."""
+    title = "Reward on held-out prompts; the other figures are means over the steps"
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in ("task", "run", "reward", "sq. norm", "unbiased", "zero std", "share"):
         table.add_column(heading, justify="left" if heading in ("task", "run") else "right")
     summaries = {run.name: summary_of(run) for run in runs}
     for task, name in enumerate(NAMES):
         for run in runs:
             figures = summaries[run.name][name]
-            reward, error = with_error(before[task])
             table.add_row(
                 name,
                 run.name,
-                f"{reward:.3f} ± {error:.3f}",
-                f"{figures['held_out_reward']:.3f} ± {figures['held_out_error']:.3f}",
+                f"{fmean(before[task]):.3f} → {figures['held_out_reward']:.3f}",
                 f"{figures['sqnorm']:.3f}",
                 f"{figures['sqnorm_unbiased']:.3f}",
                 f"{figures['zero_std_share']:.1%}",
@@ -450,14 +453,24 @@ def report(runs: list[Run], before: list[list[float]], console: Console) -> list
                 end_section=run is runs[-1],
             )
     console.print(table)
+    console.print(
+        "sq. norm: of the task's gradient, before weighting; unbiased: without what noise adds to it. "
+        "zero std: prompts whose rewards are all equal; share: the task's, of the prompts left without those.",
+        highlight=False,
+    )
 
-    verdicts = [verdict(run.name, "the warm start", before, run.held_out) for run in runs]
+    labels = [f"{run.name}, {run.steps} steps," for run in runs]
+    verdicts = [
+        verdict(f"{label} against the warm start", before, run.held_out)
+        for label, run in zip(labels, runs, strict=True)
+    ]
     if len(runs) == 2:
-        verdicts.append(verdict(runs[1].name, runs[0].name, runs[0].held_out, runs[1].held_out))
-    return verdicts
+        plain, reweighted = runs
+        verdicts.append(verdict(f"{labels[1]} against {labels[0][:-1]}", plain.held_out, reweighted.held_out))
+    return [*verdicts, "One seed: the errors cover the choice of held-out prompts, not the luck of a training run."]
 
 
-def verdict(later: str, earlier: str, before: list[list[float]], after: list[list[float]]) -> str:
+def verdict(comparison: str, before: list[list[float]], after: list[list[float]]) -> str:
     """What the numbers say: names the tasks whose reward differs by more than two standard errors, and no others."""
     found = {}
     for name, old, new in zip(NAMES, before, after, strict=True):
@@ -466,7 +479,7 @@ def verdict(later: str, earlier: str, before: list[list[float]], after: list[lis
     lower = [name for name, (mean, error) in found.items() if mean < -2 * error]
     sides = [f"{side} in {', '.join(names)}" for side, names in (("higher", higher), ("lower", lower)) if names]
     listed = ", ".join(f"{name} {mean:+.3f} ± {error:.3f}" for name, (mean, error) in found.items())
-    return f"{later} against {earlier}: {' and '.join(sides) or 'no difference'} beyond two standard errors ({listed})."
+    return f"{comparison}: {' and '.join(sides) or 'no difference'} beyond two standard errors ({listed})."
 
 
 COLORS = dict(zip(NAMES, ("#4477aa", "#ee6677", "#228833", "#ccbb44"), strict=True))
@@ -499,7 +512,7 @@ def plot_norms(runs: list[Run], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def plot_rewards(runs: list[Run], before: list[list[float]], path: Path) -> None:
+def plot_rewards(before: list[list[float]], runs: list[Run], path: Path) -> None:
     """Per task the reward of the sampled completions in training, and as points that on held-out prompts."""
     figure = Figure(figsize=(4 * len(NAMES), 3.6), layout="constrained")
     for task, name in enumerate(NAMES):
@@ -546,23 +559,28 @@ def plot_reward_std(runs: list[Run], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def write_steps(runs: list[Run], path: Path) -> None:
-    rows = [row for run in runs for row in run.rows]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+def write(before: list[list[float]], runs: list[Run], summary: dict[str, Any], out: Path) -> list[str]:
+    """Writes the files into `out` and returns their names."""
+    files = ["summary.json"]
+    (out / "summary.json").write_text(json.dumps(without_nan(summary), indent=2) + "\n")
+    if runs:
+        files += ["steps.csv", "gradient_norm.png", "reward.png", "reward_std.png"]
+        rows = [row for run in runs for row in run.rows]
+        with (out / "steps.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        plot_norms(runs, out / "gradient_norm.png")
+        plot_rewards(before, runs, out / "reward.png")
+        plot_reward_std(runs, out / "reward_std.png")
+    return files
 
 
-def write_summary(report: dict[str, Any], path: Path) -> None:
-    """As JSON, which knows no NaN: null stands for it."""
-
-    def known(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: known(one) for key, one in value.items()}
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    path.write_text(json.dumps(known(report), indent=2) + "\n")
+def without_nan(value: Any) -> Any:
+    """JSON knows no NaN: None stands for it."""
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -578,59 +596,62 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main() -> int:
-    options, console = parse(), Console()
-    settings = replace(QUICK if options.quick else Settings(), seed=options.seed)
-    settings = replace(settings, steps=options.steps or settings.steps)
-    has_gpu = torch.cuda.is_available()
-    device = torch.device(("cuda" if has_gpu else "cpu") if options.device == "auto" else options.device)
-    started = time.perf_counter()
-
+def experiment(settings: Settings, device: torch.device, loops: Loops) -> tuple[list[list[float]], list[Run]]:
+    """The held-out rewards of the warm start, and the runs from it that made at least one step."""
     held_out = draw_problems([settings.held_out] * len(TASKS), random.Random(f"held out {settings.seed}"))
     avoid = frozenset(problem.prompt for problem in held_out)
     warm = build_model(device, settings.seed)
-    runs: list[Run] = []
-    with Loops({"warm-up": settings.warm_up_steps} | dict.fromkeys(RUNS, settings.steps), console) as loops:
-        warm_up(warm, settings, avoid, loops)
-        before = evaluate(warm, held_out, settings)
-        for name in RUNS:
-            if loops.stopped:
-                break
-            run, model = Run(name), copy.deepcopy(warm)
-            grpo(run, model, settings, avoid, loops)
-            if run.rows:
-                run.held_out = evaluate(model, held_out, settings)
-                runs.append(run)
+    warm_up(warm, settings, avoid, loops)
+    before = evaluate(warm, held_out, settings)
+    runs = []
+    for name in RUNS:
+        run, model = Run(name), copy.deepcopy(warm)
+        grpo(run, model, settings, avoid, loops)
+        if run.rows:
+            run.held_out = evaluate(model, held_out, settings)
+            runs.append(run)
+    return before, runs
 
-    verdicts = report(runs, before, console) if runs else ["Interrupted before the first GRPO step."]
+
+def main() -> int:
+    started = time.perf_counter()
+    options, console = parse(), Console()
     options.out.mkdir(parents=True, exist_ok=True)
-    write_steps(runs, options.out / "steps.csv")
-    if runs:
-        plot_norms(runs, options.out / "gradient_norm.png")
-        plot_rewards(runs, before, options.out / "reward.png")
-        plot_reward_std(runs, options.out / "reward_std.png")
-    summary = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "arguments": sys.argv[1:],
-        "settings": asdict(settings),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "gradnorm_ext": gradnorm_ext.__version__,
-        },
-        "seconds": time.perf_counter() - started,
-        "interrupted": loops.stopped,
-        "runs": {run.name: {"steps": run.steps, "seconds": run.seconds, "tasks": summary_of(run)} for run in runs},
-        "verdicts": verdicts,
-    }
-    write_summary(summary, options.out / "summary.json")
+    settings = replace(QUICK if options.quick else Settings(), seed=options.seed)
+    settings = replace(settings, steps=options.steps or settings.steps)
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # more only wait for each other in a model this small
+    has_gpu = torch.cuda.is_available()
+    device = torch.device(("cuda" if has_gpu else "cpu") if options.device == "auto" else options.device)
+
+    with Loops({"warm-up": settings.warm_up_steps} | dict.fromkeys(RUNS, settings.steps), console) as loops:
+        before, runs = experiment(settings, device, loops)
+        loops.finish()
+        verdicts = report(before, runs, console) if runs else ["Stopped before the first GRPO step."]
+        summary = {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "arguments": sys.argv[1:],
+            "settings": asdict(settings),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "gradnorm_ext": gradnorm_ext.__version__,
+            },
+            "seconds": time.perf_counter() - started,
+            "interrupted": loops.stopped,
+            "runs": {run.name: {"steps": run.steps, "seconds": run.seconds, "tasks": summary_of(run)} for run in runs},
+            "verdicts": verdicts,
+        }
+        files = write(before, runs, summary, options.out)
     console.print(*verdicts, sep="\n", highlight=False)
-    console.print(f"Results in {options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
-    return 130 if loops.stopped else 0
+    console.print(f"\nResults in {options.out}: {', '.join(files)}", highlight=False)
+    return INTERRUPTED if loops.stopped else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

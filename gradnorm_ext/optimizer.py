@@ -55,8 +55,8 @@ class Reweighted(torch.optim.Optimizer):
         policy: ``policy(stats) -> weights``, ``[K]`` or, where its attribute ``weighs`` is "examples", ``[B]``.
             A plain function weighs tasks.
         apply: whose statistics the weights come from. "same_step" (default): of this very batch; what the layers'
-            backward needs is kept until the block closes, which gives up what activation checkpointing saves. "next_step": running means over earlier steps, per task, at no extra
-            cost; the first step's weights are 1.
+            backward needs is kept until the block closes, which gives up what activation checkpointing saves.
+            "next_step": running means over earlier steps, per task, at no extra cost; the first step's weights are 1.
         decay: "next_step": how much of the running mean a step keeps.
         gradient_budget: "same_step" with weights per task: bytes that may hold separate task gradients, from step to
             step; layers beyond it keep their rows until the block closes instead.
