@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -486,74 +487,71 @@ COLORS = dict(zip(NAMES, ("#4477aa", "#ee6677", "#228833", "#ccbb44"), strict=Tr
 RUN_COLORS = {"plain": "#777777", "InverseNorm": "#aa3377"}
 
 
-def smooth(values: list[float], window: int = 9) -> list[float]:
-    """The mean over a window centred on each step, narrower at the ends."""
+def smooth(values: list[float], window: int = 15) -> list[float]:
+    """The mean over a window around each step, narrower at the ends."""
     half = window // 2
     return [mean_of(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
+def draw_line(axes: Axes, values: list[float], color: str, label: str) -> None:
+    axes.plot(values, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(smooth(values), color=color, linewidth=2, label=label)
+
+
 def plot_norms(runs: list[Run], path: Path) -> None:
-    """Per run the norm of each task's gradient; for the reweighted run also the weights it led to."""
-    panels = [(run, "norm", f"{run.name}: gradient norm, before weighting") for run in runs]
-    panels += [(run, "weight", f"{run.name}: weight of each task") for run in runs if run.name != "plain"]
-    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    first = None
-    for index, (run, column, title) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), index + 1, sharey=first if column == "norm" else None)
-        first = first or axes
+    """Each run's gradient norm per task, and the weights that it led to."""
+    figure = Figure(figsize=(5 * len(runs), 7), layout="constrained")
+    figure.suptitle("Gradient norm of each task, and its weight\n(faint: every step; bold: smoothed)")
+    panels = figure.subplots(2, len(runs), squeeze=False, sharex=True, sharey="row")
+    for column, run in enumerate(runs):
+        norms, weights = panels[:, column]
         for name, color in COLORS.items():
-            values = run.column(column, name)
-            axes.plot(values, color=color, alpha=0.25, linewidth=0.8)
-            axes.plot(smooth(values), color=color, linewidth=2, label=name)
-        axes.set(title=title, xlabel="step", yscale="log")
-        axes.set_ylabel("norm (loss per unit of parameter)" if column == "norm" else "weight (mean 1)")
-        axes.grid(alpha=0.3)
-        axes.legend()
+            draw_line(norms, run.column("norm", name), color, name)
+            draw_line(weights, run.column("weight", name), color, name)
+        norms.set(title=run.name, ylabel="norm before weighting\n(loss per unit of parameter)")
+        weights.set(xlabel="step", ylabel="weight (mean 1)")
+        for axes in (norms, weights):
+            axes.set_yscale("log", base=2, nonpositive="mask")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.grid(alpha=0.3)
+        norms.legend(ncols=2, fontsize=9)
     figure.savefig(path, dpi=130)
 
 
 def plot_rewards(before: list[list[float]], runs: list[Run], path: Path) -> None:
-    """Per task the reward of the sampled completions in training, and as points that on held-out prompts."""
-    figure = Figure(figsize=(4 * len(NAMES), 3.6), layout="constrained")
-    for task, name in enumerate(NAMES):
-        axes = figure.add_subplot(1, len(NAMES), task + 1)
-        mean, error = with_error(before[task])
-        axes.errorbar(-1, mean, error, color="black", fmt="o", capsize=3, label="held out, before")
-        for run in runs:
-            color, values = RUN_COLORS[run.name], run.column("reward", name)
-            axes.plot(values, color=color, alpha=0.25, linewidth=0.8)
-            axes.plot(smooth(values), color=color, linewidth=2, label=f"{run.name}, training")
-            if run.held_out:
-                mean, error = with_error(run.held_out[task])
-                offset = 2 * list(RUN_COLORS).index(run.name)
-                axes.errorbar(
-                    len(values) + offset, mean, error, color=color, fmt="o", capsize=3, label="held out, after"
-                )
+    """Each task's reward in training, and on held-out prompts before and after, with its standard error."""
+    figure = Figure(figsize=(4 * len(NAMES), 4), layout="constrained")
+    figure.suptitle(
+        "Mean reward (lines: of a step's samples, faint, and smoothed; points: held-out prompts ± std. error)"
+    )
+    panels = figure.subplots(1, len(NAMES))
+    for task, (name, axes) in enumerate(zip(NAMES, panels, strict=True)):
+        point = {"fmt": "o", "capsize": 3}
+        axes.errorbar(0, *with_error(before[task]), color="black", label="held out, before", **point)
+        for index, run in enumerate(runs):
+            draw_line(axes, run.column("reward", name), RUN_COLORS[run.name], f"{run.name}, in training")
+            end = run.steps * (1 + 0.03 * index)  # beside each other
+            held_out = with_error(run.held_out[task])
+            axes.errorbar(end, *held_out, color=RUN_COLORS[run.name], label=f"{run.name}, held out", **point)
         axes.set(title=name, xlabel="step", ylabel="reward (0 to 1)")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=130)
 
 
 def plot_reward_std(runs: list[Run], path: Path) -> None:
-    """Per task how the rewards of a prompt's samples spread: prompts in the bar at zero teach nothing."""
-    figure = Figure(figsize=(4 * len(NAMES), 3.6), layout="constrained")
-    edges = [0.025 * i for i in range(24)]
-    for task, name in enumerate(NAMES):
-        axes = figure.add_subplot(1, len(NAMES), task + 1)
+    """How the rewards of a prompt's samples spread: prompts in the bar at zero teach nothing."""
+    figure = Figure(figsize=(4 * len(NAMES), 4), layout="constrained")
+    figure.suptitle("Spread of the rewards of one prompt's samples, over all steps")
+    edges = [0.025 * i for i in range(24)]  # the largest, for half ones among eight, is 0.53
+    for task, (name, axes) in enumerate(zip(NAMES, figure.subplots(1, len(NAMES)), strict=True)):
         for run in runs:
             stds = run.reward_std[task]
-            zero = mean_of([float(std == 0) for std in stds])
-            axes.hist(
-                stds,
-                edges,
-                weights=[1 / len(stds)] * len(stds),
-                histtype="step",
-                linewidth=2,
-                color=RUN_COLORS[run.name],
-                label=f"{run.name} ({zero:.0%} at zero)",
-            )
-        axes.set(title=name, xlabel="standard deviation of a prompt's rewards", ylabel="share of prompts")
+            zero = mean_of(run.column("zero_std_share", name))
+            share = [1 / len(stds)] * len(stds)
+            style = {"histtype": "step", "linewidth": 2, "color": RUN_COLORS[run.name]}
+            axes.hist(stds, edges, weights=share, label=f"{run.name} ({zero:.0%} at zero)", **style)
+        axes.set(title=name, xlabel="standard deviation of a prompt's rewards", ylabel="share of the task's prompts")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)

@@ -258,17 +258,17 @@ class Meter:
 
 def _trainable(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Parameter]]:
     """The trainable parameters and their first names, as `named_parameters` gives them."""
-    found: dict[nn.Parameter, str] = {}
+    found: dict[int, tuple[str, nn.Parameter]] = {}
     for prefix, module in modules:
         for name, p in module._parameters.items():
-            if p is not None and p.requires_grad and p not in found:
-                found[p] = f"{prefix}.{name}" if prefix else name
+            if p is not None and p.requires_grad and id(p) not in found:
+                found[id(p)] = f"{prefix}.{name}" if prefix else name, p
     if not found:
         raise ValueError("Meter: the model must have a trainable parameter, got none; unfreeze one")
-    for p, name in found.items():
+    for name, p in found.values():
         if not p.is_floating_point():
             raise TypeError(f"Meter: parameters must be real floating point, got {name} of {p.dtype}; freeze it")
-    return [(name, p) for p, name in found.items()]
+    return list(found.values())
 
 
 def _refuse_coupled_examples(who: str, modules: Sequence[tuple[str, nn.Module]]) -> None:

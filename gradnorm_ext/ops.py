@@ -268,6 +268,7 @@ def sums_sqnorm(sums: Tensor, segments: Segments, *, backend: str = "auto") -> T
         ``[segments + groups]``, as of :func:`outer_sqnorm`.
 
     Example:
+        >>> from gradnorm_ext.segments import Groups
         >>> sums_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(2, 1, Groups.of(2, [(torch.tensor([0, 0]), 1)])))
         tensor([ 4.,  9., 25.])
     """

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "native": {"segments", "_C"},
     "ops": {"backends", "reference", "segments"},
     "rewards": {"_C", "backends", "ops"},
-    "layers": {"layers", "ops", "reference", "segments"},
+    "layers": {"backends", "layers", "reference", "segments"},
     "stats": {"rewards"},
     "policies": {"stats"},  # for types only
     "meter": {"layers", "rewards", "segments", "stats"},

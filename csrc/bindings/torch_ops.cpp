@@ -231,8 +231,8 @@ void sums_wgrad_cpu(const Tensor& sums, const Tensor& offsets, const Tensor& wal
     STD_TORCH_CHECK(segments.count == count, "gradnorm: sums must be [segments, width]");
     gradnorm::sums_wgrad_cpu(vector_of<T>(sums, count * width, kType<T>), width, segments,
                              vector_of<T>(weight, count, kType<T>),
-                             dw ? out_of<T>(*dw, width) : nullptr, out_of<T>(sqnorm, sqnorm.numel()),
-                             sqnorm.numel(), torch_host<T>());
+                             dw ? out_of<T>(*dw, width) : nullptr,
+                             out_of<T>(sqnorm, sqnorm.numel()), sqnorm.numel(), torch_host<T>());
   });
 }
 

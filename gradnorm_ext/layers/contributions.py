@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradnorm_ext import ops
+from gradnorm_ext.backends import find
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
@@ -34,14 +34,18 @@ class Outer:
     swapped: bool = False
 
     def sqnorm(self) -> Tensor:
-        return ops.outer_sqnorm(self.x, self.g, self.segments, backend=self.backend)
+        run = find("outer_sqnorm", self.x.device.type, self.backend)
+        return run(self.x, self.g, self.segments)  # type: ignore[no-any-return]
 
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.outer_wgrad(self.x, self.g, self.segments, weight=weight, backend=self.backend)
+        run = find("outer_wgrad", self.x.device.type, self.backend)
+        return run(self.x, self.g, self.segments, weight=weight)  # type: ignore[no-any-return]
 
     def by_group(self, out: Tensor) -> Tensor:
         """The norms; the gradient of each group of the coarsest level goes to ``out``."""
-        return ops.outer_wgrad(self.x, self.g, self.segments, by_group=True, out=out, backend=self.backend)[1]
+        run = find("outer_wgrad", self.x.device.type, self.backend)
+        tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
+        return run(self.x, self.g, self.segments, outputs=tasks, n_outputs=count, out=out)[1]  # type: ignore[no-any-return]
 
     def total(self, weight: Tensor | None = None) -> Tensor:
         if weight is None:
@@ -77,20 +81,13 @@ class Lookup:
     backend: str
 
     def sqnorm(self) -> Tensor:
-        return ops.lookup_sqnorm(
-            self.ids, self.g, self.vocabulary, self.segments, padding_idx=self.padding_idx, backend=self.backend
-        )
+        run = find("lookup_sqnorm", self.g.device.type, self.backend)
+        return run(self.ids, self.g, self.vocabulary, self.segments, padding_idx=self.padding_idx)  # type: ignore[no-any-return]
 
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.lookup_wgrad(
-            self.ids,
-            self.g,
-            self.vocabulary,
-            self.segments,
-            padding_idx=self.padding_idx,
-            weight=weight,
-            backend=self.backend,
-        )
+        run = find("lookup_wgrad", self.g.device.type, self.backend)
+        rows = self.ids, self.g, self.vocabulary, self.segments
+        return run(*rows, padding_idx=self.padding_idx, weight=weight)  # type: ignore[no-any-return]
 
     def total(self, weight: Tensor | None = None) -> Tensor:
         g = self.live_g
@@ -128,10 +125,12 @@ class Sums:
         return self.sums.reshape(self.segments.count, -1)
 
     def sqnorm(self) -> Tensor:
-        return ops.sums_sqnorm(self.flat, self.segments, backend=self.backend)
+        run = find("sums_sqnorm", self.sums.device.type, self.backend)
+        return run(self.flat, self.segments)  # type: ignore[no-any-return]
 
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total, sqnorm = ops.sums_wgrad(self.flat, self.segments, weight=weight, backend=self.backend)
+        run = find("sums_wgrad", self.sums.device.type, self.backend)
+        total, sqnorm = run(self.flat, self.segments, weight=weight)
         return total.view(self.sums.shape[1:]), sqnorm
 
     def total(self, weight: Tensor | None = None) -> Tensor:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gradnorm_ext.backends import choose
 from gradnorm_ext.layers.contributions import (
     Contribution,
     Lookup,
@@ -147,7 +148,7 @@ class Observation:
         start: Callable[[int], None],
         always_verify: bool = False,
     ) -> None:
-        self.who, self.memory, self.plan, self.backend = who, memory, plan, backend
+        self.who, self.memory, self.plan, self.backend = who, memory, plan, choose(backend)
         self.start = start  # calls `begin`, once the number of examples is known
         self.slots = {id(p): Slot(i, name, p) for i, (name, p) in enumerate(parameters)}
         self.examples: int | None = None
@@ -284,11 +285,16 @@ class Observation:
             slot.measured = True
         self.measured_uses += 1
         if gradient is not None:
-            gradient = gradient.view_as(use.value).to(use.value.dtype)
+            if gradient.shape != use.value.shape or gradient.dtype != use.value.dtype:
+                gradient = gradient.view_as(use.value).to(use.value.dtype)
             if slot.hooked:
                 placed = use.adjoint(gradient)
                 slot.delivered = placed if slot.delivered is None else slot.delivered + placed
-        return gradient, self._unmeasured if norms is None else torch.cat([norms.to(self._one), self._one])
+        if norms is None:
+            return gradient, self._unmeasured
+        if norms.dtype != self._one.dtype or norms.device != self._one.device:
+            norms = norms.to(self._one)
+        return gradient, torch.cat([norms, self._one])
 
     def _buffer(self, slot: Slot, outer: Outer) -> Tensor | None:
         """Where a parameter's gradients per task go, as far as the budget reaches."""
@@ -348,7 +354,7 @@ class Observation:
     def run_tagging(self, edge: torch.autograd.graph.GradientEdge, dx: Tensor, uses: Sequence[Use], rows: int) -> None:
         """The tagging test of everything upstream of a use: called in its backward, with the gradient of its input."""
         assert self.examples is not None
-        if not self.verify or self.examples == 1 or self.tagging is not None or all(use.tagged for use in uses):
+        if self.examples == 1 or self.tagging is not None or all(use.tagged for use in uses):
             return
         example = torch.arange(self.examples, device=dx.device)
         per_example = (self.examples, rows // self.examples)

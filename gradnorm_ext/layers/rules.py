@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gradnorm_ext import ops
+from gradnorm_ext.backends import find
 from gradnorm_ext.layers.contributions import Contribution, Lookup, Outer, Sums
 from gradnorm_ext.layers.observation import Layout, Observation, Use
 from gradnorm_ext.layers.taps import LookedUp, Tap
@@ -59,10 +59,11 @@ class _Backward:
 
     def tag(self, dx: Tensor) -> None:
         """Test what lies upstream of the function's input, its first tensor argument."""
-        uses = [use for use in self.call.uses if use is not None]
-        if self.measures:
+        observation = self.call.observation
+        if observation.verify and self.measures:
             node, output = self.ctx.next_functions[0]
-            self.call.observation.run_tagging(torch.autograd.graph.GradientEdge(node, output), dx, uses, self.call.rows)
+            uses = [use for use in self.call.uses if use is not None]
+            observation.run_tagging(torch.autograd.graph.GradientEdge(node, output), dx, uses, self.call.rows)
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -109,7 +110,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _summed(g_rows: Tensor, segments: Segments, backend: str) -> Sums:
-    return Sums(ops.sum_sums(g_rows, segments, backend=backend), segments, backend)
+    return Sums(find("sum_sums", g_rows.device.type, backend)(g_rows, segments), segments, backend)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, swapped: bool) -> Any:
@@ -241,9 +242,8 @@ def _normalised_product(x: Tensor, g: Tensor, call: _Call, shift: Tensor | None,
     x, g = (t.reshape(-1, t.shape[-1]) for t in (x.to(g.dtype), g))
     shift, scale = (None if t is None else t.reshape(-1).to(g.dtype) for t in (shift, scale))
     backend = call.observation.backend
-    return Sums(
-        ops.product_sums(x, g, call.segments, shift=shift, scale=scale, backend=backend), call.segments, backend
-    )
+    sums = find("product_sums", g.device.type, backend)(x, g, call.segments, shift=shift, scale=scale)
+    return Sums(sums, call.segments, backend)
 
 
 def layer_norm(
