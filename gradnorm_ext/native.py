@@ -303,6 +303,14 @@ def _outer(
         sqnorm[part.columns] = norms
 
     order, columns = torch.arange(segments.count), walk.columns[n_gram - 1 :]
+    if len(columns) and dw is not None and outputs is None and changes < 0 and len(walk.parts[n_gram].columns) == 1:
+        # One group of all rows: its gradient is dW, and a pass over dW costs less than multiplying tile by tile.
+        torch.mm(g.t(), x, out=dw[0])
+        whole = Segments.equal(1, 1)
+        norm = _sums(dw.view(1, -1), whole, None, None)
+        for part in walk.parts[n_gram:]:
+            sqnorm[part.columns] = norm
+        return sqnorm
     if len(columns) and changes < len(walk.parts[n_gram].columns):
         _kernels.outer_wgrad(x, g, walk.offsets, order, columns, outputs, weight, dw, sqnorm, False)
         return sqnorm
