@@ -33,7 +33,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 # Before torch is imported: waiting threads go to sleep soon. With GNU OpenMP's default they spin, which beside another
-# busy process on the same two cores made this script ten times as slow; alone it costs a few percent.
+# busy process on the same two cores made this script ten times as slow; alone, sleeping costs about a fifth.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
