@@ -213,7 +213,7 @@ class Meter:
             _check_range(who, task_ids, n_tasks)
         prompt_index, task_of_prompt, n_prompts = None, None, 0
         if prompt_ids is not None:
-            prompt_index, task_of_prompt, n_prompts = _prompt_groups(who, prompt_ids, task_ids, n_tasks)
+            prompt_index, task_of_prompt, n_prompts = _prompt_groups(who, prompt_ids, task_ids)
         reward = None
         if reward_values is not None:
             if prompt_ids is None:
@@ -301,7 +301,7 @@ def _check_range(who: str, tasks: Tensor, n_tasks: int) -> None:
         )
 
 
-def _prompt_groups(who: str, prompts: Tensor, tasks: Tensor | None, n_tasks: int) -> tuple[Tensor, Tensor | None, int]:
+def _prompt_groups(who: str, prompts: Tensor, tasks: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
     """Each example's index among the distinct prompts, and each prompt's task."""
     distinct, index = torch.unique(prompts.cpu(), return_inverse=True)
     if tasks is None:

@@ -166,6 +166,21 @@ class FlatRows(nn.Module):
         return self.head(h.view_as(x).mean(1))
 
 
+class TwoPaddings(nn.Module):
+    """One table looked up twice, each time with another padding entry, and used as the head or not."""
+
+    def __init__(self, tied: bool, vocabulary: int = 13, width: int = 6) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, width)
+        self.mix, self.tied = nn.Linear(width, width), tied
+        self.head = None if tied else nn.Linear(width, vocabulary)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        first, second = (F.embedding(one, self.table.weight, p) for one, p in ((ids, 1), (ids.flip(1), 5)))
+        h = torch.tanh(self.mix(first * second + second))
+        return F.linear(h, self.table.weight) if self.head is None else self.head(h)
+
+
 class ManyInnerDimensions(nn.Module):
     """``[B, H, W, d]`` with a bias added on its own and a product with a ``[W, 1]`` parameter, W = d."""
 
@@ -238,6 +253,8 @@ MAKERS: dict[str, Callable[[], Case]] = {
     "mixer": lambda: _floats(Mixer(), 4, 5, 6, outputs=3),
     "free parameters": lambda: _floats(FreeParameters(), 4, 5, 6, outputs=2),
     "flat rows, module twice": lambda: _floats(FlatRows(), 4, 5, 6, outputs=2),
+    "two paddings": lambda: _tokens(TwoPaddings(tied=False)),
+    "two paddings, tied head": lambda: _tokens(TwoPaddings(tied=True)),
     "many inner dimensions": lambda: _floats(ManyInnerDimensions(), 3, 2, 4, 4, outputs=2),
     "llama": lambda: _hf("llama"),
     "llama, tied": lambda: _hf("llama_tied"),

@@ -102,7 +102,7 @@ class Lookup:
     @property
     def live_g(self) -> Tensor:
         """The output gradient without the rows of the padding entry, which learns nothing."""
-        return self.g if self.padding_idx is None else self.g * (self.ids != self.padding_idx)[:, None]
+        return self.g if self.padding_idx is None else self.g.masked_fill((self.ids == self.padding_idx)[:, None], 0)
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
@@ -197,20 +197,14 @@ def combined_sqnorm(placed: Sequence[Placed]) -> Tensor:
         sums = [one.contribution for one in uses if isinstance(one.contribution, Sums)]
         if not sums and (outers or lookups):
             outer = functools.reduce(_concatenated_outer, outers) if outers else None
-            lookup = functools.reduce(_concatenated_lookup, lookups) if _one_table(lookups) else None
-            if outer and not lookups:
+            if not outer:
+                return functools.reduce(_concatenated_lookup, lookups).sqnorm()
+            if not lookups:
                 return outer.sqnorm()
-            if lookup and not outer:
-                return lookup.sqnorm()
-            if lookup and outer:
-                return tied_sqnorm(TiedOuter.of(outer, [lookup.ids]), [lookup])
+            return tied_sqnorm(TiedOuter.of(outer, [lookup.ids for lookup in lookups]), lookups)
         elif sums and not outers and not lookups:
             return dataclasses.replace(sums[0], sums=functools.reduce(torch.add, [one.sums for one in sums])).sqnorm()
     return _dense_sqnorm(uses)
-
-
-def _one_table(lookups: Sequence[Lookup]) -> bool:
-    return len({lookup.padding_idx for lookup in lookups}) == 1
 
 
 def _interleaved(first: Tensor, second: Tensor, count: int) -> Tensor:
@@ -226,8 +220,8 @@ def _concatenated_outer(first: Outer, second: Outer) -> Outer:
 
 def _concatenated_lookup(first: Lookup, second: Lookup) -> Lookup:
     segments, count = _concatenated(first.segments, second.segments)
-    ids, g = _interleaved(first.ids, second.ids, count), _interleaved(first.g, second.g, count)
-    return Lookup(ids, g, first.vocabulary, first.padding_idx, segments, first.backend)
+    ids, g = _interleaved(first.ids, second.ids, count), _interleaved(first.live_g, second.live_g, count)
+    return Lookup(ids, g, first.vocabulary, None, segments, first.backend)  # each has its own padding entry
 
 
 def _concatenated(first: Segments, second: Segments) -> tuple[Segments, int]:
@@ -258,12 +252,12 @@ class TiedOuter:
     entries: list[tuple[Tensor, Tensor]]
 
     @staticmethod
-    def of(outer: Outer, ids: Sequence[Tensor], norms: Tensor | None = None) -> TiedOuter:
+    def of(outer: Outer, ids: Sequence[Tensor]) -> TiedOuter:
         entries = []
         for members, rows in _columns(outer.segments):
             looked_up = torch.unique(torch.cat([one.view(outer.segments.count, -1)[members].flatten() for one in ids]))
             entries.append((looked_up, outer.g[rows][:, looked_up].t() @ outer.x[rows]))
-        return TiedOuter(outer.sqnorm() if norms is None else norms, entries)
+        return TiedOuter(outer.sqnorm(), entries)
 
 
 def tied_sqnorm(head: TiedOuter, lookups: Sequence[Lookup]) -> Tensor:
