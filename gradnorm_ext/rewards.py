@@ -192,9 +192,9 @@ def group_advantages(
     common, not compared with the formulas in their papers; ``eps`` differs between implementations, as their code
     shows: TRL has 1e-4, verl 1e-6, OpenRLHF 1e-9.
 
-    Equal rewards give exactly 0, whatever their rounding; in plain float32, thirty rewards of 0.9 come out at -0.15
-    with ``eps=1e-6`` and at -0.98 with 1e-9. A group of one gives 0 too (verl takes mean 0 and std 1 there, which
-    hands back the reward). A NaN makes its prompt's
+    Equal rewards give exactly 0, whatever their rounding: in plain float32 the mean of many rewards of 0.9 is not 0.9,
+    and the difference is divided by little more than ``eps``. A group of one gives 0 too (verl takes mean 0 and std 1
+    there, which hands back the reward). A NaN makes its prompt's
     advantages NaN, and with ``"batch"`` everybody's but those of equal rewards.
 
     Args:
