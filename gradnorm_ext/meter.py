@@ -77,7 +77,8 @@ class Meter:
         self.memory = Memory()
         _trainable(list(model.named_modules()))
         self._stats: Stats | None = None
-        self._parameter_sqnorm: dict[str, Tensor] = {}
+        self._parameter_sqnorm: tuple[Sequence[str], Sequence[Tensor] | Tensor] = (), ()
+        self._idless: tuple[tuple[int, torch.device, int], Groups] | None = None  # of the last block without ids
         self._closed = False
 
     @property
@@ -92,7 +93,7 @@ class Meter:
     @property
     def parameter_sqnorm(self) -> dict[str, Tensor]:
         """Of the last closed block, every trainable parameter's squared gradient norms, ``[B]``, by name."""
-        return self._parameter_sqnorm
+        return dict(zip(*self._parameter_sqnorm, strict=True))
 
     @contextmanager
     def observe(
@@ -147,10 +148,7 @@ class Meter:
 
         def start(examples: int) -> None:
             tasks = self._tasks_of(batch, examples, device)
-            levels = [] if batch.prompts is None else [(batch.prompts, batch.n_prompts)]
-            if self._has_tasks(plan):
-                levels.append((tasks, len(self.task_names)))
-            observation.begin(examples, Groups.of(examples, levels, device), tasks)
+            observation.begin(examples, self._groups(batch, tasks, plan), tasks)
 
         observation = Observation(who, parameters, self.memory, plan, self.backend, start, always_verify)
         if batch.examples is not None:
@@ -164,10 +162,9 @@ class Meter:
             sqnorms = observation.close().detach() / loss_scale**2
         finally:
             observation.release()
-        self._parameter_sqnorm = {
-            name: row[: observation.examples] for (name, _), row in zip(parameters, sqnorms, strict=True)
-        }
-        self._stats = self._make_stats(observation, batch, sqnorms, [name for name, _ in parameters])
+        names = [name for name, _ in parameters]
+        self._parameter_sqnorm = names, sqnorms[:, : observation.examples]
+        self._stats = self._make_stats(observation, batch, sqnorms, names)
 
     def close(self) -> None:
         """End the measuring. The model is untouched outside observe blocks, so there is nothing to undo on it."""
@@ -228,6 +225,17 @@ class Meter:
 
     def _has_tasks(self, plan: Plan) -> bool:
         return len(self.task_names) > 1 or not plan.keep or plan.by_task
+
+    def _groups(self, batch: _Batch, tasks: Tensor, plan: Plan) -> Groups:
+        levels = [] if batch.prompts is None else [(batch.prompts, batch.n_prompts)]
+        if self._has_tasks(plan):
+            levels.append((tasks, len(self.task_names)))
+        if batch.tasks is not None or batch.prompts is not None:
+            return Groups.of(len(tasks), levels, tasks.device)
+        key = len(tasks), tasks.device, len(levels)  # no ids: nothing else tells one block's groups from another's
+        if self._idless is None or self._idless[0] != key:
+            self._idless = key, Groups.of(len(tasks), levels, tasks.device)
+        return self._idless[1]
 
     def _tasks_of(self, batch: _Batch, examples: int, device: torch.device) -> Tensor:
         return batch.tasks if batch.tasks is not None else torch.zeros(examples, dtype=torch.int64, device=device)

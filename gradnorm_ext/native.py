@@ -243,6 +243,8 @@ class _Walk:
         return _Walk(parts, rows, order, offsets, columns)
 
 
+_WHOLE = Segments.equal(1, 1)
+
 # All layers of an observe block share their segments, and what is worked out here with them.
 _walks: weakref.WeakKeyDictionary[Segments, _Walk] = weakref.WeakKeyDictionary()
 
@@ -306,10 +308,9 @@ def _outer(
     if len(columns) and dw is not None and outputs is None and changes < 0 and len(walk.parts[n_gram].columns) == 1:
         # One group of all rows: its gradient is dW, and a pass over dW costs less than multiplying tile by tile.
         torch.mm(g.t(), x, out=dw[0])
-        whole = Segments.equal(1, 1)
-        norm = _sums(dw.view(1, -1), whole, None, None)
+        norm = _sums(dw.view(1, -1), _WHOLE, None, None)
         for part in walk.parts[n_gram:]:
-            sqnorm[part.columns] = norm
+            sqnorm.index_copy_(0, part.columns, norm)
         return sqnorm
     if len(columns) and changes < len(walk.parts[n_gram].columns):
         _kernels.outer_wgrad(x, g, walk.offsets, order, columns, outputs, weight, dw, sqnorm, False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Groups:
     counts: tuple[int, ...]
     walk: Tensor
     columns: Tensor
+    _equal: dict[int, Segments] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(segments: int, levels: Sequence[tuple[Tensor, int]] = (), device: torch.device | str = "cpu") -> Groups:
@@ -43,6 +44,14 @@ class Groups:
             columns[level] = ids + first
             first += count
         return Groups(tuple(ids for ids, _ in levels), tuple(count for _, count in levels), walk, columns)
+
+    def equal(self, length: int) -> Segments:
+        """These segments with ``length`` rows each; made once, as is what backends work out with them."""
+        if length not in self._equal:
+            if len(self._equal) == 64:  # as many lengths as batches: nothing comes back
+                self._equal.clear()
+            self._equal[length] = Segments.equal(len(self.walk), length, self, self.walk.device)
+        return self._equal[length]
 
 
 @dataclass(frozen=True, eq=False)

@@ -164,7 +164,6 @@ class Observation:
         self.upstream_leading = False  # in the running test, a use with the batch in front has passed
         self.budget = plan.budget
         self.measured_uses = 0
-        self._segments: dict[int, Segments] = {}
         self._hooks: list[Any] = []
 
     def begin(self, examples: int, groups: Groups, tasks: Tensor) -> None:
@@ -206,10 +205,7 @@ class Observation:
     def segments(self, rows: int) -> Segments:
         """The segments of ``rows`` rows in batch-major order, equally many per example."""
         assert self.examples is not None and self.groups is not None
-        length = rows // self.examples
-        if length not in self._segments:
-            self._segments[length] = Segments.equal(self.examples, length, self.groups, self.groups.walk.device)
-        return self._segments[length]
+        return self.groups.equal(rows // self.examples)
 
     def layout(self, shape: Sequence[int], who: str) -> Layout:
         """Which of the hypotheses speaks for a tensor whose dimensions, the features set aside, are ``shape``."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gradnorm_ext.backends import find
@@ -120,22 +120,55 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, swapp
     if any(tap.looked_up for tap in taps):
         return NotImplemented
     observation = taps[0].observation
-    rows, layout = _rows(observation, x, taps[0], last=1)
+    rows, layout = _rows(observation, x, taps[0].name, last=1)
     uses = [tap.use(function, layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
-    call = _Call(observation, rows, *uses, swapped=swapped)
     operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
+    return _apply_linear(_Call(observation, rows, *uses, swapped=swapped), x, operands[0], operands[1])
+
+
+def _apply_linear(call: _Call, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else torch.result_type(x, weight)
-    return _Linear.apply(call, x, *operands, dtype, *call.probes)
+    return _Linear.apply(call, x, weight, bias, dtype, *call.probes)
 
 
-def _rows(observation: Observation, x: Tensor, tap: Tap, last: int) -> tuple[int, Layout]:
+def _rows(observation: Observation, x: Tensor, name: str, last: int) -> tuple[int, Layout]:
     """How many rows a layer's input has, its last dimensions set aside, and what says to which examples they belong."""
     leading = x.shape[: x.dim() - last]
     rows = leading.numel()
     if observation.examples == 1:
         return rows, "leading"
-    return rows, observation.layout(leading, tap.name)
+    return rows, observation.layout(leading, name)
+
+
+def _module_call(
+    observation: Observation, module: nn.Module, x: Any, function: str
+) -> tuple[_Call, Tensor, Tensor | None] | None:
+    """The call of a module that consumes its ``weight`` and ``bias`` once, and what it computes with.
+
+    None where these are not two trainable parameters (one, where there is no bias): the taps see what they are.
+    """
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if type(x) is not Tensor or weight is None or (bias is None and "bias" not in module._parameters):
+        return None
+    slot = observation.slots.get(id(weight))
+    bias_slot = None if bias is None else observation.slots.get(id(bias))
+    if slot is None or not weight.requires_grad or (bias is not None and (bias_slot is None or not bias.requires_grad)):
+        return None
+    rows, layout = _rows(observation, x, slot.name, last=1)
+    use = observation.use(slot, weight, (), function, layout)
+    if bias is None or bias_slot is None:
+        return _Call(observation, rows, use, None), use.operand, None
+    bias_use = observation.use(bias_slot, bias, (), function, layout)
+    return _Call(observation, rows, use, bias_use), use.operand, bias_use.operand
+
+
+def linear_module(observation: Observation, module: nn.Linear, input: Tensor) -> Any:
+    """`linear` without the detour through taps."""
+    if (found := _module_call(observation, module, input, "linear")) is None:
+        return NotImplemented
+    call, weight, bias = found
+    return _apply_linear(call, input, weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -192,7 +225,7 @@ def embedding(
     observation = weight.observation
     if _is_shared(observation, weight, input):
         return weight.looked_up_rows(F.embedding(input, weight.value, padding_idx), input, padding_idx)
-    rows, layout = _rows(observation, input, weight, last=0)
+    rows, layout = _rows(observation, input, weight.name, last=0)
     use = weight.use("embedding", layout)
     use.lookup_ids, use.lookup_dim = input.reshape(-1), input.dim()
     call = _Call(observation, rows, use)
@@ -257,13 +290,24 @@ def layer_norm(
     if isinstance(input, Tap) or len(normalized_shape) != 1 or any(tap.looked_up for tap in taps):
         return NotImplemented
     observation = taps[0].observation
-    rows, layout = _rows(observation, input, taps[0], last=1)
+    rows, layout = _rows(observation, input, taps[0].name, last=1)
     uses = [tap.use("layer_norm", layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
-    call = _Call(observation, rows, *uses)
     operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
-    if torch.is_autocast_enabled(input.device.type):
-        input, operands = input.float(), [None if t is None else t.float() for t in operands]
-    return _LayerNorm.apply(call, input, *operands, eps, *call.probes)
+    return _apply_layer_norm(_Call(observation, rows, *uses), input, operands[0], operands[1], eps)
+
+
+def _apply_layer_norm(call: _Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))  # type: ignore[assignment]
+    return _LayerNorm.apply(call, x, weight, bias, eps, *call.probes)
+
+
+def layer_norm_module(observation: Observation, module: nn.LayerNorm, input: Tensor) -> Any:
+    """`layer_norm` without the detour through taps."""
+    if len(module.normalized_shape) != 1 or (found := _module_call(observation, module, input, "layer_norm")) is None:
+        return NotImplemented
+    call, weight, bias = found
+    return _apply_layer_norm(call, input, weight, bias, module.eps)
 
 
 def rms_norm(
@@ -478,3 +522,4 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     **{function: _view_rule(function, name) for name, functions in VIEWS.items() for function in functions},
 }
 Tap.rules.update(_RULES)
+Tap.modules.update({nn.Linear.forward: linear_module, nn.LayerNorm.forward: layer_norm_module})

@@ -43,7 +43,8 @@ class Tap(Tensor):
     value: Tensor
     views: tuple[str, ...]
     looked_up: LookedUp | None
-    rules: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}  # filled by `rules`
+    rules: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}  # filled by `rules`, as is the next
+    modules: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}  # forwards of modules that need no taps
 
     @staticmethod
     def of(observation: Observation, slot: Slot, value: Tensor, views: tuple[str, ...] = ()) -> Tap:
@@ -111,9 +112,9 @@ class Tap(Tensor):
 
 
 @functools.cache
-def _observed_class(base: type) -> type:
+def _observed_class(base: Any) -> type:
     def __getattr__(self: nn.Module, name: str) -> Any:
-        value = base.__getattr__(self, name)  # type: ignore[attr-defined]  # a module's class has it
+        value = base.__getattr__(self, name)
         if isinstance(value, nn.Parameter) and value.requires_grad and torch.is_grad_enabled():
             observation: Observation | None = self.__dict__.get(_SESSION)
             if observation is not None and (slot := observation.slots.get(id(value))) is not None:
@@ -129,19 +130,26 @@ def _observed_class(base: type) -> type:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         return _unobserved, (base, {key: value for key, value in self.__dict__.items() if key != _SESSION})
 
-    return type(
-        base.__name__,
-        (base,),
-        {
-            "__getattr__": __getattr__,
-            "__call__": __call__,
-            "__reduce_ex__": __reduce_ex__,
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            "_gradnorm_base": base,
-        },
-    )
+    members = {
+        "__getattr__": __getattr__,
+        "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_gradnorm_base": base,
+    }
+    if (rule := Tap.modules.get(base.forward)) is not None:
+
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            observation: Observation | None = self.__dict__.get(_SESSION)
+            result = NotImplemented
+            if observation is not None and torch.is_grad_enabled():
+                result = rule(observation, self, *args, **kwargs)
+            return base.forward(self, *args, **kwargs) if result is NotImplemented else result
+
+        members["forward"] = forward
+    return type(base.__name__, (base,), members)
 
 
 def _unobserved(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
@@ -162,7 +170,7 @@ def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Obser
             )
         if index == 0 or any(parameter is not None for parameter in module._parameters.values()):
             module.__dict__[_SESSION] = observation
-            own: type = type(module)
+            own: Any = type(module)
             module.__class__ = _observed_class(own)
 
 
