@@ -6,14 +6,14 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradnorm_ext.layers import Plan
-from gradnorm_ext.meter import Meter
+from gradnorm_ext.meter import Given, Meter
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _measured(
 ) -> dict[str, Tensor]:
     tasks = observe_options.get("tasks")
     meter = Meter(model, tasks=1 if tasks is None else int(torch.as_tensor(tasks).max()) + 1, backend=backend)
-    with meter.block(Plan(), who="check", always_verify=True, **observe_options) as observation:
+    with meter.block("check", Plan(), cast("Given", observe_options), always_verify=True) as observation:
         loss(model(*inputs)).backward()
     observation.forget()
     model.zero_grad()

@@ -6,16 +6,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from gradnorm_ext.layers import Memory, Observation, Plan, observe_modules, release_modules
+from gradnorm_ext.layers import Examples, Memory, Observation, Packing, Plan, observe_modules, release_modules
 from gradnorm_ext.rewards import RewardStats, reward_stats
 from gradnorm_ext.segments import Groups
 from gradnorm_ext.stats import Stats
 
 Ids = Tensor | Sequence[int]
+
+
+class Given(TypedDict, total=False):
+    """What `Meter.observe` may be told of a batch."""
+
+    tasks: Ids | None
+    prompts: Ids | None
+    rewards: Tensor | Sequence[float] | None
+    cu_seqlens: Ids | None
+    example_ids: Ids | None
+    batch_dim: int
+    backwards: int
+    loss_scale: float
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,7 @@ class _Batch:
     task_of_prompt: Tensor | None
     n_prompts: int
     reward: RewardStats | None
+    packing: Packing | None
 
 
 class Meter:
@@ -102,6 +117,10 @@ class Meter:
         tasks: Ids | None = None,
         prompts: Ids | None = None,
         rewards: Tensor | Sequence[float] | None = None,
+        cu_seqlens: Ids | None = None,
+        example_ids: Ids | None = None,
+        batch_dim: int = 0,
+        backwards: int = 1,
         loss_scale: float = 1.0,
     ) -> Iterator[None]:
         """A context manager around the forward and the backward of one batch.
@@ -111,6 +130,12 @@ class Meter:
                 (checked at once, no waiting for the device) or on the model's device.
             prompts: one integer per example, equal for the samples of one prompt; each prompt lies in one task.
             rewards: one number per example, for ``stats.reward``; needs ``prompts``.
+            cu_seqlens: ``[B + 1]``, of a packed batch: example b has the rows ``cu_seqlens[b]`` to
+                ``cu_seqlens[b + 1]``, at least one. Tensors then have ``[R, ...]`` or ``[1, R, ...]`` rows.
+            example_ids: the same for rows in any order: each row's example, ``R`` integers of any shape.
+            batch_dim: where the model's inputs have the examples: 0, or 1 (sequence-first).
+            backwards: how many backward passes the block has at most. With more than one (a loss each for chosen and
+                rejected, ``retain_graph``), what the layers' backward needs is kept until the block closes.
             loss_scale: what the loss was multiplied with (a GradScaler's scale); norms are divided by it.
 
         Raises:
@@ -118,39 +143,58 @@ class Meter:
             RuntimeError: no forward or backward in the block; a use of a parameter that no rule knows; rows that do not
                 belong to one example each. The model is as before and the next block works.
         """
-        given = {"tasks": tasks, "prompts": prompts, "rewards": rewards, "loss_scale": loss_scale}
-        with self.block(Plan(), **given) as observation:  # type: ignore[arg-type]
+        given: Given = {
+            "tasks": tasks,
+            "prompts": prompts,
+            "rewards": rewards,
+            "cu_seqlens": cu_seqlens,
+            "example_ids": example_ids,
+            "batch_dim": batch_dim,
+            "backwards": backwards,
+            "loss_scale": loss_scale,
+        }
+        with self.block("Meter", Plan(), given) as observation:
             yield
         observation.forget()
 
     @contextmanager
-    def block(
-        self,
-        plan: Plan,
-        *,
-        tasks: Ids | None = None,
-        prompts: Ids | None = None,
-        rewards: Tensor | Sequence[float] | None = None,
-        loss_scale: float = 1.0,
-        who: str = "Meter",
-        always_verify: bool = False,
-    ) -> Iterator[Observation]:
+    def block(self, who: str, plan: Plan, given: Given, *, always_verify: bool = False) -> Iterator[Observation]:
         """`observe` with a plan of what else is to happen: what `Reweighted` and `check` are built on."""
         if self._closed:
             raise RuntimeError(f"{who}: the meter must be open, got one that was closed; make a new Meter")
+        loss_scale, batch_dim, backwards = (
+            given.get("loss_scale", 1.0),
+            given.get("batch_dim", 0),
+            given.get("backwards", 1),
+        )
         if not loss_scale > 0:
             raise ValueError(f"{who}: loss_scale must be positive, got {loss_scale}; pass the GradScaler's scale")
+        if batch_dim not in (0, 1):
+            raise ValueError(f"{who}: batch_dim must be 0 or 1, got {batch_dim}; move the batch there")
+        if not (isinstance(backwards, int) and backwards >= 1):
+            raise ValueError(f"{who}: backwards must be a whole number of at least 1, got {backwards!r}")
         modules = list(self.model.named_modules())
         parameters = _trainable(modules)
         _refuse_coupled_examples(who, modules)
         device = parameters[0][1].device
-        batch = self._batch(who, device, tasks, prompts, rewards)
+        batch = self._batch(who, device, given)
 
         def start(examples: int) -> None:
             tasks = self._tasks_of(batch, examples, device)
-            observation.begin(examples, self._groups(batch, tasks, plan), tasks)
+            groups = self._groups(batch, tasks, plan)
+            observation.begin(Examples(examples, groups, batch_dim, batch.packing), tasks)
 
-        observation = Observation(who, parameters, self.memory, plan, self.backend, start, always_verify)
+        observation = Observation(
+            who,
+            parameters,
+            self.memory,
+            plan,
+            self.backend,
+            start,
+            batch_dim=batch_dim,
+            backwards=backwards,
+            always_verify=always_verify,
+        )
         if batch.examples is not None:
             start(batch.examples)
         observe_modules(modules, observation)
@@ -178,14 +222,8 @@ class Meter:
     ) -> None:
         self.close()
 
-    def _batch(
-        self,
-        who: str,
-        device: torch.device,
-        tasks: Ids | None,
-        prompts: Ids | None,
-        rewards: Tensor | Sequence[float] | None,
-    ) -> _Batch:
+    def _batch(self, who: str, device: torch.device, batch: Given) -> _Batch:
+        tasks, prompts, rewards = batch.get("tasks"), batch.get("prompts"), batch.get("rewards")
         n_tasks = len(self.task_names)
         if tasks is None and n_tasks > 1:
             raise ValueError(
@@ -200,6 +238,10 @@ class Meter:
             reward_values = torch.as_tensor(rewards)
             given["rewards"] = reward_values
         lengths = {name: len(ids) for name, ids in given.items() if ids is not None}
+        packing = None
+        if batch.get("cu_seqlens") is not None or batch.get("example_ids") is not None:
+            packing = _packing(who, device, batch, next(iter(lengths.values()), None))
+            lengths["cu_seqlens" if batch.get("cu_seqlens") is not None else "example_ids"] = len(packing.offsets) - 1
         if len(set(lengths.values())) > 1:
             got = ", ".join(f"{name} of {length}" for name, length in lengths.items())
             raise ValueError(f"{who}: tasks, prompts and rewards must have one entry per example, got {got}")
@@ -221,7 +263,7 @@ class Meter:
             reward = reward_stats(reward_values.cpu(), prompt_ids.cpu(), of_task, n_tasks=n_tasks)
         tasks_there = None if task_ids is None else task_ids.to(device)
         there = [None if ids is None else ids.to(device) for ids in (prompt_index, task_of_prompt)]
-        return _Batch(examples, tasks_there, there[0], there[1], n_prompts, reward)
+        return _Batch(examples, tasks_there, there[0], there[1], n_prompts, reward, packing)
 
     def _has_tasks(self, plan: Plan) -> bool:
         return len(self.task_names) > 1 or not plan.keep or plan.by_task
@@ -299,6 +341,37 @@ def _checked_ids(who: str, name: str, ids: Ids, device: torch.device) -> Tensor:
             f"{who}: {name} must be on the CPU or on the model's device {device}, got {tensor.device}; move them"
         )
     return tensor.long()
+
+
+def _packing(who: str, device: torch.device, batch: Given, examples: int | None) -> Packing:
+    """Whose the rows of a packed batch are; looked at on the host, since a block needs to know how many there are."""
+    offsets, ids = batch.get("cu_seqlens"), batch.get("example_ids")
+    if offsets is not None and ids is not None:
+        raise ValueError(f"{who}: rows are told apart by cu_seqlens or by example_ids, got both; pass one of them")
+    if offsets is not None:
+        starts = _checked_ids(who, "cu_seqlens", offsets, device).cpu()
+        if len(starts) < 2 or int(starts[0]) != 0 or not bool((starts.diff() > 0).all()):
+            raise ValueError(
+                f"{who}: cu_seqlens must rise from 0, every example having a row, got {_some(starts)}; drop examples "
+                "without rows from tasks, prompts, rewards and cu_seqlens"
+            )
+        return Packing.of_lengths(starts.to(device), int(starts[-1]))
+    assert ids is not None
+    of_row = _checked_ids(who, "example_ids", torch.as_tensor(ids).reshape(-1), device).cpu()
+    count = examples if examples is not None else int(of_row.max()) + 1 if len(of_row) else 0
+    rows = torch.zeros(max(count, 1), dtype=torch.int64)
+    if len(of_row) and int(of_row.min()) >= 0 and int(of_row.max()) < count:
+        rows = torch.bincount(of_row, minlength=count)
+    if count == 0 or not bool((rows > 0).all()):
+        raise ValueError(
+            f"{who}: example_ids must name each of the {count} examples at least once and no other, got "
+            f"{_some(of_row.unique())}; number the examples of the batch from 0"
+        )
+    return Packing.of_ids(of_row.to(device), count)
+
+
+def _some(values: Tensor) -> list[int]:
+    return values[:8].tolist() + (["..."] if len(values) > 8 else [])
 
 
 def _check_range(who: str, tasks: Tensor, n_tasks: int) -> None:

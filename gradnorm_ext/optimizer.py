@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gradnorm_ext.layers import Plan
-from gradnorm_ext.meter import Ids, Meter
+from gradnorm_ext.meter import Given, Meter
 from gradnorm_ext.policies import Policy, weighs_of
 from gradnorm_ext.stats import Stats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclasses.dataclass
@@ -122,14 +125,7 @@ class Reweighted(torch.optim.Optimizer):
         self._share_hooks()
 
     @contextmanager
-    def observe(
-        self,
-        *,
-        tasks: Ids | None = None,
-        prompts: Ids | None = None,
-        rewards: Tensor | Sequence[float] | None = None,
-        loss_scale: float = 1.0,
-    ) -> Iterator[None]:
+    def observe(self, **batch: Unpack[Given]) -> Iterator[None]:
         """As :meth:`Meter.observe`; when it closes, ``.grad`` holds the reweighted gradient."""
         _refuse_several_processes()
         same_step = self.apply == "same_step"
@@ -145,8 +141,7 @@ class Reweighted(torch.optim.Optimizer):
             if same_step
             else Plan(task_weights=self._next_weights())
         )
-        given = {"tasks": tasks, "prompts": prompts, "rewards": rewards, "loss_scale": loss_scale}
-        with self.meter.block(plan, who="Reweighted", **given) as observation:  # type: ignore[arg-type]
+        with self.meter.block("Reweighted", plan, batch) as observation:
             yield
         stats = self.stats
         if same_step:

@@ -120,7 +120,7 @@ def test_two_backwards_over_the_same_examples():
         model(x).square().sum().backward()
         model(-x).square().sum().backward()
 
-    message = "run all forwards before one backward, or open one observe block for each"
+    message = "run all forwards before one backward, say how many backward passes there are with observe(backwards=2)"
     works(refused(model, x, RuntimeError, message, separately), model, x)
 
 
@@ -184,7 +184,7 @@ def test_rows_that_a_mask_selected(train_body, lengths):
         with meter.observe():
             run()
     elif lengths == (4, 4):
-        message = "head.weight (linear) was used with 2 times as many rows as it has per example, and nothing before it"
+        message = "head.weight (linear, rows [8]) was used with rows whose sizes do not say in which order they are"
         refused(model, x, RuntimeError, message, run)
     else:
         refused(
@@ -232,7 +232,7 @@ def test_examples_that_influence_each_other_are_found_by_tagging():
             return self.head(h - h.mean(0))
 
     refused(
-        Centred(), torch.randn(4, 7), RuntimeError, "inner.weight (linear, rows [4, 5]) was used with rows that do not"
+        Centred(), torch.randn(4, 7), RuntimeError, "inner.weight (linear, rows [4]) was used with rows that do not"
     )
 
 

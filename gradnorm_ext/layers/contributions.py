@@ -201,43 +201,52 @@ def combined_sqnorm(placed: Sequence[Placed]) -> Tensor:
                 return functools.reduce(_concatenated_lookup, lookups).sqnorm()
             if not lookups:
                 return outer.sqnorm()
-            return tied_sqnorm(TiedOuter.of(outer, [lookup.ids for lookup in lookups]), lookups)
+            return tied_sqnorm(TiedOuter.of(outer, [(lookup.ids, lookup.segments) for lookup in lookups]), lookups)
         elif sums and not outers and not lookups:
             return dataclasses.replace(sums[0], sums=functools.reduce(torch.add, [one.sums for one in sums])).sqnorm()
     return _dense_sqnorm(uses)
 
 
-def _interleaved(first: Tensor, second: Tensor, count: int) -> Tensor:
-    rows = [rows.reshape(count, len(rows) // count, *rows.shape[1:]) for rows in (first, second)]
-    return torch.cat(rows, 1).flatten(0, 1)
-
-
 def _concatenated_outer(first: Outer, second: Outer) -> Outer:
-    segments, count = _concatenated(first.segments, second.segments)
-    x, g = _interleaved(first.x, second.x, count), _interleaved(first.g, second.g, count)
-    return Outer(x, g, segments, first.backend)
+    segments, join = _concatenated(first.segments, second.segments)
+    return Outer(join(first.x, second.x), join(first.g, second.g), segments, first.backend)
 
 
 def _concatenated_lookup(first: Lookup, second: Lookup) -> Lookup:
-    segments, count = _concatenated(first.segments, second.segments)
-    ids, g = _interleaved(first.ids, second.ids, count), _interleaved(first.live_g, second.live_g, count)
+    segments, join = _concatenated(first.segments, second.segments)
+    ids, g = join(first.ids, second.ids), join(first.live_g, second.live_g)
     return Lookup(ids, g, first.vocabulary, None, segments, first.backend)  # each has its own padding entry
 
 
-def _concatenated(first: Segments, second: Segments) -> tuple[Segments, int]:
-    assert first.length is not None and second.length is not None  # a dense layout: every example has equally many rows
-    count = first.count
-    return Segments.equal(count, first.length + second.length, first.groups, first.offsets.device), count
+def _concatenated(first: Segments, second: Segments) -> tuple[Segments, Callable[[Tensor, Tensor], Tensor]]:
+    """The segments of two uses' rows, and how to bring the rows of each into their order."""
+    count, groups = first.count, first.groups
+    if first.length is not None and second.length is not None:
+
+        def interleave(*parts: Tensor) -> Tensor:
+            return torch.cat([rows.reshape(count, len(rows) // count, *rows.shape[1:]) for rows in parts], 1).flatten(
+                0, 1
+            )
+
+        return groups.equal(first.length + second.length), interleave
+    of_row = torch.cat([per_row(torch.arange(count, device=one.offsets.device), one) for one in (first, second)])
+    order = torch.argsort(of_row, stable=True)
+    segments = Segments(first.offsets + second.offsets, None, groups)
+    return segments, lambda one, other: torch.cat([one, other]).index_select(0, order)
+
+
+def _rows_of(members: Tensor, segments: Segments) -> Tensor:
+    of_row = per_row(torch.arange(segments.count, device=members.device), segments)
+    return torch.isin(of_row, members).nonzero()[:, 0]
 
 
 def _columns(segments: Segments) -> list[tuple[Tensor, Tensor]]:
     """Of every entry of a sqnorm vector: its segments and its rows."""
     device = segments.offsets.device
-    of_row = per_row(torch.arange(segments.count, device=device), segments)
     columns = [torch.tensor([s], device=device) for s in range(segments.count)]
     for ids, count in zip(segments.groups.levels, segments.groups.counts, strict=True):
         columns += [(ids == group).nonzero()[:, 0] for group in range(count)]
-    return [(members, torch.isin(of_row, members).nonzero()[:, 0]) for members in columns]
+    return [(members, _rows_of(members, segments)) for members in columns]
 
 
 @dataclass(frozen=True)
@@ -252,10 +261,11 @@ class TiedOuter:
     entries: list[tuple[Tensor, Tensor]]
 
     @staticmethod
-    def of(outer: Outer, ids: Sequence[Tensor]) -> TiedOuter:
+    def of(outer: Outer, ids: Sequence[tuple[Tensor, Segments]]) -> TiedOuter:
+        """``ids``: of every lookup, example by example."""
         entries = []
         for members, rows in _columns(outer.segments):
-            looked_up = torch.unique(torch.cat([one.view(outer.segments.count, -1)[members].flatten() for one in ids]))
+            looked_up = torch.unique(torch.cat([one[_rows_of(members, segments)] for one, segments in ids]))
             entries.append((looked_up, outer.g[rows][:, looked_up].t() @ outer.x[rows]))
         return TiedOuter(outer.sqnorm(), entries)
 

@@ -1,19 +1,11 @@
 """One observe block: which parameters were used how, and what their uses' backward passes deliver.
 
-Rows are assigned to examples on evidence, and this is the one place where it is written down:
-
-1. *leading*: the first size is the number of examples B. The other inner sizes are the example's rows.
-2. *flat*: ``B * T`` rows in batch-major order (``x.view(B * T, d)``), where some tensor of the same block is known to
-   have T rows per example: the model's input or the input of an earlier use.
-3. *shared*: no batch dimension (a position table's ids). Taken for a lookup whose ids have another first size than B,
-   for every later lookup of that table with as many dimensions, and where 1 was tried and refuted. The gradient is
-   taken where the looked-up rows meet the batch, so that it arrives per example.
-
-1 and 2 are hypotheses until the *tagging test* has passed: in the first block, in the 10th, 100th and so on, and whenever
-a use of a new kind appears, the backward runs again from the most downstream use, every example's gradient scaled by
-its own power of two. Each row of every use must then scale bit for bit by the factor of the example it is counted for.
-The layout of that most downstream use itself is taken as its shape says where it is *leading*; where it is *flat*, a
-use with the batch in front must lie upstream and confirm it.
+Which row belongs to which example is a hypothesis (`gradnorm_ext.layers.layouts`) until the *tagging test* has passed:
+in the first block, in the 10th, 100th and so on, and whenever a use of a new kind appears, the backward runs again from
+the most downstream use, every example's gradient scaled by its own power of two. Each row of every use must then scale
+bit for bit by the factor of the example it is counted for. The layout of that most downstream use itself is taken as
+its sizes say; where they say only a count of rows, or had to be corrected, a use upstream whose sizes leave no choice
+must confirm it.
 
 The *audit* of the same block compares, for every parameter, the gradient that autograd accumulates with the sum of
 what the uses delivered: a use that was not seen is an error, not a missing summand.
@@ -42,10 +34,9 @@ from gradnorm_ext.layers.contributions import (
     per_row,
     tied_sqnorm,
 )
+from gradnorm_ext.layers.layouts import Examples, Kind, Layout
 from gradnorm_ext.reference import accumulator
-from gradnorm_ext.segments import Groups, Segments
-
-Layout = Literal["leading", "flat", "shared"]
+from gradnorm_ext.segments import Segments
 
 
 class Slot:
@@ -72,15 +63,16 @@ class Use:
     function: str
     layout: Layout
     observation: Observation
-    lookup_ids: Tensor | None = None  # of a lookup: what a tied head needs to know beforehand
+    lookup_ids: tuple[Tensor, Segments] | None = None  # of a lookup: what a tied head needs to know beforehand
     lookup_dim: int = 0  # of a lookup: the dimensions of its ids
+    shared: bool = False  # looked-up rows that all examples share
     fingerprint: Tensor | None = field(default=None, repr=False)
     tagged: bool = False  # the tagging test has passed through it, or has started from it
-    confirmed: bool = True  # a flat use that the test started from: something upstream has the batch in front
+    confirmed: bool = True  # the test started from it: something upstream proves its layout, where that is needed
 
     @property
     def key(self) -> tuple[str, str, str, tuple[str, ...]]:
-        return self.slot.name, self.function, self.layout, self.views
+        return self.slot.name, self.function, "shared" if self.shared else self.layout.kind, self.views
 
     @property
     def operand(self) -> Tensor:
@@ -126,6 +118,7 @@ class Memory:
 
     verified: set[tuple[str, str, str, tuple[str, ...]]] = field(default_factory=set)
     shared_lookups: set[tuple[str, int]] = field(default_factory=set)  # (parameter, dimensions of the ids)
+    corrected: dict[tuple[str, str, int], Kind] = field(default_factory=dict)  # (parameter, function, dimensions)
     audited: set[str] = field(default_factory=set)  # parameters whose whole gradient was accounted for
     blocks: int = 0  # closed so far
 
@@ -146,34 +139,40 @@ class Observation:
         plan: Plan,
         backend: str,
         start: Callable[[int], None],
+        *,
+        batch_dim: int = 0,
+        backwards: int = 1,
         always_verify: bool = False,
     ) -> None:
         self.who, self.memory, self.plan, self.backend = who, memory, plan, choose(backend)
         self.start = start  # calls `begin`, once the number of examples is known
         self.slots = {id(p): Slot(i, name, p) for i, (name, p) in enumerate(parameters)}
+        self.batch_dim, self.backwards = batch_dim, backwards
         self.examples: int | None = None
-        self.groups: Groups | None = None
+        self.batch: Examples | None = None
         self.weights: Tensor | None = None  # per example
         self.verify = always_verify or memory.due
         self.tagging: Literal["base", "scaled"] | None = None
         self.tag_factor: Tensor | None = None
         self.placing = False
         self.failures: list[str] = []
+        self.refuted: list[Use] = []  # in the running test
+        self.proven = False  # in the running test, a use has passed whose sizes leave no choice
         self.refuted_lookups: list[Use] = []  # taken for batched, and not
-        self.rows_per_example: set[int] = set()  # of tensors with the batch in front
-        self.upstream_leading = False  # in the running test, a use with the batch in front has passed
+        self.rows_per_example: set[int] = set()  # of tensors that show the batch
+        self.inputs: set[int] = set()  # where the model's inputs lie
         self.budget = plan.budget
         self.measured_uses = 0
         self._hooks: list[Any] = []
 
-    def begin(self, examples: int, groups: Groups, tasks: Tensor) -> None:
-        """Fix the number of examples and their groups, and make the probe: a leaf of zeros whose gradient is the norms."""
-        self.examples, self.groups = examples, groups
+    def begin(self, batch: Examples, tasks: Tensor) -> None:
+        """Fix the examples and their groups, and make the probe: a leaf of zeros whose gradient is the norms."""
+        self.batch, self.examples = batch, batch.count
         if self.plan.task_weights is not None:
             self.weights = self.plan.task_weights.to(tasks.device)[tasks]
         parameters = [slot.parameter for slot in self.slots.values()]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-        columns = examples + sum(groups.counts)
+        columns = batch.count + sum(batch.groups.counts)
         self.probe = torch.zeros(
             len(parameters), columns + 1, dtype=dtype, device=parameters[0].device, requires_grad=True
         )
@@ -189,44 +188,61 @@ class Observation:
         """What the model's inputs say: how many examples there are, where nothing else does, and how many rows each."""
         inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
         if self.examples is None:
-            self._begin_with([len(t) for t in inputs])
+            self._begin_with([t.shape[self.batch_dim] for t in inputs if t.dim() > self.batch_dim])
         for one in inputs:
-            if len(one) == self.examples:
-                self.rows_per_example |= {math.prod(one.shape[1:end]) for end in range(2, one.dim() + 1)}
+            if one.dim() > self.batch_dim and one.shape[self.batch_dim] == self.examples:
+                first = one.shape[1 - self.batch_dim] if one.dim() > 1 else 1
+                self.rows_per_example |= {first * math.prod(one.shape[2:end]) for end in range(2, one.dim() + 1)}
+                self.inputs.add(one.untyped_storage().data_ptr())
 
     def _begin_with(self, sizes: Sequence[int]) -> None:
         if not sizes or sizes[0] == 0:
             raise ValueError(
-                f"{self.who}: the model's first tensor argument must have the examples as its first dimension, got "
+                f"{self.who}: the model's first tensor argument must have the examples as its "
+                f"{'second' if self.batch_dim else 'first'} dimension, got "
                 f"{'an empty batch' if sizes else 'no tensor'}; pass observe(tasks=...) with one entry per example"
             )
         self.start(sizes[0])
 
     def segments(self, rows: int) -> Segments:
         """The segments of ``rows`` rows in batch-major order, equally many per example."""
-        assert self.examples is not None and self.groups is not None
-        return self.groups.equal(rows // self.examples)
+        assert self.batch is not None
+        return self.batch.segments(rows)
 
-    def layout(self, shape: Sequence[int], who: str) -> Layout:
-        """Which of the hypotheses speaks for a tensor whose dimensions, the features set aside, are ``shape``."""
-        assert self.examples is not None
-        first, rows = (shape[0] if shape else 0), math.prod(shape)
-        if first == self.examples:
-            self.rows_per_example.add(rows // self.examples)
-            return "leading"
-        if first and first % self.examples == 0 and rows // self.examples in self.rows_per_example:
-            return "flat"
-        known = ", ".join(str(self.examples * count) for count in sorted(self.rows_per_example - {1})) or "none yet"
-        raise ValueError(
-            f"{self.who}: the rows of {who} must belong to the batch's {self.examples} examples, got rows of shape "
+    def layout(self, tensor: Tensor, features: int, name: str, function: str) -> Layout:
+        """Which of the hypotheses speaks for a tensor, its last ``features`` dimensions set aside."""
+        assert self.batch is not None
+        shape = tuple(tensor.shape[: tensor.dim() - features])
+        if self.examples == 1:
+            return Layout("leading", shape, self.batch)
+        kind = self.batch.kind_of(shape, self.rows_per_example)
+        if kind is None or (kind == "second" and self.batch_dim == 0 and not self.inputs):
+            raise self._unexplained(shape, name)
+        layout = Layout(kind, shape, self.batch, anchored=tensor.untyped_storage().data_ptr() in self.inputs)
+        corrected = self.memory.corrected.get((name, function, len(shape)))
+        if corrected is not None and corrected == layout.alternative:
+            layout.correct()
+        if kind == "leading" or kind == "second":
+            self.rows_per_example.add(layout.rows // self.batch.count)
+        return layout
+
+    def _unexplained(self, shape: Sequence[int], name: str) -> ValueError:
+        assert self.batch is not None
+        known = ", ".join(str(self.batch.count * rows) for rows in sorted(self.rows_per_example - {1})) or "none yet"
+        packing = self.batch.packing
+        packed = f" nor the {packing.rows} packed rows" if packing else ""
+        return ValueError(
+            f"{self.who}: the rows of {name} must belong to the batch's {self.examples} examples, got rows of shape "
             f"{list(shape)}, neither {self.examples} in front nor as many rows as this block's tensors with the batch in "
-            f"front ({known}); give tasks and prompts one entry per example, put the batch first, and expand inputs without "
-            "a batch dimension to it"
+            f"front ({known}){packed}; give tasks and prompts one entry per example, put the batch first or pass "
+            "observe(batch_dim=1), and expand inputs without a batch dimension to it"
         )
 
-    def use(self, slot: Slot, value: Tensor, views: tuple[str, ...], function: str, layout: Layout) -> Use:
+    def use(
+        self, slot: Slot, value: Tensor, views: tuple[str, ...], function: str, layout: Layout, shared: bool = False
+    ) -> Use:
         """Write down that ``function`` consumed a parameter. Called once per forward, not for a recomputation of it."""
-        use = Use(slot, value, views, function, layout, self)
+        use = Use(slot, value, views, function, layout, self, shared=shared)
         recomputed = torch._C._current_graph_task_id() != -1 and slot.uses
         if not recomputed:
             slot.uses.append(use)
@@ -244,12 +260,13 @@ class Observation:
             return None, None
         slot, keep = use.slot, self.plan.keep
         slot.arrived += 1
-        several = len(slot.uses) > 1
-        if slot.measured or (slot.arrived > len(slot.uses)):
+        several = len(slot.uses) > 1 or self.backwards > 1
+        if slot.measured or (slot.arrived > len(slot.uses) * self.backwards):
             raise RuntimeError(
                 f"{self.who}: the backward of {slot.name} must run once per use and after all of its uses in the block, "
-                f"got a backward pass after its norm had been taken; run all forwards before one backward, or open one "
-                "observe block for each"
+                f"got a backward pass after its norm had been taken; run all forwards before one backward, say how many "
+                f"backward passes there are with observe(backwards={self.backwards + 1}), or open one observe block for "
+                "each"
             )
         gradient: Tensor | None = None
         norms: Tensor | None = None
@@ -311,7 +328,8 @@ class Observation:
     def _thinned(self, slot: Slot, use: Use, contribution: Contribution) -> Contribution | TiedOuter:
         """Of a head tied to embeddings, what their cross term needs, so that its rows can go; else the contribution."""
         lookups = [other.lookup_ids for other in slot.uses if other.lookup_ids is not None]
-        if len(lookups) != len(slot.uses) - 1 or not isinstance(contribution, Outer) or self.plan.keep:
+        whole = self.plan.keep or self.backwards > 1
+        if len(lookups) != len(slot.uses) - 1 or not isinstance(contribution, Outer) or whole:
             return contribution
         placed = Placed(contribution, use.views, use.adjoint).in_parameter_space()
         if placed.views or not isinstance(placed.contribution, Outer):
@@ -347,26 +365,49 @@ class Observation:
 
         return compare
 
-    def run_tagging(self, edge: torch.autograd.graph.GradientEdge, dx: Tensor, uses: Sequence[Use], rows: int) -> None:
+    def run_tagging(self, edge: torch.autograd.graph.GradientEdge, dx: Tensor, uses: Sequence[Use]) -> None:
         """The tagging test of everything upstream of a use: called in its backward, with the gradient of its input."""
-        assert self.examples is not None
         if self.examples == 1 or self.tagging is not None or all(use.tagged for use in uses):
             return
+        root = uses[0].layout
+        tried: set[Layout] = set()
+        while True:
+            self._run_tagging_once(edge, dx, root)
+            again = {use.layout for use in self.refuted if use.layout.alternative is not None} - tried
+            if not again and self.refuted and not self.proven and root.alternative is not None and root not in tried:
+                for layout in tried:  # they were judged by a root that was not right
+                    layout.correct()
+                tried, again = {root}, {root}
+            if not again:
+                break
+            for layout in again:
+                layout.correct()
+            tried |= again
+        self.failures += [self._not_per_example(use) for use in self.refuted]
+        self.refuted_lookups += [use for use in self.refuted if use.lookup_dim and not use.shared]
+        for use in uses:
+            use.tagged = True
+            use.confirmed = self.proven or not (tried or root.is_flat)
+
+    def _not_per_example(self, use: Use) -> str:
+        return (
+            f"{use.slot.name} ({use.function}, rows {list(use.layout.shape)}) was used with rows that do not belong to one "
+            "example each, or not to the example their place says"
+        )
+
+    def _run_tagging_once(self, edge: torch.autograd.graph.GradientEdge, dx: Tensor, root: Layout) -> None:
+        assert self.examples is not None
         example = torch.arange(self.examples, device=dx.device)
-        per_example = (self.examples, rows // self.examples)
-        self.upstream_leading = False
+        self.refuted, self.proven = [], False
         try:
             self.tagging = "base"
             self._backward_to_probe(edge, dx)
             self.tagging = "scaled"
             for digit in range(max(1, math.ceil(math.log(self.examples, 8)))):
                 self.tag_factor = 2.0 ** ((example // 8**digit) % 8).to(dx.dtype)
-                scaled = dx.reshape(*per_example, -1) * self.tag_factor[:, None, None]
-                self._backward_to_probe(edge, scaled.view_as(dx))
+                self._backward_to_probe(edge, root.scaled(dx, self.tag_factor))
         finally:
             self.tagging = None
-        for use in uses:
-            use.tagged, use.confirmed = True, use.layout != "flat" or self.upstream_leading
 
     def _backward_to_probe(self, edge: torch.autograd.graph.GradientEdge, gradient: Tensor) -> None:
         torch.autograd.grad((edge,), (self.probe,), (gradient,), retain_graph=True, allow_unused=True)
@@ -383,15 +424,9 @@ class Observation:
         expected = use.fingerprint * factor
         use.tagged = True
         if torch.equal(fingerprint, expected):
-            self.upstream_leading |= use.layout != "flat" and bool((fingerprint > 0).any())
-        elif bool(torch.isfinite(fingerprint).all()):
-            shape = list(contribution.kept[-1].shape)
-            self.failures.append(
-                f"{use.slot.name} ({use.function}, rows {shape}) was used with rows that do not belong to one example "
-                "each, or not to the example their place says"
-            )
-            if use.lookup_dim == 1 and use.layout != "shared":
-                self.refuted_lookups.append(use)
+            self.proven |= use.layout.proves and bool((fingerprint > 0).any())
+        elif bool(torch.isfinite(fingerprint).all()) and use not in self.refuted:
+            self.refuted.append(use)
 
     def close(self) -> Tensor:
         """Check that the block was measured whole, and return the squared norms, ``[parameters, columns]``."""
@@ -419,11 +454,16 @@ class Observation:
 
     def _refuse_unproven(self, used: Sequence[Use]) -> None:
         if self.verify and self.examples != 1:
+            for use in used:
+                # Ids that are no input of the model may be positions, of a table that all examples share.
+                if use.lookup_dim and use.slot.arrived and not (use.shared or use.tagged or use.layout.anchored):
+                    self.failures.append(self._not_per_example(use))
+                    self.refuted_lookups.append(use)
             self.failures += [
-                f"{use.slot.name} ({use.function}) was used with {self.examples} times as many rows as it has per example, "
-                "and nothing before it with the batch in front proves in which order"
+                f"{use.slot.name} ({use.function}, rows {list(use.layout.shape)}) was used with rows whose sizes do not say "
+                "in which order they are, and nothing before it whose sizes say so proves it"
                 for use in used
-                if use.slot.arrived and use.layout == "flat" and not (use.tagged and use.confirmed)
+                if use.slot.arrived and not (use.confirmed and (use.tagged or not use.layout.is_flat))
             ]
         if not self.failures:
             return
@@ -442,10 +482,10 @@ class Observation:
         if counted.device.type != "cpu":
             return
         for slot, count in zip(self.slots.values(), counted.tolist(), strict=True):
-            if count != slot.arrived or count > len(slot.uses):
+            if count != slot.arrived or count > len(slot.uses) * self.backwards:
                 raise RuntimeError(
                     f"{self.who}: the backward of {slot.name} must run once per use, got {int(count)} passes for "
-                    f"{len(slot.uses)} uses; call backward once, without retain_graph"
+                    f"{len(slot.uses)} uses; call backward once, or pass observe(backwards=...)"
                 )
 
     def _combined(self, slot: Slot) -> Tensor:
@@ -466,8 +506,10 @@ class Observation:
             self.memory.verified |= {use.key for slot in seen for use in slot.uses}
         for slot in self.slots.values():
             for use in slot.uses:
-                if use.layout == "shared" and use.lookup_ids is not None:
+                if use.shared and use.lookup_ids is not None:
                     self.memory.shared_lookups.add((slot.name, use.lookup_dim))
+                if use.layout.corrected:
+                    self.memory.corrected[slot.name, use.function, len(use.layout.shape)] = use.layout.kind
 
     @torch.no_grad()
     def accumulate_weighted(self, weights: Tensor, by_task: Tensor | None) -> None:

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from gradnorm_ext.backends import find
 from gradnorm_ext.layers.contributions import Contribution, Lookup, Outer, Sums
-from gradnorm_ext.layers.observation import Layout, Observation, Use
+from gradnorm_ext.layers.layouts import Layout
+from gradnorm_ext.layers.observation import Observation, Use
 from gradnorm_ext.layers.taps import LookedUp, Tap
 from gradnorm_ext.segments import Segments
 
@@ -26,10 +27,12 @@ from gradnorm_ext.segments import Segments
 class _Call:
     """What a function's backward has to know: the uses it feeds, in the order of their probe rows."""
 
-    def __init__(self, observation: Observation, rows: int, *uses: Use | None, swapped: bool = False) -> None:
-        self.observation, self.uses, self.swapped = observation, uses, swapped
-        self.segments = observation.segments(rows)
-        self.rows = rows
+    def __init__(self, observation: Observation, layout: Layout, *uses: Use | None, swapped: bool = False) -> None:
+        self.observation, self.layout, self.uses, self.swapped = observation, layout, uses, swapped
+
+    @property
+    def segments(self) -> Segments:
+        return self.layout.segments
 
     @property
     def probes(self) -> list[Tensor | None]:
@@ -63,7 +66,7 @@ class _Backward:
         if observation.verify and self.measures:
             node, output = self.ctx.next_functions[0]
             uses = [use for use in self.call.uses if use is not None]
-            observation.run_tagging(torch.autograd.graph.GradientEdge(node, output), dx, uses, self.call.rows)
+            observation.run_tagging(torch.autograd.graph.GradientEdge(node, output), dx, uses)
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -98,11 +101,11 @@ class _Linear(torch.autograd.Function):
         call: _Call = ctx.call
         with _no_autocast(g.device):
             run = _Backward(ctx, call)
-            g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.detach().reshape(-1, x.shape[-1])
             dx = None
             if ctx.needs_input_grad[1]:
-                dx = (g_rows @ (weight.t() if call.swapped else weight)).view_as(x).to(ctx.x_dtype)
+                dx = (g.reshape(-1, g.shape[-1]) @ (weight.t() if call.swapped else weight)).view_as(x).to(ctx.x_dtype)
                 run.tag(dx)
+            g_rows, x_rows = call.layout.rows_of(g), call.layout.rows_of(x.detach())
             outer = Outer(x_rows, g_rows, call.segments, run.backend)
             dw, of_weight = run.deliver(0, 2, lambda: outer.transposed() if call.swapped else outer)
             db, of_bias = run.deliver(1, 3, lambda: _summed(g_rows, call.segments, run.backend))
@@ -120,25 +123,16 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, swapp
     if any(tap.looked_up for tap in taps):
         return NotImplemented
     observation = taps[0].observation
-    rows, layout = _rows(observation, x, taps[0].name, last=1)
+    layout = observation.layout(x, 1, taps[0].name, function)
     uses = [tap.use(function, layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
     operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
-    return _apply_linear(_Call(observation, rows, *uses, swapped=swapped), x, operands[0], operands[1])
+    return _apply_linear(_Call(observation, layout, *uses, swapped=swapped), x, operands[0], operands[1])
 
 
 def _apply_linear(call: _Call, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else torch.result_type(x, weight)
     return _Linear.apply(call, x, weight, bias, dtype, *call.probes)
-
-
-def _rows(observation: Observation, x: Tensor, name: str, last: int) -> tuple[int, Layout]:
-    """How many rows a layer's input has, its last dimensions set aside, and what says to which examples they belong."""
-    leading = x.shape[: x.dim() - last]
-    rows = leading.numel()
-    if observation.examples == 1:
-        return rows, "leading"
-    return rows, observation.layout(leading, name)
 
 
 def _module_call(
@@ -155,12 +149,12 @@ def _module_call(
     bias_slot = None if bias is None else observation.slots.get(id(bias))
     if slot is None or not weight.requires_grad or (bias is not None and (bias_slot is None or not bias.requires_grad)):
         return None
-    rows, layout = _rows(observation, x, slot.name, last=1)
+    layout = observation.layout(x, 1, slot.name, function)
     use = observation.use(slot, weight, (), function, layout)
     if bias is None or bias_slot is None:
-        return _Call(observation, rows, use, None), use.operand, None
+        return _Call(observation, layout, use, None), use.operand, None
     bias_use = observation.use(bias_slot, bias, (), function, layout)
-    return _Call(observation, rows, use, bias_use), use.operand, bias_use.operand
+    return _Call(observation, layout, use, bias_use), use.operand, bias_use.operand
 
 
 def linear_module(observation: Observation, module: nn.Linear, input: Tensor) -> Any:
@@ -199,7 +193,7 @@ class _Embedding(torch.autograd.Function):
         call: _Call = ctx.call
         with _no_autocast(g.device):
             run = _Backward(ctx, call)
-            rows = ids.reshape(-1), g.reshape(-1, g.shape[-1])
+            rows = call.layout.ids_of(ids), call.layout.rows_of(g)
             dw, of_weight = run.deliver(
                 0, 2, lambda: Lookup(*rows, ctx.vocabulary, ctx.padding_idx, call.segments, run.backend)
             )
@@ -225,20 +219,24 @@ def embedding(
     observation = weight.observation
     if _is_shared(observation, weight, input):
         return weight.looked_up_rows(F.embedding(input, weight.value, padding_idx), input, padding_idx)
-    rows, layout = _rows(observation, input, weight.name, last=0)
+    layout = observation.layout(input, 0, weight.name, "embedding")
     use = weight.use("embedding", layout)
-    use.lookup_ids, use.lookup_dim = input.reshape(-1), input.dim()
-    call = _Call(observation, rows, use)
+    use.lookup_ids, use.lookup_dim = (layout.ids_of(input), layout.segments), input.dim()
+    call = _Call(observation, layout, use)
     return _Embedding.apply(call, input, use.operand, padding_idx, *call.probes)
 
 
 def _is_shared(observation: Observation, weight: Tap, ids: Tensor) -> bool:
     """Whether looked-up ids have no batch dimension (`Observation`, hypothesis 3)."""
-    if observation.examples == 1:
+    batch = observation.batch
+    assert batch is not None
+    if batch.count == 1:
         return False
     if (weight.name, ids.dim()) in observation.memory.shared_lookups:
         return True
-    return ids.dim() == 0 or ids.shape[0] != observation.examples
+    if batch.packing is not None and ids.numel() == batch.packing.rows:
+        return False
+    return ids.dim() <= batch.batch_dim or ids.shape[batch.batch_dim] != batch.count
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -267,13 +265,13 @@ class _LayerNorm(torch.autograd.Function):
                 dx = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], mean, rstd, weight, bias, mask)[0]
                 run.tag(dx)
             dw, of_weight = run.deliver(0, 2, lambda: _normalised_product(x, g, call, mean, rstd))
-            db, of_bias = run.deliver(1, 3, lambda: _summed(g.view(-1, g.shape[-1]), call.segments, run.backend))
+            db, of_bias = run.deliver(1, 3, lambda: _summed(call.layout.rows_of(g), call.segments, run.backend))
         return None, dx, dw, db, None, of_weight, of_bias
 
 
 def _normalised_product(x: Tensor, g: Tensor, call: _Call, shift: Tensor | None, scale: Tensor | None) -> Sums:
-    x, g = (t.reshape(-1, t.shape[-1]) for t in (x.to(g.dtype), g))
-    shift, scale = (None if t is None else t.reshape(-1).to(g.dtype) for t in (shift, scale))
+    x, g = (call.layout.rows_of(t) for t in (x.to(g.dtype), g))
+    shift, scale = (None if t is None else call.layout.rows_of(t).squeeze(1).to(g.dtype) for t in (shift, scale))
     backend = call.observation.backend
     sums = find("product_sums", g.device.type, backend)(x, g, call.segments, shift=shift, scale=scale)
     return Sums(sums, call.segments, backend)
@@ -290,10 +288,10 @@ def layer_norm(
     if isinstance(input, Tap) or len(normalized_shape) != 1 or any(tap.looked_up for tap in taps):
         return NotImplemented
     observation = taps[0].observation
-    rows, layout = _rows(observation, input, taps[0].name, last=1)
+    layout = observation.layout(input, 1, taps[0].name, "layer_norm")
     uses = [tap.use("layer_norm", layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
     operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
-    return _apply_layer_norm(_Call(observation, rows, *uses), input, operands[0], operands[1], eps)
+    return _apply_layer_norm(_Call(observation, layout, *uses), input, operands[0], operands[1], eps)
 
 
 def _apply_layer_norm(call: _Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
@@ -342,7 +340,7 @@ class _Product(torch.autograd.Function):
                 if _is_row(weight.shape, g.shape) and x.shape == g.shape:
                     sums = _normalised_product(x, g, call, None, None).sums
                     return Sums(sums.view(-1, *weight.shape), call.segments, run.backend)
-                return Sums(_per_example(g * x, weight.shape, call), call.segments, run.backend)
+                return _spread(g * x, weight.shape, call)
 
             dw, of_weight = run.deliver(0, 2, scale_gradient)
         return None, dx, dw, of_weight
@@ -371,11 +369,12 @@ class _Sum(torch.autograd.Function):
 
             def gradient() -> Contribution:
                 if ctx.looked_up is not None:
-                    return _shared_lookup(_per_example(g, ctx.added_shape, call), ctx.looked_up, ctx.vocabulary, call)
+                    per_example = call.layout.per_example(g, ctx.added_shape, run.backend)
+                    return _shared_lookup(per_example, ctx.looked_up, ctx.vocabulary, call)
                 if _is_row(ctx.added_shape, g.shape):
-                    summed = _summed(g.reshape(-1, g.shape[-1]), call.segments, run.backend)
+                    summed = _summed(call.layout.rows_of(g), call.segments, run.backend)
                     return Sums(summed.sums.view(-1, *ctx.added_shape), call.segments, run.backend)
-                return Sums(_per_example(g, ctx.added_shape, call), call.segments, run.backend)
+                return _spread(g, ctx.added_shape, call)
 
             dw, of_operand = run.deliver(0, 2, gradient)
         return None, dx, dw, None, of_operand
@@ -386,14 +385,10 @@ def _is_row(shape: torch.Size, of: torch.Size) -> bool:
     return shape[-1:] == of[-1:] and shape.numel() == of[-1]
 
 
-def _per_example(g: Tensor, shape: torch.Size, call: _Call) -> Tensor:
-    """A gradient of a broadcast operand of this shape, summed over everything but the examples: ``[B, *shape]``."""
-    examples = call.segments.count
-    if examples == 1:
-        return g.sum_to_size(shape)[None]
-    rows = g.reshape(examples, g.shape[0] // examples, *g.shape[1:])
-    aligned = [1] * (g.dim() - len(shape)) + list(shape)
-    return rows.sum_to_size([examples, *aligned]).view(examples, *shape)
+def _spread(g: Tensor, shape: torch.Size, call: _Call) -> Sums:
+    """The gradient of a broadcast operand of this shape, whose entries meet many of g's."""
+    backend = call.observation.backend
+    return Sums(call.layout.per_example(g, shape, backend), call.segments, backend)
 
 
 def _shared_lookup(per_example: Tensor, looked_up: LookedUp, vocabulary: int, call: _Call) -> Lookup:
@@ -409,16 +404,17 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[_Call, Use] | None:
         return None
     shape = torch.broadcast_shapes(tap.shape, other.shape)
     observation = tap.observation
-    layout: Layout = "leading"
-    if observation.examples != 1:
-        if other.dim() != len(shape) or not shape or (tap.dim() == len(shape) and tap.shape[0] != 1):
-            return None
-        layout = observation.layout(other.shape[:-1] or other.shape, tap.name)
+    if observation.examples != 1 and (other.dim() != len(shape) or not shape):
+        return None
+    layout = observation.layout(other.expand(shape), 1 if len(shape) > 1 else 0, tap.name, function)
+    if observation.examples != 1 and not layout.meets(tap.shape, len(shape)):
+        return None
     use = tap.use(function, layout)
     if tap.looked_up is not None:
-        use.lookup_ids = tap.looked_up.ids.reshape(-1).repeat(observation.examples or 1)
+        ids = tap.looked_up.ids.reshape(-1).repeat(observation.examples or 1)
+        use.lookup_ids = ids, observation.segments(len(ids))
         use.lookup_dim = tap.looked_up.ids.dim()
-    return _Call(observation, shape.numel() // (shape[-1] if shape else 1), use), use
+    return _Call(observation, layout, use), use
 
 
 def multiply(first: Any, second: Any) -> Any:
@@ -454,9 +450,7 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         call: _Call = ctx.call
         run = _Backward(ctx, call)
-        dw, of_weight = run.deliver(
-            0, 1, lambda: Sums(_per_example(g, ctx.weight_shape, call), call.segments, run.backend)
-        )
+        dw, of_weight = run.deliver(0, 1, lambda: _spread(g, ctx.weight_shape, call))
         return None, dw, None, of_weight
 
 
@@ -467,8 +461,10 @@ def expand(tap: Tap, *sizes: Any) -> Any:
     is_batched = len(shape) > tap.dim() or (tap.dim() > 0 and tap.shape[0] == 1)
     if tap.looked_up is not None or not is_batched or not shape or shape[0] != observation.examples:
         return NotImplemented
-    use = tap.use("expand", "leading")
-    call = _Call(observation, shape.numel() // shape[-1], use)
+    assert observation.batch is not None
+    layout = Layout("leading", (shape[0],), observation.batch)
+    use = tap.use("expand", layout)
+    call = _Call(observation, layout, use)
     return _Expand.apply(call, use.operand, shape, *call.probes)
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradnorm_ext.layers.observation import Layout, Observation, Slot, Use
+from gradnorm_ext.layers.layouts import Layout
+from gradnorm_ext.layers.observation import Observation, Slot, Use
 
 _SESSION = "_gradnorm_observation"
 
@@ -76,9 +77,9 @@ class Tap(Tensor):
 
     def use(self, function: str, layout: Layout) -> Use:
         """Write down that a function consumes this tap."""
-        if self.looked_up is not None:
-            return self.observation.use(self.slot, self.looked_up.table, self.views, function, "shared")
-        return self.observation.use(self.slot, self.value, self.views, function, layout)
+        shared = self.looked_up is not None
+        value = self.looked_up.table if self.looked_up is not None else self.value
+        return self.observation.use(self.slot, value, self.views, function, layout, shared)
 
     def refusal(self, function: str) -> RuntimeError:
         """The error for a function that no rule knows."""

@@ -1,0 +1,226 @@
+"""How the rows of a tensor belong to examples: the hypotheses, and what follows from each.
+
+Rows are assigned to examples on evidence, and this is the one place where it is written down. A tensor's sizes, its
+features set aside, are compared with the number of examples B:
+
+1. *leading*: the first size is B. The other inner sizes are the example's rows.
+2. *second*: the second size is B, and ``observe(batch_dim=1)`` says so, or the first is not B and an input of the
+   model has the batch in front (a sequence-first layer in a batch-first model).
+3. *flat*: ``B * T`` rows in batch-major order (``x.view(B * T, d)``), where some tensor of the same block is known to
+   have T rows per example: the model's input or the input of an earlier use. *flat, second*: the same rows in the order
+   of ``[T, B]``.
+4. *packed*: as many rows as ``cu_seqlens`` or ``example_ids`` speak of, and whose those say.
+5. *shared*: no batch dimension (a position table's ids). Taken for a lookup whose ids have another first size than B,
+   for every later lookup of that table with as many dimensions, and where 1 was tried and refuted. The gradient is
+   taken where the looked-up rows meet the batch, so that it arrives per example.
+
+1 to 4 are hypotheses until the *tagging test* (`gradnorm_ext.layers.observation`) has passed. Where it fails and the
+sizes allow another of them (T == B; either order of flat rows), that one is tested in its place, before anything is
+measured, and remembered for this use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradnorm_ext.backends import find
+from gradnorm_ext.segments import Groups, Segments
+
+Kind = Literal["leading", "second", "flat", "flat, second", "packed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Whose the rows of a packed batch are.
+
+    Attributes:
+        offsets: ``[B + 1]``: where each example's rows begin, once they are in ``order``.
+        order: ``[R]``: the rows, example by example; None where they are in that order already.
+        rows: R.
+    """
+
+    offsets: Tensor
+    order: Tensor | None
+    rows: int
+
+    @staticmethod
+    def of_lengths(offsets: Tensor, rows: int) -> Packing:
+        return Packing(offsets, None, rows)
+
+    @staticmethod
+    def of_ids(ids: Tensor, examples: int) -> Packing:
+        """From one example id per row, in any order."""
+        lengths = torch.zeros(examples, dtype=torch.int64, device=ids.device).index_add_(0, ids, torch.ones_like(ids))
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        return Packing(offsets, torch.argsort(ids, stable=True), len(ids))
+
+
+@dataclass(eq=False)
+class Examples:
+    """The examples of a block: how many, their groups, and what was said of where they are."""
+
+    count: int
+    groups: Groups
+    batch_dim: int = 0
+    packing: Packing | None = None
+    _packed: dict[int, Segments] = field(default_factory=dict, repr=False)
+
+    def segments(self, rows: int) -> Segments:
+        """The segments of ``rows`` rows in batch-major order, equally many per example."""
+        return self.groups.equal(rows // self.count)
+
+    def packed(self, inner: int) -> Segments:
+        """The segments of the packed rows, of ``inner`` rows each."""
+        assert self.packing is not None
+        if inner not in self._packed:
+            self._packed[inner] = Segments(self.packing.offsets * inner, None, self.groups)
+        return self._packed[inner]
+
+    def kind_of(self, shape: Sequence[int], rows_per_example: set[int]) -> Kind | None:
+        """Which hypothesis speaks for a tensor of these sizes, its features set aside; None: none does."""
+        first = shape[0] if shape else 0
+        if self.packing is not None and _prefix(shape, self.packing.rows) is not None:
+            return "packed"
+        is_second = len(shape) > 1 and shape[1] == self.count
+        if is_second and (self.batch_dim == 1 or first != self.count):
+            return "second"
+        if first == self.count:
+            return "leading"
+        if first and first % self.count == 0 and math.prod(shape) // self.count in rows_per_example:
+            return "flat, second" if self.batch_dim == 1 else "flat"
+        return None
+
+
+def _prefix(shape: Sequence[int], rows: int) -> int | None:
+    """How many of the first sizes make up ``rows``."""
+    product = 1
+    for end, size in enumerate(shape, 1):
+        product *= size
+        if product == rows:
+            return end
+    return None
+
+
+@dataclass(eq=False)
+class Layout:
+    """Of one call: the kind its tensors have, and their sizes without the features. The tagging test may correct it.
+
+    ``anchored``: the call consumes an input of the model, whose batch dimension is known.
+    """
+
+    kind: Kind
+    shape: tuple[int, ...]
+    examples: Examples
+    anchored: bool = False
+    corrected: bool = False
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def alternative(self) -> Kind | None:
+        """Which other hypothesis the same sizes allow."""
+        both = not self.anchored and len(self.shape) > 1 and self.shape[0] == self.shape[1] == self.examples.count
+        others: dict[Kind, Kind] = {"flat": "flat, second", "flat, second": "flat"}
+        if both:
+            others |= {"leading": "second", "second": "leading"}
+        return others.get(self.kind)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether a count of rows is all the sizes show."""
+        return self.kind in ("flat", "flat, second")
+
+    @property
+    def proves(self) -> bool:
+        """Whether the sizes leave no other choice."""
+        return not self.is_flat and self.alternative is None
+
+    def correct(self) -> None:
+        """Take the alternative."""
+        assert self.alternative is not None
+        self.kind, self.corrected = self.alternative, not self.corrected
+
+    @property
+    def segments(self) -> Segments:
+        """The segments of what `rows_of` returns."""
+        if self.kind == "packed":
+            assert self.examples.packing is not None
+            return self.examples.packed(self.rows // max(1, self.examples.packing.rows))
+        return self.examples.segments(self.rows)
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """``[rows, features]`` of a tensor of these sizes and its features, example by example."""
+        inner = tensor.shape[len(self.shape) :].numel()
+        if self.kind == "second":
+            return tensor.transpose(0, 1).reshape(-1, inner)
+        if self.kind == "flat, second":
+            return tensor.reshape(-1, self.examples.count, inner).transpose(0, 1).reshape(-1, inner)
+        if self.kind == "packed" and self.examples.packing is not None and self.examples.packing.order is not None:
+            by_row = tensor.reshape(self.examples.packing.rows, -1)
+            return by_row.index_select(0, self.examples.packing.order).view(-1, inner)
+        return tensor.reshape(-1, inner)
+
+    def ids_of(self, ids: Tensor) -> Tensor:
+        """``[rows]``: `rows_of` a tensor without features."""
+        return self.rows_of(ids.unsqueeze(-1)).squeeze(-1)
+
+    def scaled(self, tensor: Tensor, factor: Tensor) -> Tensor:
+        """A tensor of these sizes, or one that has only its batch in the same place, times its example's factor."""
+        count = self.examples.count
+        if self.kind == "second":
+            return tensor * factor.view(1, count, *[1] * (tensor.dim() - 2))
+        if self.kind == "flat, second":
+            return (tensor.reshape(-1, count, tensor[0].numel()) * factor[:, None]).view_as(tensor)
+        if self.kind == "packed":
+            packing = self.examples.packing
+            assert packing is not None
+            of_row = factor.repeat_interleave(packing.offsets.diff())
+            if packing.order is not None:
+                of_row = torch.empty_like(of_row).index_copy_(0, packing.order, of_row)
+            return (tensor.reshape(packing.rows, -1) * of_row[:, None]).view_as(tensor)
+        return (tensor.reshape(count, -1) * factor[:, None]).view_as(tensor)
+
+    def meets(self, shape: Sequence[int], dimensions: int) -> bool:
+        """Whether an operand of this shape, broadcast to so many dimensions, is the same for every example."""
+        aligned = [1] * (dimensions - len(shape)) + list(shape)
+        if self.kind == "second":
+            return aligned[1] == 1
+        if self.kind == "packed":
+            assert self.examples.packing is not None
+            prefix = _prefix(self.shape, self.examples.packing.rows)
+            return all(size == 1 for size in aligned[:prefix])
+        return aligned[0] == 1
+
+    def per_example(self, gradient: Tensor, shape: torch.Size, backend: str) -> Tensor:
+        """A broadcast operand's gradient, summed over everything but the examples: ``[B, *shape]``."""
+        count = self.examples.count
+        aligned = [1] * (gradient.dim() - len(shape)) + list(shape)
+        if count == 1:
+            return gradient.sum_to_size(shape)[None]
+        if self.kind == "packed":
+            packing = self.examples.packing
+            assert packing is not None
+            prefix = _prefix(self.shape, packing.rows)
+            by_row = gradient.reshape(packing.rows, *gradient.shape[prefix:]).sum_to_size(
+                [packing.rows, *aligned[prefix:]]
+            )
+            rows = by_row.reshape(packing.rows, -1)
+            if packing.order is not None:
+                rows = rows.index_select(0, packing.order)
+            sums: Tensor = find("sum_sums", rows.device.type, backend)(rows, self.examples.packed(1))
+            return sums.view(count, *shape)
+        if self.kind == "second":
+            by_example = gradient.movedim(1, 0).unsqueeze(2)
+        elif self.kind == "flat, second":
+            by_example = gradient.reshape(-1, count, *gradient.shape[1:]).movedim(1, 0)
+        else:
+            by_example = gradient.reshape(count, gradient.shape[0] // count, *gradient.shape[1:])
+        return by_example.sum_to_size([count, *aligned]).view(count, *shape)
