@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class Meter:
         model: any module built from linear, embedding, layer and RMS norm layers and free parameters.
         tasks: how many tasks there are, or their names.
         per_layer: also give ``stats.layers``: the same figures for every module that owns parameters.
+        on_unsupported: what becomes of a use of a parameter that no rule knows: "error", or "vmap": that use alone is
+            differentiated one example at a time, exact, at the price of a backward pass of it per example.
         backend: "auto" (the fastest that is there; also settable by GRADNORM_BACKEND), "native" or "reference".
 
     Raises:
@@ -77,7 +79,13 @@ class Meter:
     """
 
     def __init__(
-        self, model: nn.Module, *, tasks: int | Sequence[str] = 1, per_layer: bool = False, backend: str = "auto"
+        self,
+        model: nn.Module,
+        *,
+        tasks: int | Sequence[str] = 1,
+        per_layer: bool = False,
+        on_unsupported: Literal["error", "vmap"] = "error",
+        backend: str = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -88,7 +96,10 @@ class Meter:
             raise ValueError(
                 f"Meter: tasks must be at least one, with distinct names, got {tasks!r}; name each task once"
             )
+        if on_unsupported not in ("error", "vmap"):
+            raise ValueError(f'Meter: on_unsupported must be "error" or "vmap", got {on_unsupported!r}')
         self.model, self.task_names, self.per_layer, self.backend = model, names, per_layer, backend
+        self.on_unsupported = on_unsupported
         self.memory = Memory()
         _trainable(list(model.named_modules()))
         self._stats: Stats | None = None
@@ -193,6 +204,8 @@ class Meter:
             start,
             batch_dim=batch_dim,
             backwards=backwards,
+            derives=self.on_unsupported == "vmap",
+            constants=_constants(self.model),
             always_verify=always_verify,
         )
         if batch.examples is not None:
@@ -319,6 +332,12 @@ def _trainable(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.P
         if not p.is_floating_point():
             raise TypeError(f"Meter: parameters must be real floating point, got {name} of {p.dtype}; freeze it")
     return list(found.values())
+
+
+def _constants(model: nn.Module) -> frozenset[int]:
+    """Where buffers and frozen parameters lie."""
+    frozen = (p for p in model.parameters() if not p.requires_grad)
+    return frozenset(t.untyped_storage().data_ptr() for t in (*model.buffers(), *frozen))
 
 
 def _refuse_coupled_examples(who: str, modules: Sequence[tuple[str, nn.Module]]) -> None:

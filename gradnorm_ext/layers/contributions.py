@@ -1,6 +1,7 @@
 """What one use of a parameter adds to its gradient, per example: kept as rows (outer, lookup) or as small sums.
 
-Every contribution offers the same: `sqnorm` (squared norms per segment and group), `wgrad` (the gradient,
+Where no form fits, a gradient is what a backward pass of its own
+gives (pulled). Every contribution offers the same: `sqnorm` (squared norms per segment and group), `wgrad` (the gradient,
 optionally weighted, and the norms from the same pass), `total` (the weighted gradient alone), and `kept` (what must
 not change until it is used). `combined_sqnorm` squares the *sum* of several contributions.
 """
@@ -148,7 +149,45 @@ class Sums:
         return self.flat.abs().sum(1)
 
 
-Contribution = Outer | Lookup | Sums
+@dataclass(frozen=True)
+class Pulled:
+    """A gradient that only a backward pass knows: one pass for each sum of examples that is asked for.
+
+    ``pull(weight [B] or None)`` gives the gradient of the weighted sum of the examples; ``norms()`` all squared norms, in
+    one sweep for all parameters of the function; ``sizes [B]``: how large each example's output gradient is.
+    """
+
+    pull: Callable[[Tensor | None], Tensor]
+    norms: Callable[[], Tensor]
+    sizes: Callable[[], Tensor]
+    segments: Segments
+
+    def sqnorm(self) -> Tensor:
+        return self.norms()
+
+    def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.pull(weight), self.norms()
+
+    def total(self, weight: Tensor | None = None) -> Tensor:
+        return self.pull(weight)
+
+    def of_segments(self, segments: Tensor) -> Tensor:
+        return self.pull(chosen(segments, self.segments))
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def fingerprint(self) -> Tensor:
+        return self.sizes()
+
+
+Contribution = Outer | Lookup | Sums | Pulled
+
+
+def chosen(members: Tensor, segments: Segments) -> Tensor:
+    """``[S]``: 1 for the segments that are meant, else 0."""
+    return torch.zeros(segments.count, device=members.device).index_fill_(0, members, 1)
 
 
 def _size_of_rows(g: Tensor) -> Tensor:
@@ -191,7 +230,7 @@ class Placed:
 def combined_sqnorm(placed: Sequence[Placed]) -> Tensor:
     """Squared norms of the sum of several contributions to one parameter: ``‖Σ_u G_u[s]‖²``, not ``Σ_u ‖G_u[s]‖²``."""
     uses = [one.in_parameter_space() for one in placed]
-    if all(not one.views for one in uses):
+    if all(not one.views and not isinstance(one.contribution, Pulled) for one in uses):
         outers = [one.contribution for one in uses if isinstance(one.contribution, Outer)]
         lookups = [one.contribution for one in uses if isinstance(one.contribution, Lookup)]
         sums = [one.contribution for one in uses if isinstance(one.contribution, Sums)]
@@ -240,13 +279,18 @@ def _rows_of(members: Tensor, segments: Segments) -> Tensor:
     return torch.isin(of_row, members).nonzero()[:, 0]
 
 
-def _columns(segments: Segments) -> list[tuple[Tensor, Tensor]]:
-    """Of every entry of a sqnorm vector: its segments and its rows."""
+def members_of_columns(segments: Segments) -> list[Tensor]:
+    """Of every entry of a sqnorm vector: its segments."""
     device = segments.offsets.device
     columns = [torch.tensor([s], device=device) for s in range(segments.count)]
     for ids, count in zip(segments.groups.levels, segments.groups.counts, strict=True):
         columns += [(ids == group).nonzero()[:, 0] for group in range(count)]
-    return [(members, _rows_of(members, segments)) for members in columns]
+    return columns
+
+
+def _columns(segments: Segments) -> list[tuple[Tensor, Tensor]]:
+    """Of every entry of a sqnorm vector: its segments and its rows."""
+    return [(members, _rows_of(members, segments)) for members in members_of_columns(segments)]
 
 
 @dataclass(frozen=True)
@@ -289,7 +333,7 @@ def _dense_sqnorm(uses: Sequence[Placed]) -> Tensor:
         total: Tensor | None = None
         for use, (members, rows) in zip(uses, of_uses, strict=True):
             one = use.contribution
-            part = use.adjoint(one.of_segments(members) if isinstance(one, Sums) else one.of_column(rows))
+            part = use.adjoint(one.of_column(rows) if isinstance(one, (Outer, Lookup)) else one.of_segments(members))
             total = part if total is None else total + part
         assert total is not None
         norms.append(total.square().sum())

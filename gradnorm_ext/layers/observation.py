@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from gradnorm_ext.backends import choose
@@ -28,7 +29,6 @@ from gradnorm_ext.layers.contributions import (
     Lookup,
     Outer,
     Placed,
-    Sums,
     TiedOuter,
     combined_sqnorm,
     per_row,
@@ -37,6 +37,8 @@ from gradnorm_ext.layers.contributions import (
 from gradnorm_ext.layers.layouts import Examples, Kind, Layout
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
+
+Input = tuple[GradientEdge, Tensor, Layout]  # of a use: where its gradient goes, the gradient, and whose its rows are
 
 
 class Slot:
@@ -66,6 +68,8 @@ class Use:
     lookup_ids: tuple[Tensor, Segments] | None = None  # of a lookup: what a tied head needs to know beforehand
     lookup_dim: int = 0  # of a lookup: the dimensions of its ids
     shared: bool = False  # looked-up rows that all examples share
+    followers: tuple[Use, ...] = ()  # the same use, of the other parameters that ``value`` was derived from
+    needs_proof: bool = False  # what it meets may have no batch dimension: the tagging test has to pass through it
     fingerprint: Tensor | None = field(default=None, repr=False)
     tagged: bool = False  # the tagging test has passed through it, or has started from it
     confirmed: bool = True  # the test started from it: something upstream proves its layout, where that is needed
@@ -75,9 +79,15 @@ class Use:
         return self.slot.name, self.function, "shared" if self.shared else self.layout.kind, self.views
 
     @property
+    def is_derived(self) -> bool:
+        """Whether the value is a function of parameters, in place of a parameter or its view."""
+        return "derived" in self.views
+
+    @property
     def operand(self) -> Tensor:
         """What the function computes with: cut off from the parameter where its gradient is formed at the block's end."""
-        return self.value.detach() if self.observation.plan.keep and not self.slot.hooked else self.value
+        late = self.is_derived or (self.observation.plan.keep and not self.slot.hooked)
+        return self.value.detach() if late else self.value
 
     def adjoint(self, gradient: Tensor) -> Tensor:
         """A gradient of the consumed tensor as one of the parameter."""
@@ -86,7 +96,11 @@ class Use:
         self.observation.placing = True  # the audit's hooks on the parameter are not meant by this
         try:
             (placed,) = torch.autograd.grad(
-                self.value, self.slot.parameter, gradient.to(self.value.dtype), retain_graph=True
+                self.value,
+                self.slot.parameter,
+                gradient.view_as(self.value).to(self.value.dtype),
+                retain_graph=True,
+                materialize_grads=True,
             )
         finally:
             self.observation.placing = False
@@ -142,12 +156,16 @@ class Observation:
         *,
         batch_dim: int = 0,
         backwards: int = 1,
+        derives: bool = False,
+        constants: frozenset[int] = frozenset(),
         always_verify: bool = False,
     ) -> None:
         self.who, self.memory, self.plan, self.backend = who, memory, plan, choose(backend)
         self.start = start  # calls `begin`, once the number of examples is known
         self.slots = {id(p): Slot(i, name, p) for i, (name, p) in enumerate(parameters)}
         self.batch_dim, self.backwards = batch_dim, backwards
+        self.derives = derives  # uses without a rule are differentiated one example at a time
+        self.constants = constants  # where the model's buffers lie
         self.examples: int | None = None
         self.batch: Examples | None = None
         self.weights: Tensor | None = None  # per example
@@ -160,7 +178,8 @@ class Observation:
         self.proven = False  # in the running test, a use has passed whose sizes leave no choice
         self.refuted_lookups: list[Use] = []  # taken for batched, and not
         self.rows_per_example: set[int] = set()  # of tensors that show the batch
-        self.inputs: set[int] = set()  # where the model's inputs lie
+        self.inputs: set[int] = set()  # where the model's inputs lie that show the batch
+        self.data: set[int] = set()  # where the arguments of modules lie that carry no gradient
         self.budget = plan.budget
         self.measured_uses = 0
         self._hooks: list[Any] = []
@@ -185,7 +204,15 @@ class Observation:
                 self._audit(slot)
 
     def look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What the model's inputs say: how many examples there are, where nothing else does, and how many rows each."""
+        """What a module's arguments say; the first ones are the model's inputs."""
+        for one in args:
+            if isinstance(one, Tensor) and not one.requires_grad:
+                self.data.add(one.untyped_storage().data_ptr())
+        if not self.rows_per_example:
+            self._look_at_inputs(args, kwargs)
+
+    def _look_at_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """How many examples there are, where nothing else says so, and how many rows each."""
         inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
         if self.examples is None:
             self._begin_with([t.shape[self.batch_dim] for t in inputs if t.dim() > self.batch_dim])
@@ -226,6 +253,14 @@ class Observation:
             self.rows_per_example.add(layout.rows // self.batch.count)
         return layout
 
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether this is a buffer of the model, which has no batch dimension whatever its sizes."""
+        return bool(self.constants) and tensor.untyped_storage().data_ptr() in self.constants
+
+    def is_data(self, tensor: Tensor) -> bool:
+        """Whether this is known to be no constant: an activation, or an argument of the model or one of its modules."""
+        return tensor.requires_grad or tensor.untyped_storage().data_ptr() in self.data
+
     def _unexplained(self, shape: Sequence[int], name: str) -> ValueError:
         assert self.batch is not None
         known = ", ".join(str(self.batch.count * rows) for rows in sorted(self.rows_per_example - {1})) or "none yet"
@@ -239,10 +274,22 @@ class Observation:
         )
 
     def use(
-        self, slot: Slot, value: Tensor, views: tuple[str, ...], function: str, layout: Layout, shared: bool = False
+        self,
+        slot: Slot,
+        value: Tensor,
+        views: tuple[str, ...],
+        function: str,
+        layout: Layout,
+        *,
+        shared: bool = False,
+        others: Sequence[Slot] = (),
     ) -> Use:
-        """Write down that ``function`` consumed a parameter. Called once per forward, not for a recomputation of it."""
-        use = Use(slot, value, views, function, layout, self, shared=shared)
+        """Write down that ``function`` consumed a parameter. Called once per forward, not for a recomputation of it.
+
+        ``others``: the other parameters that the value was derived from.
+        """
+        followers = tuple(self.use(other, value, views, function, layout) for other in others)
+        use = Use(slot, value, views, function, layout, self, shared=shared, followers=followers)
         recomputed = torch._C._current_graph_task_id() != -1 and slot.uses
         if not recomputed:
             slot.uses.append(use)
@@ -260,7 +307,7 @@ class Observation:
             return None, None
         slot, keep = use.slot, self.plan.keep
         slot.arrived += 1
-        several = len(slot.uses) > 1 or self.backwards > 1
+        several = len(slot.uses) > 1 or self.backwards > 1 or use.is_derived
         if slot.measured or (slot.arrived > len(slot.uses) * self.backwards):
             raise RuntimeError(
                 f"{self.who}: the backward of {slot.name} must run once per use and after all of its uses in the block, "
@@ -280,7 +327,7 @@ class Observation:
             slot.kept.append((use, out, ()))
             if needs_gradient:
                 gradient = out.sum(0)
-        elif keep:
+        elif keep or use.is_derived:
             slot.kept.append((use, contribution, tuple(kept._version for kept in contribution.kept)))
             if not several:
                 norms = contribution.sqnorm()
@@ -294,6 +341,8 @@ class Observation:
             gradient = contribution.total(self.weights)
         if several:
             slot.deferred.append((use, self._thinned(slot, use, contribution)))
+            for follower in use.followers:
+                follower.slot.deferred.append((follower, contribution))
         else:
             slot.measured = True
         self.measured_uses += 1
@@ -365,14 +414,14 @@ class Observation:
 
         return compare
 
-    def run_tagging(self, edge: torch.autograd.graph.GradientEdge, dx: Tensor, uses: Sequence[Use]) -> None:
-        """The tagging test of everything upstream of a use: called in its backward, with the gradient of its input."""
+    def run_tagging(self, inputs: Sequence[Input], uses: Sequence[Use]) -> None:
+        """The tagging test of everything upstream of a use: called in its backward, with the gradients of its inputs."""
         if self.examples == 1 or self.tagging is not None or all(use.tagged for use in uses):
             return
         root = uses[0].layout
         tried: set[Layout] = set()
         while True:
-            self._run_tagging_once(edge, dx, root)
+            self._run_tagging_once(inputs)
             again = {use.layout for use in self.refuted if use.layout.alternative is not None} - tried
             if not again and self.refuted and not self.proven and root.alternative is not None and root not in tried:
                 for layout in tried:  # they were judged by a root that was not right
@@ -395,22 +444,24 @@ class Observation:
             "example each, or not to the example their place says"
         )
 
-    def _run_tagging_once(self, edge: torch.autograd.graph.GradientEdge, dx: Tensor, root: Layout) -> None:
+    def _run_tagging_once(self, inputs: Sequence[Input]) -> None:
         assert self.examples is not None
-        example = torch.arange(self.examples, device=dx.device)
+        edges, gradients, layouts = zip(*inputs, strict=True)
+        example = torch.arange(self.examples, device=gradients[0].device)
         self.refuted, self.proven = [], False
         try:
             self.tagging = "base"
-            self._backward_to_probe(edge, dx)
+            self._backward_to_probe(edges, gradients)
             self.tagging = "scaled"
             for digit in range(max(1, math.ceil(math.log(self.examples, 8)))):
-                self.tag_factor = 2.0 ** ((example // 8**digit) % 8).to(dx.dtype)
-                self._backward_to_probe(edge, root.scaled(dx, self.tag_factor))
+                self.tag_factor = 2.0 ** ((example // 8**digit) % 8).to(gradients[0].dtype)
+                scaled = [layout.scaled(g, self.tag_factor) for g, layout in zip(gradients, layouts, strict=True)]
+                self._backward_to_probe(edges, scaled)
         finally:
             self.tagging = None
 
-    def _backward_to_probe(self, edge: torch.autograd.graph.GradientEdge, gradient: Tensor) -> None:
-        torch.autograd.grad((edge,), (self.probe,), (gradient,), retain_graph=True, allow_unused=True)
+    def _backward_to_probe(self, edges: Sequence[GradientEdge], gradients: Sequence[Tensor]) -> None:
+        torch.autograd.grad(edges, (self.probe,), gradients, retain_graph=True, allow_unused=True)
 
     def _tag(self, use: Use, contribution: Contribution) -> None:
         fingerprint = contribution.fingerprint()
@@ -419,7 +470,7 @@ class Observation:
             return
         assert self.tag_factor is not None and use.fingerprint is not None
         factor = self.tag_factor.to(fingerprint.dtype)
-        if not isinstance(contribution, Sums):
+        if isinstance(contribution, (Outer, Lookup)):
             factor = per_row(factor, contribution.segments)
         expected = use.fingerprint * factor
         use.tagged = True
@@ -450,15 +501,17 @@ class Observation:
             if slot.deferred:
                 sqnorms[slot.index] = self._combined(slot).to(sqnorms).clamp(min=0)
         self._learn()
+        if not self.plan.keep:
+            self.accumulate_weighted(self.weights)
         return sqnorms
 
     def _refuse_unproven(self, used: Sequence[Use]) -> None:
         if self.verify and self.examples != 1:
             for use in used:
-                # Ids that are no input of the model may be positions, of a table that all examples share.
-                if use.lookup_dim and use.slot.arrived and not (use.shared or use.tagged or use.layout.anchored):
+                if use.needs_proof and use.slot.arrived and not (use.tagged or use.layout.anchored):
                     self.failures.append(self._not_per_example(use))
-                    self.refuted_lookups.append(use)
+                    if use.lookup_dim:
+                        self.refuted_lookups.append(use)
             self.failures += [
                 f"{use.slot.name} ({use.function}, rows {list(use.layout.shape)}) was used with rows whose sizes do not say "
                 "in which order they are, and nothing before it whose sizes say so proves it"
@@ -500,7 +553,7 @@ class Observation:
 
     def _learn(self) -> None:
         self.memory.blocks += 1
-        seen = [slot for slot in self.slots.values() if slot.arrived]
+        seen = [slot for slot in self.slots.values() if slot.arrived or slot.deferred]
         self.memory.audited |= {slot.name for slot in seen}
         if self.examples != 1:
             self.memory.verified |= {use.key for slot in seen for use in slot.uses}
@@ -512,11 +565,11 @@ class Observation:
                     self.memory.corrected[slot.name, use.function, len(use.layout.shape)] = use.layout.kind
 
     @torch.no_grad()
-    def accumulate_weighted(self, weights: Tensor, by_task: Tensor | None) -> None:
+    def accumulate_weighted(self, weights: Tensor | None, by_task: Tensor | None = None) -> None:
         """Form the weighted gradient of everything that was kept, and add it to ``.grad``.
 
         Args:
-            weights: ``[B]``.
+            weights: ``[B]``; None: all are 1.
             by_task: ``[K]`` where the weights are the tasks'.
         """
         for slot in self.slots.values():
@@ -538,7 +591,10 @@ class Observation:
     def _accumulate(self, use: Use, gradient: Tensor) -> None:
         parameter = use.slot.parameter
         if use.value is not parameter or parameter._backward_hooks:
-            torch.autograd.backward((use.value,), (gradient,))  # through views, past hooks
+            with torch.enable_grad():
+                torch.autograd.backward(
+                    (use.value,), (gradient,), retain_graph=use.is_derived
+                )  # through views, past hooks
         elif parameter.grad is None:
             parameter.grad = gradient
         else:
