@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -43,6 +43,22 @@ class _Batch:
     n_prompts: int
     reward: RewardStats | None
     packing: Packing | None
+
+
+class Block:
+    """An open observe block."""
+
+    def __init__(self, observation: Observation, stats_of: Callable[[Tensor], Stats]) -> None:
+        self.observation = observation
+        self.stats_of = stats_of  # from squared norms, ``[parameters, columns]``
+        self.stats: Stats | None = None
+        self.sqnorms: Tensor = torch.empty(0)
+
+    def measure(self) -> Stats:
+        """Take the norms; the block's backward passes for them are over."""
+        self.sqnorms = self.observation.norms().detach()
+        self.stats = self.stats_of(self.sqnorms)
+        return self.stats
 
 
 class Meter:
@@ -164,12 +180,12 @@ class Meter:
             "backwards": backwards,
             "loss_scale": loss_scale,
         }
-        with self.block("Meter", Plan(), given) as observation:
+        with self.block("Meter", Plan(), given) as block:
             yield
-        observation.forget()
+        block.observation.forget()
 
     @contextmanager
-    def block(self, who: str, plan: Plan, given: Given, *, always_verify: bool = False) -> Iterator[Observation]:
+    def block(self, who: str, plan: Plan, given: Given, *, always_verify: bool = False) -> Iterator[Block]:
         """`observe` with a plan of what else is to happen: what `Reweighted` and `check` are built on."""
         if self._closed:
             raise RuntimeError(f"{who}: the meter must be open, got one that was closed; make a new Meter")
@@ -208,20 +224,27 @@ class Meter:
             constants=_constants(self.model),
             always_verify=always_verify,
         )
+        names = [name for name, _ in parameters]
+
+        def stats_of(sqnorms: Tensor) -> Stats:
+            return self._make_stats(observation, batch, sqnorms.detach() / loss_scale**2, names)
+
+        block = Block(observation, stats_of)
         if batch.examples is not None:
             start(batch.examples)
         observe_modules(modules, observation)
         try:
             try:
-                yield observation
+                yield block
             finally:
                 release_modules(modules, observation)
-            sqnorms = observation.close().detach() / loss_scale**2
+            if block.stats is None:
+                block.measure()
+            observation.close()
         finally:
             observation.release()
-        names = [name for name, _ in parameters]
-        self._parameter_sqnorm = names, sqnorms[:, : observation.examples]
-        self._stats = self._make_stats(observation, batch, sqnorms, names)
+        self._parameter_sqnorm = names, block.sqnorms[:, : observation.examples] / loss_scale**2
+        self._stats = block.stats
 
     def close(self) -> None:
         """End the measuring. The model is untouched outside observe blocks, so there is nothing to undo on it."""
@@ -306,7 +329,7 @@ class Meter:
             has_tasks=self._has_tasks(observation.plan),
         )
         layers: dict[str, Stats] = {}
-        if self.per_layer:
+        if self.per_layer and len(sqnorms) == len(names):
             modules: dict[str, list[int]] = {}
             for index, name in enumerate(names):
                 modules.setdefault(name.rpartition(".")[0], []).append(index)

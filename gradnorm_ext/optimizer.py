@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradnorm_ext.layers import Plan
-from gradnorm_ext.meter import Given, Meter
+from gradnorm_ext.meter import Block, Given, Meter
 from gradnorm_ext.policies import Policy, weighs_of
 from gradnorm_ext.stats import Stats
 
@@ -60,6 +60,12 @@ class Reweighted(torch.optim.Optimizer):
         apply: whose statistics the weights come from. "same_step" (default): of this very batch; what the layers'
             backward needs is kept until the block closes, which gives up what activation checkpointing saves.
             "next_step": running means over earlier steps, per task, at no extra cost; the first step's weights are 1.
+        passes: "same_step": 1, or 2: ``optimizer.backward(loss)`` in place of ``loss.backward()`` runs a backward that
+            takes norms only, and then one with the weights; nothing is kept between them but the graph, so memory and
+            activation checkpointing stay as they are, for the price of a second backward.
+        scope: "same_step": "model": one weight for the whole gradient of a task or example; "layer": the policy is asked
+            for every parameter with the statistics of that parameter alone (``optimizer.layer_weights``), as soon as
+            its norms are known: nothing is kept but for parameters with several uses.
         decay: "next_step": how much of the running mean a step keeps.
         gradient_budget: "same_step" with weights per task: bytes that may hold separate task gradients, from step to
             step; layers beyond it keep their rows until the block closes instead.
@@ -84,6 +90,8 @@ class Reweighted(torch.optim.Optimizer):
         policy: Policy,
         *,
         apply: Literal["same_step", "next_step"] = "same_step",
+        passes: Literal[1, 2] = 1,
+        scope: Literal["model", "layer"] = "model",
         decay: float = 0.9,
         gradient_budget: int = 1 << 28,
         unobserved: Literal["error", "plain"] = "error",
@@ -94,6 +102,15 @@ class Reweighted(torch.optim.Optimizer):
             raise ValueError(f'Reweighted: apply must be "same_step" or "next_step", got {apply!r}')
         if unobserved not in ("error", "plain"):
             raise ValueError(f'Reweighted: unobserved must be "error" or "plain", got {unobserved!r}')
+        if passes not in (1, 2) or scope not in ("model", "layer"):
+            raise ValueError(
+                f'Reweighted: passes must be 1 or 2, and scope "model" or "layer", got {passes!r} and {scope!r}'
+            )
+        if (passes, scope) != (1, "model") and (apply == "next_step" or (passes, scope) == (2, "layer")):
+            raise ValueError(
+                'Reweighted: passes=2 and scope="layer" are two ways of apply="same_step", got '
+                f"apply={apply!r}, passes={passes} and scope={scope!r}; choose one of them"
+            )
         if not 0 <= decay < 1:
             raise ValueError(f"Reweighted: decay must lie in [0, 1), got {decay}; 0 keeps the last step only")
         if apply == "next_step" and weighs_of(policy) != "tasks":
@@ -116,9 +133,12 @@ class Reweighted(torch.optim.Optimizer):
                 "model.parameters()"
             )
         self.optimizer, self.policy, self.apply, self.decay = optimizer, policy, apply, decay
+        self.passes, self.scope = passes, scope
         self.gradient_budget, self.unobserved = gradient_budget, unobserved
         self.skipped_steps = 0
         self.weights: Tensor | None = None
+        self.layer_weights: dict[str, Tensor] = {}
+        self._block: Block | None = None  # that is open
         self._running = {name: _Running.of(len(self.meter.task_names)) for name in ("sqnorm", "sqnorm_unbiased")}
         self._observed: list[Tensor] = []  # of each block since the last step: whether it was finite
         self._buffers: dict[str, Tensor] = {}
@@ -128,33 +148,45 @@ class Reweighted(torch.optim.Optimizer):
     def observe(self, **batch: Unpack[Given]) -> Iterator[None]:
         """As :meth:`Meter.observe`; when it closes, ``.grad`` holds the reweighted gradient."""
         _refuse_several_processes()
-        same_step = self.apply == "same_step"
-        if same_step:
+        plan = self._plan()
+        if plan.keep or plan.layer_weights is not None:
             self._refuse_early_gradients()
-        plan = (
-            Plan(
-                keep=True,
-                by_task=weighs_of(self.policy) == "tasks",
-                budget=self.gradient_budget,
-                buffers=self._buffers,
-            )
-            if same_step
-            else Plan(task_weights=self._next_weights())
-        )
-        with self.meter.block("Reweighted", plan, batch) as observation:
-            yield
+        try:
+            with self.meter.block("Reweighted", plan, batch) as self._block:
+                yield
+            block = self._block
+        finally:
+            self._block = None
         stats = self.stats
-        if same_step:
-            weights = self._weights(stats)
-            weights = torch.where(stats.finite, weights, torch.ones_like(weights))  # such a step is skipped anyway
-            by_task = weights if plan.by_task else None
-            observation.accumulate_weighted(weights if by_task is None else by_task[stats.tasks], by_task)
-            self.weights = weights
-        else:
+        if plan.keep:
+            self.weights = self._weights(stats)
+            by_task = self.weights if plan.by_task else None
+            block.observation.accumulate_weighted(self._of_examples(self.weights, stats), by_task)
+        elif self.apply == "next_step":
             self.weights = plan.task_weights
             self._remember(stats)
-        observation.forget()
+        block.observation.forget()
         self._observed.append(stats.finite)
+
+    def backward(self, loss: Tensor) -> None:
+        """``loss.backward()``; with ``passes=2`` the two of them. Inside an observe block, in place of it.
+
+        Raises:
+            RuntimeError: no block is open.
+        """
+        if self._block is None:
+            raise RuntimeError(
+                "Reweighted: backward must be called inside an observe block, got no open one; use it in "
+                "`with optimizer.observe(...):`"
+            )
+        if self.passes == 1:
+            loss.backward()
+            return
+        observation = self._block.observation
+        observation.norms_pass(loss)
+        stats = self._block.measure()
+        self.weights = self._weights(stats)
+        observation.weighted_pass(loss, self._of_examples(self.weights, stats))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The wrapped optimizer's step along what the observe blocks since the last one left in ``.grad``.
@@ -228,11 +260,12 @@ class Reweighted(torch.optim.Optimizer):
         return self.optimizer.defaults
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "meter", "policy", "apply", "decay", "gradient_budget", "unobserved", "skipped_steps")
-        return {name: getattr(self, name) for name in (*names, "weights", "_running", "_observed")}
+        names = ("optimizer", "meter", "policy", "apply", "passes", "scope", "decay", "gradient_budget", "unobserved")
+        more = ("skipped_steps", "weights", "layer_weights", "_running", "_observed")
+        return {name: getattr(self, name) for name in (*names, *more)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _buffers={})
+        self.__dict__.update(state, _buffers={}, _block=None)
         self._share_hooks()
 
     def _share_hooks(self) -> None:
@@ -241,7 +274,29 @@ class Reweighted(torch.optim.Optimizer):
             {name: hooks for name, hooks in vars(self.optimizer).items() if name.startswith("_optimizer_")}
         )
 
+    def _plan(self) -> Plan:
+        if self.apply == "next_step":
+            return Plan(task_weights=self._next_weights())
+        if self.passes == 2:
+            return Plan(passes=2)
+        if self.scope == "layer":
+            self.layer_weights = {}
+            return Plan(layer_weights=self._weigh_layer)
+        by_task = weighs_of(self.policy) == "tasks"
+        return Plan(keep=True, by_task=by_task, budget=self.gradient_budget, buffers=self._buffers)
+
+    def _weigh_layer(self, name: str, sqnorms: Tensor) -> Tensor:
+        """``[B]``: each example's weight in one parameter's gradient, by that parameter's squared norms."""
+        assert self._block is not None
+        stats = self._block.stats_of(sqnorms[None])
+        self.layer_weights[name] = self._weights(stats)
+        return self._of_examples(self.layer_weights[name], stats)
+
+    def _of_examples(self, weights: Tensor, stats: Stats) -> Tensor:
+        return weights[stats.tasks] if weighs_of(self.policy) == "tasks" else weights
+
     def _weights(self, stats: Stats) -> Tensor:
+        """The policy's weights; 1 where statistics are not finite, since such a step is skipped anyway."""
         weighs = weighs_of(self.policy)
         weights = torch.as_tensor(self.policy(stats)).detach().to(stats.example_norm)
         expected = [len(stats.task_names) if weighs == "tasks" else len(stats.tasks)]
@@ -250,7 +305,7 @@ class Reweighted(torch.optim.Optimizer):
                 f"Reweighted: the policy must return one weight for each of its {weighs}, {expected}, got "
                 f"{list(weights.shape)} from {self.policy!r}; set its attribute `weighs` to what it returns"
             )
-        return weights
+        return torch.where(stats.finite, weights, torch.ones_like(weights))
 
     def _next_weights(self) -> Tensor:
         """The policy's weights of the running means; 1 before the first step."""
@@ -265,6 +320,7 @@ class Reweighted(torch.optim.Optimizer):
             task_norm=mean.sqrt(),
             task_sqnorm_unbiased=self._running["sqnorm_unbiased"].mean,
             task_count=(sqnorm.mass > 0).long(),
+            finite=torch.ones((), dtype=torch.bool, device=mean.device),
         )
         weights = self._weights(smoothed)
         return torch.where(torch.isfinite(weights), weights, torch.ones_like(weights))

@@ -3,13 +3,16 @@
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gradnorm_ext import ClipExamples, Equal, InverseNorm, Meter, RewardStd, Reweighted
+from gradnorm_ext.layers.contributions import Outer, Sums
 
 K = 3
 
@@ -71,6 +74,121 @@ def test_same_step_is_the_weighted_sum_of_separate_backwards(name, policy, backe
         examples = getattr(policy, "weighs", "tasks") == "examples"
         weights = optimizer.weights if examples else optimizer.weights[ids(case)]
         assert_close(gradients(case), weighted(case, weights))
+
+
+@pytest.mark.parametrize("policy", [by_example, by_task, InverseNorm()], ids=["by_example", "by_task", "inverse"])
+@pytest.mark.parametrize("name", [name for name in oracle.MAKERS if name != "llama"])
+def test_two_passes_give_what_one_gives(name, policy):
+    case = oracle.make(name).to(torch.float64)
+    optimizer = wrap(case, policy, passes=2)
+    examples = getattr(policy, "weighs", "tasks") == "examples"
+    for _ in range(2):
+        optimizer.zero_grad()
+        with optimizer.observe(tasks=ids(case)):
+            optimizer.backward(case.run())
+        truth = oracle.group_norms(oracle.per_example_gradients(case), ids(case), K)
+        torch.testing.assert_close(optimizer.stats.task_norm, truth)
+        weights = optimizer.weights if examples else optimizer.weights[ids(case)]
+        torch.testing.assert_close(optimizer.weights, policy(optimizer.stats))
+        assert_close(gradients(case), weighted(case, weights))
+
+
+def test_two_passes_keep_what_checkpointing_saves_and_form_no_weight_gradient_twice(monkeypatch):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner, self.head = nn.Linear(7, 9), nn.Linear(9, 9), nn.Linear(9, 3)
+
+        def forward(self, x):
+            h = torch.tanh(self.first(x))
+            return self.head(checkpoint(lambda h: torch.tanh(self.inner(h)), h, use_reentrant=False))
+
+    case = oracle.make("mlp")
+    case = oracle.Case(Checkpointed(), case.x, case.y, case.loss).to(torch.float64)
+    optimizer = wrap(case, by_task, passes=2)
+    formed = []
+    for form in (Outer, Sums):
+        for name in ("wgrad", "total", "sqnorm"):
+            method = getattr(form, name)
+
+            def counted(self, *args, name=name, method=method):
+                formed.append(name)
+                return method(self, *args)
+
+            monkeypatch.setattr(form, name, counted)
+    for _ in range(2):
+        formed.clear()
+        optimizer.zero_grad()
+        with optimizer.observe(tasks=ids(case)):
+            optimizer.backward(case.run())
+        assert formed == ["sqnorm"] * 6 + ["total"] * 6
+    assert_close(gradients(case), weighted(case, by_task(optimizer.stats)[ids(case)]))
+
+
+def test_two_passes_need_the_optimizers_backward():
+    case = oracle.make("mlp")
+    optimizer = wrap(case, by_task, passes=2)
+    with pytest.raises(RuntimeError, match=r"call optimizer.backward\(loss\) in place of loss.backward\(\)"):
+        block(optimizer, case)
+    with pytest.raises(RuntimeError, match="backward must be called inside an observe block"):
+        optimizer.backward(case.run())
+    for _ in range(2):
+        optimizer.zero_grad()
+        with optimizer.observe(tasks=ids(case)):
+            optimizer.backward(case.run())
+        optimizer.step()
+
+
+@pytest.mark.parametrize("policy", [ClipExamples(0.3), InverseNorm()], ids=["clip", "inverse"])
+@pytest.mark.parametrize("name", [name for name in oracle.MAKERS if name != "llama"])
+def test_by_layer_every_parameter_is_weighed_by_its_own_norms(name, policy):
+    case = oracle.make(name).to(torch.float64)
+    optimizer = wrap(case, policy, scope="layer")
+    examples = torch.arange(len(case.x))
+    for _ in range(2):
+        optimizer.zero_grad()
+        block(optimizer, case)
+        alone = oracle.per_example_gradients(case)
+        expected = {}
+        for parameter in alone[0]:
+            one = [{parameter: gradient[parameter]} for gradient in alone]
+            if policy.weighs == "examples":
+                norms = oracle.group_norms(one, examples, len(examples))
+                weights = policy(SimpleNamespace(example_norm=norms))
+            else:
+                norms = oracle.group_norms(one, ids(case), K)
+                weights = policy(SimpleNamespace(task_norm=norms, task_count=torch.ones(K)))[ids(case)]
+            expected[parameter] = sum(w * g[parameter] for w, g in zip(weights, one, strict=True))
+        assert_close(gradients(case), expected)
+        truth = oracle.group_norms(alone, ids(case), K)
+        torch.testing.assert_close(optimizer.stats.task_norm, truth)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"passes": 2, "scope": "layer"}, {"passes": 2, "apply": "next_step"}, {"scope": "layer", "apply": "next_step"}],
+)
+def test_timings_that_exclude_each_other_are_refused(options):
+    with pytest.raises(ValueError, match=r'passes=2 and scope="layer" are two ways of apply="same_step"'):
+        wrap(oracle.make("mlp"), InverseNorm(), **options)
+
+
+@pytest.mark.parametrize("options", [{"passes": 3}, {"scope": "all"}])
+def test_other_timings_are_refused(options):
+    with pytest.raises(ValueError, match='passes must be 1 or 2, and scope "model" or "layer"'):
+        wrap(oracle.make("mlp"), InverseNorm(), **options)
+
+
+def test_a_derived_parameter_of_two_has_no_weight_of_each():
+    layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(7, 3))
+    optimizer = Reweighted(
+        torch.optim.SGD(layer.parameters()), layer, InverseNorm(), scope="layer", on_unsupported="vmap"
+    )
+    with (
+        pytest.raises(RuntimeError, match='with scope="layer" each parameter has a weight of its own'),
+        optimizer.observe(),
+    ):
+        layer(torch.randn(4, 7)).square().sum().backward()
 
 
 @pytest.mark.parametrize("name", ["mlp", "transformer, tied head", "free parameters"])

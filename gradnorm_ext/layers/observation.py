@@ -51,6 +51,7 @@ class Slot:
         self.measured = False  # by a single use, through the probe
         self.deferred: list[tuple[Use, Contribution | TiedOuter]] = []  # several uses: combined when the block closes
         self.kept: list[tuple[Use, Contribution | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
+        self.weights: Tensor | None = None  # per example, where the parameter has its own
         self.hooked = False  # audited in this block
         self.delivered: Tensor | None = None  # audit: the sum of what the rules gave
 
@@ -112,6 +113,9 @@ class Plan:
     """What the block does besides measuring.
 
     Attributes:
+        passes: 2: one backward for the norms and, once the weights are known, one for the gradients.
+        layer_weights: from a parameter's name and its squared norms to weights per example, ``[B]``: each parameter is
+            weighed by its own.
         task_weights: ``[K]``, known beforehand (``apply="next_step"``): weight gradients are formed with them.
         keep: the weights come when the block closes (``apply="same_step"``): nothing reaches ``.grad`` before.
         by_task: with ``keep``: form one gradient per task where that is smaller than the rows and within ``budget`` bytes.
@@ -119,6 +123,8 @@ class Plan:
             as filling it.
     """
 
+    passes: Literal[1, 2] = 1
+    layer_weights: Callable[[str, Tensor], Tensor] | None = None
     task_weights: Tensor | None = None
     keep: bool = False
     by_task: bool = False
@@ -170,6 +176,7 @@ class Observation:
         self.batch: Examples | None = None
         self.weights: Tensor | None = None  # per example
         self.verify = always_verify or memory.due
+        self.phase: Literal["norms", "weigh"] | None = None  # of two passes
         self.tagging: Literal["base", "scaled"] | None = None
         self.tag_factor: Tensor | None = None
         self.placing = False
@@ -305,9 +312,15 @@ class Observation:
         if self.tagging is not None:
             self._tag(use, contribution)
             return None, None
-        slot, keep = use.slot, self.plan.keep
+        slot = use.slot
+        if self.phase == "weigh":
+            return self._audited(use, contribution.total(self.weights) if needs_gradient else None), None
+        if self.plan.passes == 2 and self.phase is None:
+            raise RuntimeError(
+                f"{self.who}: with passes=2 the backward must be the optimizer's, got another one; call "
+                "optimizer.backward(loss) in place of loss.backward()"
+            )
         slot.arrived += 1
-        several = len(slot.uses) > 1 or self.backwards > 1 or use.is_derived
         if slot.measured or (slot.arrived > len(slot.uses) * self.backwards):
             raise RuntimeError(
                 f"{self.who}: the backward of {slot.name} must run once per use and after all of its uses in the block, "
@@ -315,30 +328,8 @@ class Observation:
                 f"backward passes there are with observe(backwards={self.backwards + 1}), or open one observe block for "
                 "each"
             )
-        gradient: Tensor | None = None
-        norms: Tensor | None = None
-        if (
-            keep
-            and not several
-            and isinstance(contribution, Outer)
-            and (out := self._buffer(slot, contribution)) is not None
-        ):
-            norms = contribution.by_group(out)
-            slot.kept.append((use, out, ()))
-            if needs_gradient:
-                gradient = out.sum(0)
-        elif keep or use.is_derived:
-            slot.kept.append((use, contribution, tuple(kept._version for kept in contribution.kept)))
-            if not several:
-                norms = contribution.sqnorm()
-            if needs_gradient:
-                gradient = contribution.total()
-        elif not several and needs_gradient:
-            gradient, norms = contribution.wgrad(self.weights)
-        elif not several:
-            norms = contribution.sqnorm()
-        elif needs_gradient:
-            gradient = contribution.total(self.weights)
+        several = len(slot.uses) > 1 or self.backwards > 1 or use.is_derived
+        gradient, norms = self._formed(use, contribution, needs_gradient and self.phase is None, several)
         if several:
             slot.deferred.append((use, self._thinned(slot, use, contribution)))
             for follower in use.followers:
@@ -346,17 +337,59 @@ class Observation:
         else:
             slot.measured = True
         self.measured_uses += 1
-        if gradient is not None:
-            if gradient.shape != use.value.shape or gradient.dtype != use.value.dtype:
-                gradient = gradient.view_as(use.value).to(use.value.dtype)
-            if slot.hooked:
-                placed = use.adjoint(gradient)
-                slot.delivered = placed if slot.delivered is None else slot.delivered + placed
+        gradient = self._audited(use, gradient)
         if norms is None:
             return gradient, self._unmeasured
         if norms.dtype != self._one.dtype or norms.device != self._one.device:
             norms = norms.to(self._one)
         return gradient, torch.cat([norms, self._one])
+
+    def _formed(
+        self, use: Use, contribution: Contribution, needs_gradient: bool, several: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """A use's gradient, or what it is formed of at the block's end, and its norms unless others are to be added."""
+        slot, by_layer = use.slot, self.plan.layer_weights
+        if by_layer is not None and use.followers:
+            together = ", ".join(follower.slot.name for follower in use.followers)
+            raise RuntimeError(
+                f'{self.who}: with scope="layer" each parameter has a weight of its own, got {slot.name}, which is used '
+                f'only together with {together}; use scope="model"'
+            )
+        keep = self.plan.keep or use.is_derived or (by_layer is not None and several)
+        if (
+            self.plan.keep
+            and not several
+            and isinstance(contribution, Outer)
+            and (out := self._buffer(slot, contribution)) is not None
+        ):
+            norms = contribution.by_group(out)
+            slot.kept.append((use, out, ()))
+            return out.sum(0) if needs_gradient else None, norms
+        if keep:
+            slot.kept.append((use, contribution, tuple(kept._version for kept in contribution.kept)))
+            audited = self.plan.keep or slot.hooked
+            unweighted = contribution.total() if needs_gradient and audited else None
+            return unweighted, None if several else contribution.sqnorm()
+        if several:
+            return contribution.total(self.weights) if needs_gradient else None, None
+        if not needs_gradient:
+            return None, contribution.sqnorm()
+        if by_layer is not None:
+            norms = contribution.sqnorm()
+            return contribution.total(by_layer(slot.name, norms)), norms
+        return contribution.wgrad(self.weights)
+
+    def _audited(self, use: Use, gradient: Tensor | None) -> Tensor | None:
+        """The gradient in the shape of what was used, written down where the parameter is audited."""
+        if gradient is None:
+            return None
+        if gradient.shape != use.value.shape or gradient.dtype != use.value.dtype:
+            gradient = gradient.view_as(use.value).to(use.value.dtype)
+        slot = use.slot
+        if slot.hooked:
+            placed = use.adjoint(gradient)
+            slot.delivered = placed if slot.delivered is None else slot.delivered + placed
+        return gradient
 
     def _buffer(self, slot: Slot, outer: Outer) -> Tensor | None:
         """Where a parameter's gradients per task go, as far as the budget reaches."""
@@ -410,7 +443,8 @@ class Observation:
                     torch.isfinite(scale)
                 ):
                     self.failures.append(f"{slot.name} got a gradient that its seen uses account for only in part")
-            return torch.zeros_like(total) if self.plan.keep else None
+            waits = self.plan.keep or (self.plan.layer_weights is not None and len(slot.uses) > 1)
+            return torch.zeros_like(total) if waits else None
 
         return compare
 
@@ -479,9 +513,18 @@ class Observation:
         elif bool(torch.isfinite(fingerprint).all()) and use not in self.refuted:
             self.refuted.append(use)
 
-    def close(self) -> Tensor:
+    def norms_pass(self, loss: Tensor) -> None:
+        """The first of two backward passes: norms only, no weight gradient."""
+        self.phase = "norms"
+        torch.autograd.backward((loss,), inputs=(self.probe,), retain_graph=True)
+
+    def weighted_pass(self, loss: Tensor, weights: Tensor) -> None:
+        """The second: weight gradients with a weight per example, ``[B]``."""
+        self.phase, self.weights = "weigh", weights
+        loss.backward()
+
+    def norms(self) -> Tensor:
         """Check that the block was measured whole, and return the squared norms, ``[parameters, columns]``."""
-        self.release()
         used = [use for slot in self.slots.values() for use in slot.uses]
         if self.examples is None or not used:
             raise RuntimeError(
@@ -500,10 +543,17 @@ class Observation:
         for slot in self.slots.values():
             if slot.deferred:
                 sqnorms[slot.index] = self._combined(slot).to(sqnorms).clamp(min=0)
+            if slot.kept and self.plan.layer_weights is not None:
+                slot.weights = self.plan.layer_weights(slot.name, sqnorms[slot.index])
         self._learn()
+        return sqnorms
+
+    def close(self) -> None:
+        """Refuse what came to light after the norms were taken, and form the gradients that waited for the end."""
+        self.release()
+        self._refuse_unproven([])
         if not self.plan.keep:
             self.accumulate_weighted(self.weights)
-        return sqnorms
 
     def _refuse_unproven(self, used: Sequence[Use]) -> None:
         if self.verify and self.examples != 1:
@@ -584,7 +634,7 @@ class Observation:
                             "closes, got an in-place change; avoid in-place operations on gradients and activations, "
                             'or use apply="next_step"'
                         )
-                    gradient = kept.total(weights)
+                    gradient = kept.total(weights if slot.weights is None else slot.weights)
                 self._accumulate(use, gradient.view_as(use.value).to(use.value.dtype))
             slot.kept.clear()
 
