@@ -238,6 +238,12 @@ class Meter:
                 yield block
             finally:
                 release_modules(modules, observation)
+            added = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in observation.slots]
+            if added:
+                raise RuntimeError(
+                    f"{who}: a model must keep its parameters inside an observe block, but {', '.join(added)} was added "
+                    "inside the block; change it between blocks"
+                )
             if block.stats is None:
                 block.measure()
             observation.close()
