@@ -252,13 +252,17 @@ class Observation:
         kind = self.batch.kind_of(shape, self.rows_per_example)
         if kind is None or (kind == "second" and self.batch_dim == 0 and not self.inputs):
             raise self._unexplained(shape, name)
-        layout = Layout(kind, shape, self.batch, anchored=tensor.untyped_storage().data_ptr() in self.inputs)
+        layout = Layout(kind, shape, self.batch, anchored=self.is_input(tensor))
         corrected = self.memory.corrected.get((name, function, len(shape)))
         if corrected is not None and corrected == layout.alternative:
             layout.correct()
         if kind == "leading" or kind == "second":
             self.rows_per_example.add(layout.rows // self.batch.count)
         return layout
+
+    def is_input(self, tensor: Tensor) -> bool:
+        """Whether this is an input of the model that shows the batch, or a view of one."""
+        return tensor.untyped_storage().data_ptr() in self.inputs
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether this is a buffer of the model, which has no batch dimension whatever its sizes."""

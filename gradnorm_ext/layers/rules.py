@@ -242,6 +242,8 @@ def _is_shared(observation: Observation, weight: Tap, ids: Tensor) -> bool:
         return True
     if batch.packing is not None and ids.numel() == batch.packing.rows:
         return False
+    if observation.is_input(ids) and batch.kind_of(ids.shape, observation.rows_per_example) is not None:
+        return False
     return ids.dim() <= batch.batch_dim or ids.shape[batch.batch_dim] != batch.count
 
 
