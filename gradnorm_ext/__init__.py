@@ -2,19 +2,44 @@
 
 from gradnorm_ext import ops, policies
 from gradnorm_ext.check import check
+from gradnorm_ext.history import History
 from gradnorm_ext.meter import Meter
 from gradnorm_ext.optimizer import Reweighted
-from gradnorm_ext.policies import ClipExamples, Equal, InverseNorm, RewardStd
+from gradnorm_ext.policies import (
+    GSA,
+    IMTLG,
+    MTGRPO,
+    Chain,
+    ClipExamples,
+    Equal,
+    GradNorm,
+    Gramian,
+    InverseNorm,
+    NormalizeExamples,
+    PairBalance,
+    PiKE,
+    RewardStd,
+)
 from gradnorm_ext.rewards import RewardStats, group_advantages, reward_stats
 from gradnorm_ext.stats import Stats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GSA",
+    "IMTLG",
+    "MTGRPO",
+    "Chain",
     "ClipExamples",
     "Equal",
+    "GradNorm",
+    "Gramian",
+    "History",
     "InverseNorm",
     "Meter",
+    "NormalizeExamples",
+    "PairBalance",
+    "PiKE",
     "RewardStats",
     "RewardStd",
     "Reweighted",

@@ -19,12 +19,13 @@ MAY_IMPORT = {
     "rewards": {"_C", "backends", "ops"},
     "layers": {"backends", "layers", "reference", "segments"},
     "stats": {"rewards"},
-    "policies": {"stats"},  # for types only
+    "policies": {"ops", "policies", "stats"},  # stats for types only
+    "history": {"stats"},
     "meter": {"layers", "rewards", "segments", "stats"},
-    "optimizer": {"layers", "meter", "policies", "stats"},
+    "optimizer": {"history", "layers", "meter", "policies", "stats"},
     "check": {"layers", "meter"},
     "__main__": {"backends", "native"},
-    "__init__": {"ops", "policies", "check", "meter", "optimizer", "rewards", "stats"},
+    "__init__": {"check", "history", "meter", "ops", "optimizer", "policies", "rewards", "stats"},
 }
 
 
@@ -40,7 +41,7 @@ def imported(path):
 
 
 def sources():
-    return [*PACKAGE.glob("*.py"), *PACKAGE.glob("layers/*.py")]
+    return [*PACKAGE.glob("*.py"), *PACKAGE.glob("layers/*.py"), *PACKAGE.glob("policies/*.py")]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
