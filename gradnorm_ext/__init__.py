@@ -3,6 +3,7 @@
 from gradnorm_ext import ops, policies
 from gradnorm_ext.check import check
 from gradnorm_ext.history import History
+from gradnorm_ext.logits import TokenScores, logit_gradient_rates, logit_scores
 from gradnorm_ext.meter import Meter
 from gradnorm_ext.optimizer import Reweighted
 from gradnorm_ext.policies import (
@@ -44,8 +45,11 @@ __all__ = [
     "RewardStd",
     "Reweighted",
     "Stats",
+    "TokenScores",
     "check",
     "group_advantages",
+    "logit_gradient_rates",
+    "logit_scores",
     "ops",
     "policies",
     "reward_stats",

@@ -191,5 +191,6 @@ def _softmax_blocks(
         at_label = exponentials.gather(1, label[:, None])[:, 0]
         others = exponentials.scatter_(1, label[:, None], 0)
         total = others.sum(1) + at_label
-        log_probability = part.gather(1, label[:, None])[:, 0] - top - total.log()
+        below = part.gather(1, label[:, None])[:, 0] - top
+        log_probability = torch.where(below == 0, -others.sum(1).log1p(), below - total.log())
         yield rows, label, kept, log_probability, total, others

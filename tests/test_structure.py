@@ -14,18 +14,19 @@ MAY_IMPORT = {
     "segments": set(),
     "backends": set(),
     "reference": {"segments"},
-    "native": {"segments", "_C"},
+    "native": {"reference", "segments", "_C"},
     "ops": {"backends", "reference", "segments"},
     "rewards": {"_C", "backends", "ops"},
     "layers": {"backends", "layers", "reference", "segments"},
     "stats": {"rewards"},
     "policies": {"ops", "policies", "stats"},  # stats for types only
     "history": {"stats"},
+    "logits": {"ops"},
     "meter": {"layers", "rewards", "segments", "stats"},
     "optimizer": {"history", "layers", "meter", "policies", "stats"},
     "check": {"layers", "meter"},
     "__main__": {"backends", "native"},
-    "__init__": {"check", "history", "meter", "ops", "optimizer", "policies", "rewards", "stats"},
+    "__init__": {"check", "history", "logits", "meter", "ops", "optimizer", "policies", "rewards", "stats"},
 }
 
 
