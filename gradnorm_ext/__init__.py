@@ -21,6 +21,7 @@ from gradnorm_ext.policies import (
     PiKE,
     RewardStd,
 )
+from gradnorm_ext.report import report
 from gradnorm_ext.rewards import RewardStats, group_advantages, reward_stats
 from gradnorm_ext.stats import Stats
 
@@ -52,5 +53,6 @@ __all__ = [
     "logit_scores",
     "ops",
     "policies",
+    "report",
     "reward_stats",
 ]

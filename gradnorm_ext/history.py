@@ -14,7 +14,7 @@ from torch import Tensor
 from gradnorm_ext.stats import Stats
 
 FIGURES = (
-    *("examples", "norm", "sqnorm", "sqnorm_unbiased", "variance", "weight"),
+    *("examples", "units", "norm", "sqnorm", "sqnorm_unbiased", "variance", "weight"),
     *("reward", "reward_std", "zero_std_share", "realised_share"),
 )
 _PENDING = 256  # steps whose figures stay on the device before they are fetched together
@@ -181,7 +181,7 @@ class History:
             reward = [each.to(nan, non_blocking=True) for each in (*figures, stats.reward.task_realised_share)]
         unbiased, variance = stats.task_sqnorm_unbiased.double(), stats.task_variance.double()
         found = torch.stack([norm, norm.square(), unbiased, variance, weight, *reward])
-        return torch.cat([count.double()[None], torch.where(count > 0, found, torch.nan)])
+        return torch.cat([torch.stack([count, stats.task_units]).double(), torch.where(count > 0, found, torch.nan)])
 
     def _of_tasks(self, tensor: Tensor) -> Tensor:
         tasks = len(self.task_names)

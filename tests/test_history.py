@@ -85,6 +85,7 @@ def test_rows_hold_every_figure_of_every_step_and_task():
             row, there = rows[2 * step + k], bool(block.task_count[k] > 0)
             expected = {
                 "examples": block.task_count[k],
+                "units": block.task_units[k],
                 "norm": block.task_norm[k],
                 "sqnorm_unbiased": block.task_sqnorm_unbiased[k],
                 "variance": block.task_variance[k],
@@ -94,7 +95,9 @@ def test_rows_hold_every_figure_of_every_step_and_task():
                 "realised_share": block.reward.task_realised_share[k],
             }
             for figure, value in expected.items():
-                assert row[figure] == pytest.approx(float(value) if there or figure == "examples" else NAN, nan_ok=True)
+                assert row[figure] == pytest.approx(
+                    float(value) if there or figure in ("examples", "units") else NAN, nan_ok=True
+                )
     assert [row["weight"] for row in rows] == pytest.approx([0.5, 1.5, 3.5, NAN], nan_ok=True)
     assert history.reward_std("math") == [*blocks[0].reward.std[:2].tolist(), *blocks[1].reward.std.tolist()]
     assert history.reward_std("code") == blocks[0].reward.std[2:].tolist()

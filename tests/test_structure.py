@@ -22,11 +22,12 @@ MAY_IMPORT = {
     "policies": {"ops", "policies", "stats"},  # stats for types only
     "history": {"stats"},
     "logits": {"ops"},
+    "report": {"history"},
     "meter": {"layers", "rewards", "segments", "stats"},
     "optimizer": {"history", "layers", "meter", "policies", "stats"},
     "check": {"layers", "meter"},
     "__main__": {"backends", "native"},
-    "__init__": {"check", "history", "logits", "meter", "ops", "optimizer", "policies", "rewards", "stats"},
+    "__init__": {"check", "history", "logits", "meter", "ops", "optimizer", "policies", "report", "rewards", "stats"},
 }
 
 
