@@ -23,6 +23,7 @@ from gradnorm_ext.policies import (
 )
 from gradnorm_ext.report import report
 from gradnorm_ext.rewards import RewardStats, group_advantages, reward_stats
+from gradnorm_ext.sampling import PromptSampler, TaskSampler, shares_by_size
 from gradnorm_ext.stats import Stats
 
 __version__ = "0.1.0"
@@ -42,10 +43,12 @@ __all__ = [
     "NormalizeExamples",
     "PairBalance",
     "PiKE",
+    "PromptSampler",
     "RewardStats",
     "RewardStd",
     "Reweighted",
     "Stats",
+    "TaskSampler",
     "TokenScores",
     "check",
     "group_advantages",
@@ -55,4 +58,5 @@ __all__ = [
     "policies",
     "report",
     "reward_stats",
+    "shares_by_size",
 ]

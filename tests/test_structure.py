@@ -23,11 +23,24 @@ MAY_IMPORT = {
     "history": {"stats"},
     "logits": {"ops"},
     "report": {"history"},
+    "sampling": {"rewards"},
     "meter": {"layers", "rewards", "segments", "stats"},
     "optimizer": {"history", "layers", "meter", "policies", "stats"},
     "check": {"layers", "meter"},
     "__main__": {"backends", "native"},
-    "__init__": {"check", "history", "logits", "meter", "ops", "optimizer", "policies", "report", "rewards", "stats"},
+    "__init__": {
+        "check",
+        "history",
+        "logits",
+        "meter",
+        "ops",
+        "optimizer",
+        "policies",
+        "report",
+        "rewards",
+        "sampling",
+        "stats",
+    },
 }
 
 
