@@ -82,6 +82,11 @@ def rewards(size: Size, random: torch.Generator) -> dict[str, Any]:
     return {"values": torch.randn(size.rows, generator=random), "ids": ids, "count": size.segments}
 
 
+def logits(size: Size, random: torch.Generator) -> dict[str, Any]:
+    labels = torch.randint(size.outputs, (size.rows,), generator=random)
+    return {"logits": torch.randn(size.rows, size.outputs, generator=random), "labels": labels}
+
+
 OUTER = (
     Size("quick", "tiny", 4, 3, 5, 7),
     Size("small", "gpt up", 8, 128, 256, 1024),
@@ -106,6 +111,12 @@ REWARDS = (
     Size("all", "65536 prompts", 65536, 16, 1, 1),
 )
 
+LOGITS = (
+    Size("quick", "tiny", 4, 3, 1, 7),
+    Size("small", "32k classes", 4, 64, 1, 32768),
+    Size("all", "256k classes", 1, 64, 1, 262144),
+)
+
 OPERATIONS = (
     Operation("outer_sqnorm", outer, OUTER),
     Operation("outer_wgrad", outer, OUTER),
@@ -118,4 +129,7 @@ OPERATIONS = (
     Operation("sum_wgrad", sums, VECTOR, lambda s: s.rows * 4 * s.outputs),
     # A value and its id; per segment a count of 8 bytes and four other figures.
     Operation("segment_std", rewards, REWARDS, lambda s: s.rows * (4 + 8) + s.segments * (8 + 4 * 4)),
+    # The logits once, a label and two figures a row, or three a class.
+    Operation("logit_scores", logits, LOGITS, lambda s: s.rows * (4 * s.outputs + 8 + 2 * 4)),
+    Operation("logit_gradient_rates", logits, LOGITS, lambda s: s.rows * (4 * s.outputs + 8) + s.outputs * (8 + 2 * 4)),
 )

@@ -132,6 +132,14 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
         "lookup_wgrad": (ids, g, offsets, walk, columns, None, weight, -1, torch.zeros(1, 7, 4), torch.zeros(5)),
         "product_sums": (x, torch.randn(10, 6), torch.rand(10), None, offsets, torch.empty(3, 6)),
         "sum_sums": (g, offsets, torch.empty(3, 4)),
+        "logit_scores": (x, ids % 6, -100, torch.empty(10), torch.empty(10)),
+        "logit_gradient_rates": (
+            x,
+            ids % 6,
+            -100,
+            torch.zeros(6, dtype=torch.int64),
+            *torch.zeros(2, 6, dtype=torch.float64),
+        ),
         "segment_std": (
             torch.randn(10),
             ids,
