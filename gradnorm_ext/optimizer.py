@@ -106,6 +106,11 @@ class Reweighted(torch.optim.Optimizer):
             self.meter = model_or_meter
         else:
             self.meter = Meter(model_or_meter, **meter_options)
+        if scope == "layer" and self.meter.modules is not None:
+            raise ValueError(
+                f'Reweighted: scope="layer" weighs each parameter by its own norms, got modules={self.meter.modules!r}, '
+                'which leaves some unmeasured; measure all, or use scope="model"'
+            )
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in stepped for p in self.meter.model.parameters()):
             raise ValueError(

@@ -13,8 +13,9 @@ what the uses delivered: a use that was not seen is an error, not a missing summ
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,7 +31,9 @@ from gradnorm_ext.layers.contributions import (
     Outer,
     Placed,
     TiedOuter,
+    combined_gram,
     combined_sqnorm,
+    gram_of,
     per_row,
     tied_sqnorm,
 )
@@ -44,8 +47,9 @@ Input = tuple[GradientEdge, Tensor, Layout]  # of a use: where its gradient goes
 class Slot:
     """A trainable parameter in one block: its place in the probe, and what its uses left to be combined."""
 
-    def __init__(self, index: int, name: str, parameter: nn.Parameter) -> None:
+    def __init__(self, index: int, name: str, parameter: nn.Parameter, wanted: bool) -> None:
         self.index, self.name, self.parameter = index, name, parameter
+        self.wanted = wanted  # measured, not only weighed
         self.uses: list[Use] = []
         self.arrived = 0  # backward passes of uses
         self.measured = False  # by a single use, through the probe
@@ -113,8 +117,9 @@ class Plan:
     """What the block does besides measuring.
 
     Attributes:
+        gram: also the inner products of the gradients of the coarsest groups, the tasks.
         passes: 2: one backward for the norms and, once the weights are known, one for the gradients.
-        layer_weights: from a parameter's name and its squared norms to weights per example, ``[B]``: each parameter is
+        layer_weights: from a parameter's name and its figures to weights per example, ``[B]``: each parameter is
             weighed by its own.
         task_weights: ``[K]``, known beforehand (``apply="next_step"``): weight gradients are formed with them.
         keep: the weights come when the block closes (``apply="same_step"``): nothing reaches ``.grad`` before.
@@ -123,6 +128,7 @@ class Plan:
             as filling it.
     """
 
+    gram: bool = False
     passes: Literal[1, 2] = 1
     layer_weights: Callable[[str, Tensor], Tensor] | None = None
     task_weights: Tensor | None = None
@@ -130,6 +136,10 @@ class Plan:
     by_task: bool = False
     budget: int = 0
     buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def reweights(self) -> bool:
+        return self.keep or self.passes == 2 or self.task_weights is not None or self.layer_weights is not None
 
 
 @dataclass
@@ -162,13 +172,16 @@ class Observation:
         *,
         batch_dim: int = 0,
         backwards: int = 1,
+        wanted: Collection[str] | None = None,
         derives: bool = False,
         constants: frozenset[int] = frozenset(),
         always_verify: bool = False,
     ) -> None:
         self.who, self.memory, self.plan, self.backend = who, memory, plan, choose(backend)
         self.start = start  # calls `begin`, once the number of examples is known
-        self.slots = {id(p): Slot(i, name, p) for i, (name, p) in enumerate(parameters)}
+        self.slots = {
+            id(p): Slot(i, name, p, wanted is None or name in wanted) for i, (name, p) in enumerate(parameters)
+        }
         self.batch_dim, self.backwards = batch_dim, backwards
         self.derives = derives  # uses without a rule are differentiated one example at a time
         self.constants = constants  # where the model's buffers lie
@@ -199,6 +212,7 @@ class Observation:
         parameters = [slot.parameter for slot in self.slots.values()]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         columns = batch.count + sum(batch.groups.counts)
+        columns += batch.groups.counts[-1] ** 2 if self.plan.gram else 0
         self.probe = torch.zeros(
             len(parameters), columns + 1, dtype=dtype, device=parameters[0].device, requires_grad=True
         )
@@ -333,13 +347,14 @@ class Observation:
                 "each"
             )
         several = len(slot.uses) > 1 or self.backwards > 1 or use.is_derived
-        gradient, norms = self._formed(use, contribution, needs_gradient and self.phase is None, several)
-        if several:
+        apart = several or not slot.wanted  # its norm is not taken here
+        gradient, norms = self._formed(use, contribution, needs_gradient and self.phase is None, apart)
+        if several and slot.wanted:
             slot.deferred.append((use, self._thinned(slot, use, contribution)))
-            for follower in use.followers:
+        slot.measured = not several
+        for follower in use.followers:
+            if follower.slot.wanted:
                 follower.slot.deferred.append((follower, contribution))
-        else:
-            slot.measured = True
         self.measured_uses += 1
         gradient = self._audited(use, gradient)
         if norms is None:
@@ -349,9 +364,9 @@ class Observation:
         return gradient, torch.cat([norms, self._one])
 
     def _formed(
-        self, use: Use, contribution: Contribution, needs_gradient: bool, several: bool
+        self, use: Use, contribution: Contribution, needs_gradient: bool, apart: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """A use's gradient, or what it is formed of at the block's end, and its norms unless others are to be added."""
+        """A use's gradient, or what it is formed of at the block's end, and its norms unless they are taken apart."""
         slot, by_layer = use.slot, self.plan.layer_weights
         if by_layer is not None and use.followers:
             together = ", ".join(follower.slot.name for follower in use.followers)
@@ -359,29 +374,38 @@ class Observation:
                 f'{self.who}: with scope="layer" each parameter has a weight of its own, got {slot.name}, which is used '
                 f'only together with {together}; use scope="model"'
             )
-        keep = self.plan.keep or use.is_derived or (by_layer is not None and several)
+        keep = self.plan.keep or use.is_derived or (by_layer is not None and apart)
         if (
             self.plan.keep
-            and not several
+            and not apart
             and isinstance(contribution, Outer)
             and (out := self._buffer(slot, contribution)) is not None
         ):
-            norms = contribution.by_group(out)
+            norms = self._with_gram(contribution.by_group(out), functools.partial(gram_of, out))
             slot.kept.append((use, out, ()))
             return out.sum(0) if needs_gradient else None, norms
         if keep:
             slot.kept.append((use, contribution, tuple(kept._version for kept in contribution.kept)))
             audited = self.plan.keep or slot.hooked
             unweighted = contribution.total() if needs_gradient and audited else None
-            return unweighted, None if several else contribution.sqnorm()
-        if several:
+            return unweighted, None if apart else self._with_gram(contribution.sqnorm(), contribution.gram)
+        if apart:
             return contribution.total(self.weights) if needs_gradient else None, None
-        if not needs_gradient:
-            return None, contribution.sqnorm()
-        if by_layer is not None:
-            norms = contribution.sqnorm()
+        if not needs_gradient or by_layer is not None:
+            norms = self._with_gram(contribution.sqnorm(), contribution.gram)
+            if not needs_gradient or by_layer is None:
+                return None, norms
             return contribution.total(by_layer(slot.name, norms)), norms
-        return contribution.wgrad(self.weights)
+        if self.plan.gram and isinstance(contribution, Outer):  # the tasks' gradients first: one product for all
+            out, norms = contribution.by_new_group()
+            weights = self.plan.task_weights
+            total = out.sum(0) if weights is None else torch.tensordot(weights.to(out), out, 1)
+            return total, self._with_gram(norms, functools.partial(gram_of, out))
+        total, norms = contribution.wgrad(self.weights)
+        return total, self._with_gram(norms, contribution.gram)
+
+    def _with_gram(self, norms: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+        return torch.cat([norms, gram().flatten().to(norms)]) if self.plan.gram else norms
 
     def _audited(self, use: Use, gradient: Tensor | None) -> Tensor | None:
         """The gradient in the shape of what was used, written down where the parameter is audited."""
@@ -403,7 +427,7 @@ class Observation:
         dtype = accumulator(outer.x.dtype)
         size = math.prod(shape) * dtype.itemsize
         kept = sum(tensor.nbytes for tensor in outer.kept)
-        if size > min(self.budget, kept):  # whichever is smaller is kept
+        if size > (self.budget if self.plan.gram else min(self.budget, kept)):  # whichever is smaller is kept
             return None
         self.budget -= size
         buffer = self.plan.buffers.get(slot.name)
@@ -414,7 +438,7 @@ class Observation:
     def _thinned(self, slot: Slot, use: Use, contribution: Contribution) -> Contribution | TiedOuter:
         """Of a head tied to embeddings, what their cross term needs, so that its rows can go; else the contribution."""
         lookups = [other.lookup_ids for other in slot.uses if other.lookup_ids is not None]
-        whole = self.plan.keep or self.backwards > 1
+        whole = self.plan.keep or self.plan.gram or self.backwards > 1
         if len(lookups) != len(slot.uses) - 1 or not isinstance(contribution, Outer) or whole:
             return contribution
         placed = Placed(contribution, use.views, use.adjoint).in_parameter_space()
@@ -528,7 +552,10 @@ class Observation:
         loss.backward()
 
     def norms(self) -> Tensor:
-        """Check that the block was measured whole, and return the squared norms, ``[parameters, columns]``."""
+        """Check that the block was measured whole, and return its figures.
+
+        ``[parameters, columns]``: squared norms, then with ``Plan.gram`` the entries of the tasks' Gram matrix.
+        """
         used = [use for slot in self.slots.values() for use in slot.uses]
         if self.examples is None or not used:
             raise RuntimeError(
@@ -542,15 +569,15 @@ class Observation:
             )
         assert self.probe.grad is not None
         self._refuse_unproven(used)
-        sqnorms: Tensor = self.probe.grad[:, :-1].clone()
+        figures: Tensor = self.probe.grad[:, :-1].clone()
         self._check_use_counts(self.probe.grad[:, -1])
         for slot in self.slots.values():
             if slot.deferred:
-                sqnorms[slot.index] = self._combined(slot).to(sqnorms).clamp(min=0)
+                figures[slot.index] = self._combined(slot).to(figures)
             if slot.kept and self.plan.layer_weights is not None:
-                slot.weights = self.plan.layer_weights(slot.name, sqnorms[slot.index])
+                slot.weights = self.plan.layer_weights(slot.name, figures[slot.index])
         self._learn()
-        return sqnorms
+        return figures
 
     def close(self) -> None:
         """Refuse what came to light after the norms were taken, and form the gradients that waited for the end."""
@@ -596,14 +623,16 @@ class Observation:
                 )
 
     def _combined(self, slot: Slot) -> Tensor:
+        """The figures of a parameter with several uses."""
         parts = [part for _, part in slot.deferred]
         heads = [part for part in parts if isinstance(part, TiedOuter)]
         if heads:
             lookups = [part for part in parts if isinstance(part, Lookup)]
-            return tied_sqnorm(heads[0], lookups) if lookups else heads[0].norms
-        return combined_sqnorm(
-            [Placed(part, use.views, use.adjoint) for use, part in slot.deferred if not isinstance(part, TiedOuter)]
-        )
+            return tied_sqnorm(heads[0], lookups).clamp(min=0) if lookups else heads[0].norms
+        placed = [
+            Placed(part, use.views, use.adjoint) for use, part in slot.deferred if not isinstance(part, TiedOuter)
+        ]
+        return self._with_gram(combined_sqnorm(placed).clamp(min=0), functools.partial(combined_gram, placed))
 
     def _learn(self) -> None:
         self.memory.blocks += 1
