@@ -7,7 +7,6 @@ whose backward hands `Observation.deliver` a contribution, and list the rule at 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,64 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gradnorm_ext.backends import find
+from gradnorm_ext.layers.calls import Backward, Call, is_row, no_autocast, normalised_product, spread, summed
 from gradnorm_ext.layers.contributions import Contribution, Lookup, Outer, Sums
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
 from gradnorm_ext.layers.taps import LookedUp, Tap
-from gradnorm_ext.segments import Segments
-
-
-class _Call:
-    """What a function's backward has to know: the uses it feeds, in the order of their probe rows."""
-
-    def __init__(self, observation: Observation, layout: Layout, *uses: Use | None, swapped: bool = False) -> None:
-        self.observation, self.layout, self.uses, self.swapped = observation, layout, uses, swapped
-
-    @property
-    def segments(self) -> Segments:
-        return self.layout.segments
-
-    @property
-    def probes(self) -> list[Tensor | None]:
-        return [None if use is None else self.observation.probe_rows[use.slot.index] for use in self.uses]
-
-
-class _Backward:
-    """One run of a function's backward: delivers contributions and starts the tagging test."""
-
-    def __init__(self, ctx: Any, call: _Call) -> None:
-        self.ctx, self.call, self.backend = ctx, call, call.observation.backend
-        # Not so in torch.autograd.grad(y, x): that run is not for the parameters.
-        probe_node = call.observation.probe_node
-        self.measures = probe_node is not None and bool(torch._C._will_engine_execute_node(probe_node))
-
-    def deliver(
-        self, which: int, argument: int, make: Callable[[], Contribution]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of an argument and of its probe row: by its use's rule, or plainly where nothing observes it."""
-        needed = bool(self.ctx.needs_input_grad[argument])
-        use = self.call.uses[which]
-        if use is not None and self.measures:
-            return self.call.observation.deliver(use, make(), needed)
-        if needed and self.call.observation.tagging is None:
-            return make().total(), None
-        return None, None
-
-    def tag(self, dx: Tensor) -> None:
-        """Test what lies upstream of the function's input, its first tensor argument."""
-        observation = self.call.observation
-        if observation.verify and self.measures:
-            node, output = self.ctx.next_functions[0]
-            uses = [use for use in self.call.uses if use is not None]
-            observation.run_tagging(torch.autograd.graph.GradientEdge(node, output), dx, uses)
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Backward passes compute in the dtypes they are given, also where they run inside an autocast block."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 class _Linear(torch.autograd.Function):
@@ -82,7 +28,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: _Call,
+        call: Call,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -98,9 +44,9 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        call: _Call = ctx.call
-        with _no_autocast(g.device):
-            run = _Backward(ctx, call)
+        call: Call = ctx.call
+        with no_autocast(g.device):
+            run = Backward(ctx, call)
             dx = None
             if ctx.needs_input_grad[1]:
                 dx = (g.reshape(-1, g.shape[-1]) @ (weight.t() if call.swapped else weight)).view_as(x).to(ctx.x_dtype)
@@ -108,12 +54,8 @@ class _Linear(torch.autograd.Function):
             g_rows, x_rows = call.layout.rows_of(g), call.layout.rows_of(x.detach())
             outer = Outer(x_rows, g_rows, call.segments, run.backend)
             dw, of_weight = run.deliver(0, 2, lambda: outer.transposed() if call.swapped else outer)
-            db, of_bias = run.deliver(1, 3, lambda: _summed(g_rows, call.segments, run.backend))
+            db, of_bias = run.deliver(1, 3, lambda: summed(g_rows, call.segments, run.backend))
         return None, dx, dw, db, None, of_weight, of_bias
-
-
-def _summed(g_rows: Tensor, segments: Segments, backend: str) -> Sums:
-    return Sums(find("sum_sums", g_rows.device.type, backend)(g_rows, segments), segments, backend)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, swapped: bool) -> Any:
@@ -126,10 +68,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, swapp
     layout = observation.layout(x, 1, taps[0].name, function)
     uses = [tap.use(function, layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
     operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
-    return _apply_linear(_Call(observation, layout, *uses, swapped=swapped), x, operands[0], operands[1])
+    return _apply_linear(Call(observation, layout, *uses, swapped=swapped), x, operands[0], operands[1])
 
 
-def _apply_linear(call: _Call, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
+def _apply_linear(call: Call, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else torch.result_type(x, weight)
     return _Linear.apply(call, x, weight, bias, dtype, *call.probes)
@@ -137,7 +79,7 @@ def _apply_linear(call: _Call, x: Tensor, weight: Any, bias: Tensor | None) -> A
 
 def _module_call(
     observation: Observation, module: nn.Module, x: Any, function: str
-) -> tuple[_Call, Tensor, Tensor | None] | None:
+) -> tuple[Call, Tensor, Tensor | None] | None:
     """The call of a module that consumes its ``weight`` and ``bias`` once, and what it computes with.
 
     None where these are not two trainable parameters (one, where there is no bias): the taps see what they are.
@@ -152,9 +94,9 @@ def _module_call(
     layout = observation.layout(x, 1, slot.name, function)
     use = observation.use(slot, weight, (), function, layout)
     if bias is None or bias_slot is None:
-        return _Call(observation, layout, use, None), use.operand, None
+        return Call(observation, layout, use, None), use.operand, None
     bias_use = observation.use(bias_slot, bias, (), function, layout)
-    return _Call(observation, layout, use, bias_use), use.operand, bias_use.operand
+    return Call(observation, layout, use, bias_use), use.operand, bias_use.operand
 
 
 def linear_module(observation: Observation, module: nn.Linear, input: Tensor) -> Any:
@@ -181,7 +123,7 @@ class _Embedding(torch.autograd.Function):
     """``y[r] = W[ids[r]]``."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, ids: Tensor, weight: Tensor, padding_idx: int | None, probe: Tensor) -> Tensor:
+    def forward(ctx: Any, call: Call, ids: Tensor, weight: Tensor, padding_idx: int | None, probe: Tensor) -> Tensor:
         ctx.call, ctx.padding_idx, ctx.vocabulary = call, padding_idx, len(weight)
         ctx.save_for_backward(ids)
         return F.embedding(ids, weight)
@@ -190,9 +132,9 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (ids,) = ctx.saved_tensors
-        call: _Call = ctx.call
-        with _no_autocast(g.device):
-            run = _Backward(ctx, call)
+        call: Call = ctx.call
+        with no_autocast(g.device):
+            run = Backward(ctx, call)
             rows = call.layout.ids_of(ids), call.layout.rows_of(g)
             dw, of_weight = run.deliver(
                 0, 2, lambda: Lookup(*rows, ctx.vocabulary, ctx.padding_idx, call.segments, run.backend)
@@ -222,7 +164,7 @@ def embedding(
     layout = observation.layout(input, 0, weight.name, "embedding")
     use = weight.use("embedding", layout)
     use.lookup_ids, use.lookup_dim = (layout.ids_of(input), layout.segments), input.dim()
-    call = _Call(observation, layout, use)
+    call = Call(observation, layout, use)
     return _Embedding.apply(call, input, use.operand, padding_idx, *call.probes)
 
 
@@ -244,7 +186,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *probes: Tensor | None
+        ctx: Any, call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *probes: Tensor | None
     ) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
         ctx.call = call
@@ -255,26 +197,18 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        call: _Call = ctx.call
-        with _no_autocast(g.device):
-            run = _Backward(ctx, call)
+        call: Call = ctx.call
+        with no_autocast(g.device):
+            run = Backward(ctx, call)
             g = g.contiguous()
             dx = None
             if ctx.needs_input_grad[1]:
                 mask = [True, False, False]
                 dx = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], mean, rstd, weight, bias, mask)[0]
                 run.tag(dx)
-            dw, of_weight = run.deliver(0, 2, lambda: _normalised_product(x, g, call, mean, rstd))
-            db, of_bias = run.deliver(1, 3, lambda: _summed(call.layout.rows_of(g), call.segments, run.backend))
+            dw, of_weight = run.deliver(0, 2, lambda: normalised_product(x, g, call, mean, rstd))
+            db, of_bias = run.deliver(1, 3, lambda: summed(call.layout.rows_of(g), call.segments, run.backend))
         return None, dx, dw, db, None, of_weight, of_bias
-
-
-def _normalised_product(x: Tensor, g: Tensor, call: _Call, shift: Tensor | None, scale: Tensor | None) -> Sums:
-    x, g = (call.layout.rows_of(t) for t in (x.to(g.dtype), g))
-    shift, scale = (None if t is None else call.layout.rows_of(t).squeeze(1).to(g.dtype) for t in (shift, scale))
-    backend = call.observation.backend
-    sums = find("product_sums", g.device.type, backend)(x, g, call.segments, shift=shift, scale=scale)
-    return Sums(sums, call.segments, backend)
 
 
 def layer_norm(
@@ -291,10 +225,10 @@ def layer_norm(
     layout = observation.layout(input, 1, taps[0].name, "layer_norm")
     uses = [tap.use("layer_norm", layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
     operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
-    return _apply_layer_norm(_Call(observation, layout, *uses), input, operands[0], operands[1], eps)
+    return _apply_layer_norm(Call(observation, layout, *uses), input, operands[0], operands[1], eps)
 
 
-def _apply_layer_norm(call: _Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+def _apply_layer_norm(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))  # type: ignore[assignment]
     return _LayerNorm.apply(call, x, weight, bias, eps, *call.probes)
@@ -319,7 +253,7 @@ class _Product(torch.autograd.Function):
     """``y = x ⊙ w``, broadcast."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, weight: Tensor, probe: Tensor) -> Tensor:
+    def forward(ctx: Any, call: Call, x: Tensor, weight: Tensor, probe: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(x, weight)
         return x * weight
@@ -328,19 +262,19 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        call: _Call = ctx.call
-        with _no_autocast(g.device):
-            run = _Backward(ctx, call)
+        call: Call = ctx.call
+        with no_autocast(g.device):
+            run = Backward(ctx, call)
             dx = None
             if ctx.needs_input_grad[1]:
                 dx = (g * weight).sum_to_size(x.shape).to(x.dtype)
                 run.tag(dx)
 
             def scale_gradient() -> Contribution:
-                if _is_row(weight.shape, g.shape) and x.shape == g.shape:
-                    sums = _normalised_product(x, g, call, None, None).sums
+                if is_row(weight.shape, g.shape) and x.shape == g.shape:
+                    sums = normalised_product(x, g, call, None, None).sums
                     return Sums(sums.view(-1, *weight.shape), call.segments, run.backend)
-                return _spread(g * x, weight.shape, call)
+                return spread(g * x, weight.shape, call)
 
             dw, of_weight = run.deliver(0, 2, scale_gradient)
         return None, dx, dw, of_weight
@@ -350,7 +284,7 @@ class _Sum(torch.autograd.Function):
     """``y = x + w``, broadcast; or ``y = x + W[ids]`` for ids that all examples share (a position table)."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, operand: Tensor, looked_up: LookedUp | None, probe: Tensor) -> Tensor:
+    def forward(ctx: Any, call: Call, x: Tensor, operand: Tensor, looked_up: LookedUp | None, probe: Tensor) -> Tensor:
         added = operand if looked_up is None else looked_up.rows
         ctx.call, ctx.x_shape, ctx.x_dtype, ctx.added_shape = call, x.shape, x.dtype, added.shape
         ctx.looked_up, ctx.vocabulary = looked_up, len(operand) if looked_up else 0
@@ -359,9 +293,9 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        call: _Call = ctx.call
-        with _no_autocast(g.device):
-            run = _Backward(ctx, call)
+        call: Call = ctx.call
+        with no_autocast(g.device):
+            run = Backward(ctx, call)
             dx = None
             if ctx.needs_input_grad[1]:
                 dx = g.sum_to_size(ctx.x_shape).to(ctx.x_dtype)
@@ -371,34 +305,23 @@ class _Sum(torch.autograd.Function):
                 if ctx.looked_up is not None:
                     per_example = call.layout.per_example(g, ctx.added_shape, run.backend)
                     return _shared_lookup(per_example, ctx.looked_up, ctx.vocabulary, call)
-                if _is_row(ctx.added_shape, g.shape):
-                    summed = _summed(call.layout.rows_of(g), call.segments, run.backend)
-                    return Sums(summed.sums.view(-1, *ctx.added_shape), call.segments, run.backend)
-                return _spread(g, ctx.added_shape, call)
+                if is_row(ctx.added_shape, g.shape):
+                    of_rows = summed(call.layout.rows_of(g), call.segments, run.backend)
+                    return Sums(of_rows.sums.view(-1, *ctx.added_shape), call.segments, run.backend)
+                return spread(g, ctx.added_shape, call)
 
             dw, of_operand = run.deliver(0, 2, gradient)
         return None, dx, dw, None, of_operand
 
 
-def _is_row(shape: torch.Size, of: torch.Size) -> bool:
-    """Whether a parameter of this shape has one entry per entry of the last dimension."""
-    return shape[-1:] == of[-1:] and shape.numel() == of[-1]
-
-
-def _spread(g: Tensor, shape: torch.Size, call: _Call) -> Sums:
-    """The gradient of a broadcast operand of this shape, whose entries meet many of g's."""
-    backend = call.observation.backend
-    return Sums(call.layout.per_example(g, shape, backend), call.segments, backend)
-
-
-def _shared_lookup(per_example: Tensor, looked_up: LookedUp, vocabulary: int, call: _Call) -> Lookup:
+def _shared_lookup(per_example: Tensor, looked_up: LookedUp, vocabulary: int, call: Call) -> Lookup:
     ids = looked_up.ids.reshape(-1).repeat(call.segments.count)
     rows = per_example.reshape(len(ids), -1)
     segments = call.observation.segments(len(ids))
     return Lookup(ids, rows, vocabulary, looked_up.padding_idx, segments, call.observation.backend)
 
 
-def _meet(tap: Tap, other: Any, function: str) -> tuple[_Call, Use] | None:
+def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
     """The call of an elementwise function of a parameter and a batched tensor, or None where they do not meet so."""
     if not isinstance(other, Tensor) or isinstance(other, Tap):
         return None
@@ -414,7 +337,7 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[_Call, Use] | None:
         ids = tap.looked_up.ids.reshape(-1).repeat(observation.examples or 1)
         use.lookup_ids = ids, observation.segments(len(ids))
         use.lookup_dim = tap.looked_up.ids.dim()
-    return _Call(observation, layout, use), use
+    return Call(observation, layout, use), use
 
 
 def multiply(first: Any, second: Any) -> Any:
@@ -441,16 +364,16 @@ class _Expand(torch.autograd.Function):
     """``y[b] = w`` for every example: a class token given to the batch."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, weight: Tensor, shape: torch.Size, probe: Tensor) -> Tensor:
+    def forward(ctx: Any, call: Call, weight: Tensor, shape: torch.Size, probe: Tensor) -> Tensor:
         ctx.call, ctx.weight_shape = call, weight.shape
         return weight.expand(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        call: _Call = ctx.call
-        run = _Backward(ctx, call)
-        dw, of_weight = run.deliver(0, 1, lambda: _spread(g, ctx.weight_shape, call))
+        call: Call = ctx.call
+        run = Backward(ctx, call)
+        dw, of_weight = run.deliver(0, 1, lambda: spread(g, ctx.weight_shape, call))
         return None, dw, None, of_weight
 
 
@@ -464,7 +387,7 @@ def expand(tap: Tap, *sizes: Any) -> Any:
     assert observation.batch is not None
     layout = Layout("leading", (shape[0],), observation.batch)
     use = tap.use("expand", layout)
-    call = _Call(observation, layout, use)
+    call = Call(observation, layout, use)
     return _Expand.apply(call, use.operand, shape, *call.probes)
 
 
