@@ -25,10 +25,10 @@ from torch.utils import _pytree as pytree
 from gradnorm_ext.backends import choose
 from gradnorm_ext.layers.contributions import (
     Contribution,
+    Convolved,
     Lookup,
     Outer,
     Placed,
-    Sums,
     TiedOuter,
     combined_sqnorm,
     per_row,
@@ -273,7 +273,7 @@ class Observation:
         if (
             keep
             and not several
-            and isinstance(contribution, Outer)
+            and isinstance(contribution, (Outer, Convolved))
             and (out := self._buffer(slot, contribution)) is not None
         ):
             norms = contribution.by_group(out)
@@ -309,20 +309,20 @@ class Observation:
             norms = norms.to(self._one)
         return gradient, torch.cat([norms, self._one])
 
-    def _buffer(self, slot: Slot, outer: Outer) -> Tensor | None:
+    def _buffer(self, slot: Slot, contribution: Outer | Convolved) -> Tensor | None:
         """Where a parameter's gradients per task go, as far as the budget reaches."""
         if not self.plan.by_task:
             return None
-        shape = outer.segments.groups.counts[-1], outer.g.shape[1], outer.x.shape[1]
-        dtype = accumulator(outer.x.dtype)
+        shape = contribution.segments.groups.counts[-1], *contribution.shape
+        dtype = accumulator(contribution.x.dtype)
         size = math.prod(shape) * dtype.itemsize
-        kept = sum(tensor.nbytes for tensor in outer.kept)
+        kept = sum(tensor.nbytes for tensor in contribution.kept)
         if size > min(self.budget, kept):  # whichever is smaller is kept
             return None
         self.budget -= size
         buffer = self.plan.buffers.get(slot.name)
-        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != outer.x.device:
-            buffer = self.plan.buffers[slot.name] = outer.x.new_empty(shape, dtype=dtype)
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != contribution.x.device:
+            buffer = self.plan.buffers[slot.name] = contribution.x.new_empty(shape, dtype=dtype)
         return buffer
 
     def _thinned(self, slot: Slot, use: Use, contribution: Contribution) -> Contribution | TiedOuter:
@@ -419,7 +419,7 @@ class Observation:
             return
         assert self.tag_factor is not None and use.fingerprint is not None
         factor = self.tag_factor.to(fingerprint.dtype)
-        if not isinstance(contribution, Sums):
+        if isinstance(contribution, (Outer, Lookup, Convolved)):
             factor = per_row(factor, contribution.segments)
         expected = use.fingerprint * factor
         use.tagged = True

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from gradnorm_ext.layers.calls import Backward, Call, is_row, no_autocast, normalised_product, spread, summed
 from gradnorm_ext.layers.contributions import Contribution, Lookup, Outer, Sums
+from gradnorm_ext.layers.convolutions import convolution, transposed_convolution
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
 from gradnorm_ext.layers.taps import LookedUp, Tap
@@ -432,6 +433,11 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: linear,
     torch.addmm: addmm,
     **dict.fromkeys((torch.matmul, torch.mm, _T.matmul, _T.mm, _T.__matmul__), matmul),
+    **{function: convolution(n) for n, function in enumerate((F.conv1d, F.conv2d, F.conv3d), 1)},
+    **{
+        function: transposed_convolution(n)
+        for n, function in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1)
+    },
     F.embedding: embedding,
     F.layer_norm: layer_norm,
     F.rms_norm: rms_norm,
