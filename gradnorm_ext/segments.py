@@ -87,6 +87,12 @@ class Segments:
         torch.cumsum(lengths, 0, out=offsets[1:])
         return Segments(offsets, None, groups or Groups.of(len(lengths), device=lengths.device))
 
+    def finer(self, rows: int) -> Segments:
+        """The same segments, of ``rows`` rows in place of each."""
+        if self.length is not None:
+            return self.groups.equal(self.length * rows)
+        return Segments(self.offsets * rows, None, self.groups)
+
     @functools.cached_property
     def count(self) -> int:
         """How many segments there are."""

@@ -194,6 +194,33 @@ class ManyInnerDimensions(nn.Module):
         return self.head(torch.tanh((self.norm(self.lift(x)) + self.bias) * self.column).mean((1, 2)))
 
 
+class Convolutions(nn.Module):
+    """A chain of convolutions with an activation after each, and its mean over the positions."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.flatten(2).mean(2)
+
+
+class Frames(nn.Module):
+    """Videos ``[B, T, C, H, W]`` whose frames are convolved as a batch of B·T images, one layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.head = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x.flatten(0, 1)))
+        h = torch.tanh(self.twice(h))
+        h = h + F.interpolate(torch.tanh(self.twice(h[..., ::2, ::2])), h.shape[2:])
+        return self.head(h.mean((2, 3)).unflatten(0, x.shape[:2]).mean(1))
+
+
 def _tokens(model: nn.Module, examples: int = 4, length: int = 6, vocabulary: int = 13) -> Case:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, vocabulary, (examples, length), generator=generator)
@@ -245,6 +272,55 @@ def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 9, bias=False), nn.Tanh(), nn.Linear(9, 3))
 
 
+LAYERS: dict[str, Callable[[], Case]] = {
+    "conv1d": lambda: _floats(
+        Convolutions(
+            nn.Conv1d(3, 5, 4, padding="same"),
+            nn.Conv1d(5, 4, 3, stride=2, padding=2, dilation=2, padding_mode="circular", bias=False),
+            nn.Conv1d(4, 7, 1, padding="valid"),
+            nn.Conv1d(7, 2, 5, padding=4),
+        ),
+        *(5, 3, 9),
+        outputs=2,
+    ),
+    "conv2d": lambda: _floats(
+        Convolutions(
+            nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(0, 1)),
+            nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", groups=4),
+            nn.Conv2d(4, 6, (1, 3), dilation=(1, 2), padding="same", groups=2),
+            nn.Conv2d(6, 40, 3, padding=1, padding_mode="replicate"),
+            nn.Conv2d(40, 2, 2, padding=2),
+        ),
+        *(4, 3, 8, 6),
+        outputs=2,
+    ),
+    "conv3d": lambda: _floats(
+        Convolutions(nn.Conv3d(2, 3, (2, 1, 3), padding=(1, 0, 1)), nn.Conv3d(3, 2, 2, stride=(1, 2, 1))),
+        *(3, 2, 3, 4, 3),
+        outputs=2,
+    ),
+    "transposed convolutions, 1d": lambda: _floats(
+        Convolutions(
+            nn.ConvTranspose1d(2, 30, 3, stride=2, padding=1, output_padding=1),
+            nn.ConvTranspose1d(30, 4, 2, groups=2, bias=False),
+            nn.ConvTranspose1d(4, 2, 3, dilation=3, output_padding=2, stride=2),
+        ),
+        *(3, 2, 4),
+        outputs=2,
+    ),
+    "transposed convolutions, 2d": lambda: _floats(
+        Convolutions(nn.ConvTranspose2d(3, 6, (2, 3), stride=(1, 2), groups=3), nn.ConvTranspose2d(6, 2, 1)),
+        *(3, 3, 3, 2),
+        outputs=2,
+    ),
+    "transposed convolutions, 3d": lambda: _floats(
+        Convolutions(nn.ConvTranspose3d(2, 2, 2, stride=2, padding=1), nn.ConvTranspose3d(2, 2, (1, 2, 2))),
+        *(2, 2, 2, 3, 2),
+        outputs=2,
+    ),
+    "convolved frames": lambda: _floats(Frames(), 3, 4, 2, 7, 6, outputs=2),
+}
+
 MAKERS: dict[str, Callable[[], Case]] = {
     "mlp": lambda: _floats(_mlp(), 6, 7, outputs=3),
     "transformer": lambda: _tokens(Transformer()),
@@ -256,6 +332,7 @@ MAKERS: dict[str, Callable[[], Case]] = {
     "two paddings": lambda: _tokens(TwoPaddings(tied=False)),
     "two paddings, tied head": lambda: _tokens(TwoPaddings(tied=True)),
     "many inner dimensions": lambda: _floats(ManyInnerDimensions(), 3, 2, 4, 4, outputs=2),
+    **LAYERS,
     "llama": lambda: _hf("llama"),
     "llama, tied": lambda: _hf("llama_tied"),
     "gpt2": lambda: _hf("gpt2"),

@@ -239,7 +239,7 @@ def test_examples_that_influence_each_other_are_found_by_tagging():
 @pytest.mark.parametrize(
     ("use", "name"),
     [
-        (lambda x, w: F.conv1d(x[:, None], w[:, None]), "conv1d"),
+        (lambda x, w: torch.cdist(x, w), "cdist"),
         (lambda x, w: torch.einsum("bi,oi->bo", x, w), "einsum"),
         (lambda x, w: x @ torch.exp(w).t(), "exp"),
         (lambda x, w: x - w[0], "sub"),

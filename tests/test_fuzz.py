@@ -80,6 +80,9 @@ LAYERS = {
     "across positions": lambda t, d: Around(nn.Linear(t, t), lambda x: x.mT, lambda y, _: y.mT),
     "sequence first": lambda t, d: Around(nn.Linear(d, d), lambda x: x.transpose(0, 1), lambda y, _: y.transpose(0, 1)),
     "flat": lambda t, d: Around(nn.Linear(d, d), lambda x: x.flatten(0, 1), lambda y, x: y.view_as(x)),
+    "convolution": lambda t, d: Around(nn.Conv1d(d, d, 3, padding="same"), lambda x: x.mT, lambda y, _: y.mT),
+    "depthwise": lambda t, d: Around(nn.Conv1d(d, d, 2, padding="same", groups=d), lambda x: x.mT, lambda y, _: y.mT),
+    "convolution twice": lambda t, d: Repeated(nn.Conv1d(t, t, 3, padding=1, bias=False), 2),
     "frozen": lambda t, d: nn.Linear(d, d).requires_grad_(False),
     "frozen bias": lambda t, d: _freeze(nn.Linear(d, d), "bias"),
 }

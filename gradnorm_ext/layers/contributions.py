@@ -1,4 +1,4 @@
-"""What one use of a parameter adds to its gradient, per example: kept as rows (outer, lookup) or as small sums.
+"""What one use of a parameter adds to its gradient, per example: kept as rows, as images, or as small sums.
 
 Where no form fits, a gradient is what a backward pass of its own
 gives (pulled). Every contribution offers the same: `sqnorm` (squared norms per segment and group), `wgrad` (the gradient,
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradnorm_ext.backends import find
@@ -43,8 +45,12 @@ class Outer:
         run = find("outer_wgrad", self.x.device.type, self.backend)
         return run(self.x, self.g, self.segments, weight=weight)  # type: ignore[no-any-return]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.g.shape[1], self.x.shape[1]
+
     def by_group(self, out: Tensor) -> Tensor:
-        """The norms; the gradient of each group of the coarsest level goes to ``out``."""
+        """The norms; the gradient of each group of the coarsest level goes to ``out``, ``[groups, *shape]``."""
         run = find("outer_wgrad", self.x.device.type, self.backend)
         tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
         return run(self.x, self.g, self.segments, outputs=tasks, n_outputs=count, out=out)[1]  # type: ignore[no-any-return]
@@ -171,6 +177,183 @@ class Sums:
         return self.flat.abs().sum(1)
 
 
+class Geometry(NamedTuple):
+    """How a convolution's windows lie, in the order of torch's arguments."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True)
+class Convolved:
+    """A convolution's gradient, of each image the products of an output gradient with what it saw of the input.
+
+        dw[o, c, k] = Σ_p g[o, p] x[c, stride p + dilation k - padding]
+
+    In a transposed convolution the input's entries see the output, and ``x`` and ``g`` are exchanged in the formula.
+
+    Images that show few positions are unfolded to the rows of an outer product; of others each one's gradient is
+    formed, for as many channels and images at a time as memory allows. Only ``x`` and ``g`` are kept.
+
+    Attributes:
+        x: the input, ``[images, channels, *sizes]``.
+        g: the output's gradient.
+        shape: the weight's, ``[out, in / groups, *kernel]``; ``[in, out / groups, *kernel]`` where transposed.
+        segments: the images of each example.
+    """
+
+    x: Tensor
+    g: Tensor
+    shape: torch.Size
+    geometry: Geometry
+    segments: Segments
+    backend: str
+
+    held = 1 << 24  # entries of the images' gradients at once
+    unfolded = 1 << 18  # entries of unfolded images at once: what a core's cache holds
+
+    def compact(self) -> Sums | Convolved:
+        """Each example's gradient, where all of them take no more room than what they come from."""
+        if self.segments.count * self.shape.numel() > self.x.numel() + self.g.numel():
+            return self
+        parts = [self._placed(part.sums) for _, part in self._parts()]
+        return Sums(torch.cat(parts, 1).contiguous(), self.segments, self.backend)
+
+    def sqnorm(self) -> Tensor:
+        if self._has_few_positions:
+            return self._rows().sqnorm()
+        return functools.reduce(torch.add, [part.sqnorm() for _, part in self._parts()])
+
+    def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self._has_few_positions:
+            total, sqnorm = self._rows().wgrad(weight)
+            return self._placed(total), sqnorm
+        totals, sqnorms = zip(*(part.wgrad(weight) for _, part in self._parts()), strict=True)
+        return self._placed(torch.cat(totals)), functools.reduce(torch.add, sqnorms)
+
+    def by_group(self, out: Tensor) -> Tensor:
+        """As of `Outer`."""
+        if self._has_few_positions:
+            of_groups = out.new_empty(len(out), self.shape[0], self.shape[1:].numel())
+            sqnorm = self._rows().by_group(of_groups)
+            out.copy_(self._placed(of_groups))
+            return sqnorm
+        sqnorms = []
+        for channels, part in self._parts():
+            sums, groups = self._placed(part.sums), self.segments.groups.levels[-1]
+            out[:, channels] = sums.new_zeros(len(out), *sums.shape[1:]).index_add_(0, groups, sums)
+            sqnorms.append(part.sqnorm())
+        return functools.reduce(torch.add, sqnorms)
+
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        count = self.segments.groups.counts[-1]
+        out = self.x.new_empty(count, *self.shape, dtype=accumulator(self.x.dtype))
+        return out, self.by_group(out)
+
+    def gram(self) -> Tensor:
+        return gram_of(self.by_new_group()[0])
+
+    def total(self, weight: Tensor | None = None) -> Tensor:
+        g = self.g
+        if weight is not None:
+            g = g * per_row(weight.to(g.dtype), self.segments).view(-1, *[1] * (g.dim() - 1))
+        unused, mask = g.new_empty(()).expand(self.shape), [False, True, False]
+        gradients = torch.ops.aten.convolution_backward(g, self.x, unused, None, *self.geometry, mask)
+        return gradients[1]  # type: ignore[no-any-return]
+
+    def of_segments(self, segments: Tensor) -> Tensor:
+        return self.total(chosen(segments, self.segments))
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        return self.x, self.g
+
+    def fingerprint(self) -> Tensor:
+        return _size_of_rows(self.g.flatten(1))
+
+    def together(self, others: Sequence[Convolved], sums: Sequence[Sums]) -> Tensor:
+        """The norms of the sum of several uses of one weight."""
+        norms = []
+        for of_uses in zip(*(one._parts() for one in (self, *others)), strict=True):
+            channels = of_uses[0][0]
+            parts = [self._placed(part.sums) for _, part in of_uses] + [one.sums[:, channels] for one in sums]
+            norms.append(Sums(functools.reduce(torch.add, parts), self.segments, self.backend).sqnorm())
+        return functools.reduce(torch.add, norms)
+
+    @property
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """The images that are seen, and those whose entries see."""
+        return (self.g, self.x) if self.geometry.transposed else (self.x, self.g)
+
+    @property
+    def _has_few_positions(self) -> bool:
+        """Whether unfolded images are smaller than their gradients."""
+        return self.geometry.groups == 1 and self._sides[1][0, 0].numel() < self.shape[0]
+
+    def _placed(self, gradient: Tensor) -> Tensor:
+        """From ``[..., channels, kernel · inner channels]`` to ``[..., *shape]``."""
+        kernel = self.shape[2:]
+        apart: Tensor = gradient.unflatten(-1, (*kernel, self.shape[1]))
+        return apart.movedim(-1, -1 - len(kernel))
+
+    def _windows(self, images: Tensor, groups: int) -> Tensor:
+        """What each position sees, ``[images · groups, positions, kernel · channels / groups]``."""
+        stride, padding, dilation, *_ = self.geometry
+        kernel, positions = self.shape[2:], self._sides[1].shape[2:]
+        seen = images.unflatten(1, (groups, -1)).movedim(2, -1)
+        if kernel.numel() > 1:
+            seen = seen.contiguous()  # a window's channels lie side by side: long runs to copy
+        seen = F.pad(seen, (0, 0, *(size for size in reversed(padding) for _ in range(2))))
+        for i in range(len(kernel)):
+            reach = dilation[i] * (kernel[i] - 1) + 1
+            seen = seen.unfold(2 + i, reach, stride[i]).narrow(2 + i, 0, positions[i])[..., :: dilation[i]]
+        return seen.movedim(2 + len(kernel), -1).reshape(len(images) * groups, positions.numel(), -1)
+
+    def _rows(self) -> Outer:
+        seen, seeing = self._sides
+        windows = self._windows(seen, 1)
+        segments = self.segments.finer(windows.shape[1])
+        return Outer(windows.flatten(0, 1), seeing.flatten(2).transpose(1, 2).flatten(0, 1), segments, self.backend)
+
+    def _parts(self) -> Iterator[tuple[slice, Sums]]:
+        """Each example's gradient, ``[S, channels, kernel · inner channels]``, for some of the weight's first dimension."""
+        groups, of_group = self.geometry.groups, self.shape[0] // self.geometry.groups
+        channels = max(1, self.held // (self.segments.count * self.shape[1:].numel()))
+        if channels < of_group:
+            parts = [(range(i, i + 1), first) for i in range(groups) for first in range(0, of_group, channels)]
+        else:
+            several = channels // of_group
+            parts = [(range(i, min(i + several, groups)), 0) for i in range(0, groups, several)]
+        for some, first in parts:
+            last = (some.stop - 1) * of_group + min(first + channels, of_group)
+            part = slice(some.start * of_group + first, last)
+            yield part, self._of_channels(part, some)
+
+    def _of_channels(self, channels: slice, groups: range) -> Sums:
+        seen, seeing = self._sides
+        inner, entries, positions = self.shape[1], self.shape[1:].numel(), seeing.shape[2:].numel()
+        seen = seen[:, groups.start * inner : groups.stop * inner]
+        seeing = seeing[:, channels].reshape(len(seeing), len(groups), -1, positions)
+        dtype, examples = accumulator(seen.dtype), self.segments.count
+        sums = seen.new_zeros(examples, *seeing.shape[1:3], entries, dtype=dtype)
+        example = per_row(torch.arange(examples, device=seen.device), self.segments)
+        images = max(1, self.unfolded // (len(groups) * positions * entries))
+        for first in range(0, len(seen), images):
+            some = slice(first, first + images)
+            windows, entering = self._windows(seen[some].to(dtype), len(groups)), seeing[some].to(dtype).flatten(0, 1)
+            if self.segments.length == 1:
+                torch.bmm(entering, windows, out=sums[some].flatten(0, 1))
+            else:
+                gradients = torch.bmm(entering, windows).unflatten(0, (-1, len(groups)))
+                sums.index_add_(0, example[some], gradients)
+        return Sums(sums.flatten(1, 2), self.segments, self.backend)
+
+
 @dataclass(frozen=True)
 class Pulled:
     """A gradient that only a backward pass knows: one pass for each sum of examples that is asked for.
@@ -208,7 +391,7 @@ class Pulled:
         return self.sizes()
 
 
-Contribution = Outer | Lookup | Sums | Pulled
+Contribution = Outer | Lookup | Sums | Convolved | Pulled
 
 
 def chosen(members: Tensor, segments: Segments) -> Tensor:
@@ -260,7 +443,10 @@ def combined_sqnorm(placed: Sequence[Placed]) -> Tensor:
         outers = [one.contribution for one in uses if isinstance(one.contribution, Outer)]
         lookups = [one.contribution for one in uses if isinstance(one.contribution, Lookup)]
         sums = [one.contribution for one in uses if isinstance(one.contribution, Sums)]
-        if not sums and (outers or lookups):
+        convolved = [one.contribution for one in uses if isinstance(one.contribution, Convolved)]
+        if convolved and not outers and not lookups:
+            return convolved[0].together(convolved[1:], sums)
+        if not sums and not convolved and (outers or lookups):
             outer = functools.reduce(_concatenated_outer, outers) if outers else None
             if not outer:
                 return functools.reduce(_concatenated_lookup, lookups).sqnorm()

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from gradnorm_ext.backends import choose
 from gradnorm_ext.layers.contributions import (
     Contribution,
+    Convolved,
     Lookup,
     Outer,
     Placed,
@@ -378,7 +379,7 @@ class Observation:
         if (
             self.plan.keep
             and not apart
-            and isinstance(contribution, Outer)
+            and isinstance(contribution, (Outer, Convolved))
             and (out := self._buffer(slot, contribution)) is not None
         ):
             norms = self._with_gram(contribution.by_group(out), functools.partial(gram_of, out))
@@ -396,7 +397,9 @@ class Observation:
             if not needs_gradient or by_layer is None:
                 return None, norms
             return contribution.total(by_layer(slot.name, norms)), norms
-        if self.plan.gram and isinstance(contribution, Outer):  # the tasks' gradients first: one product for all
+        if self.plan.gram and isinstance(
+            contribution, (Outer, Convolved)
+        ):  # the tasks' gradients first: one product for all
             out, norms = contribution.by_new_group()
             weights = self.plan.task_weights
             total = out.sum(0) if weights is None else torch.tensordot(weights.to(out), out, 1)
@@ -419,20 +422,20 @@ class Observation:
             slot.delivered = placed if slot.delivered is None else slot.delivered + placed
         return gradient
 
-    def _buffer(self, slot: Slot, outer: Outer) -> Tensor | None:
+    def _buffer(self, slot: Slot, contribution: Outer | Convolved) -> Tensor | None:
         """Where a parameter's gradients per task go, as far as the budget reaches."""
         if not self.plan.by_task:
             return None
-        shape = outer.segments.groups.counts[-1], outer.g.shape[1], outer.x.shape[1]
-        dtype = accumulator(outer.x.dtype)
+        shape = contribution.segments.groups.counts[-1], *contribution.shape
+        dtype = accumulator(contribution.x.dtype)
         size = math.prod(shape) * dtype.itemsize
-        kept = sum(tensor.nbytes for tensor in outer.kept)
+        kept = sum(tensor.nbytes for tensor in contribution.kept)
         if size > (self.budget if self.plan.gram else min(self.budget, kept)):  # whichever is smaller is kept
             return None
         self.budget -= size
         buffer = self.plan.buffers.get(slot.name)
-        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != outer.x.device:
-            buffer = self.plan.buffers[slot.name] = outer.x.new_empty(shape, dtype=dtype)
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != contribution.x.device:
+            buffer = self.plan.buffers[slot.name] = contribution.x.new_empty(shape, dtype=dtype)
         return buffer
 
     def _thinned(self, slot: Slot, use: Use, contribution: Contribution) -> Contribution | TiedOuter:
@@ -532,7 +535,7 @@ class Observation:
             return
         assert self.tag_factor is not None and use.fingerprint is not None
         factor = self.tag_factor.to(fingerprint.dtype)
-        if isinstance(contribution, (Outer, Lookup)):
+        if isinstance(contribution, (Outer, Lookup, Convolved)):
             factor = per_row(factor, contribution.segments)
         expected = use.fingerprint * factor
         use.tagged = True

@@ -7,7 +7,6 @@ whose backward hands `Observation.deliver` a contribution, and list the rule at 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,70 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge
 
-from gradnorm_ext.backends import find
+from gradnorm_ext.layers.calls import Backward, Call, is_row, no_autocast, normalised_product, spread, summed
 from gradnorm_ext.layers.contributions import Contribution, Lookup, Outer, Sums
+from gradnorm_ext.layers.convolutions import convolution, transposed_convolution
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
 from gradnorm_ext.layers.taps import LookedUp, Tap
-from gradnorm_ext.segments import Segments
-
-
-class Call:
-    """What a function's backward has to know: the uses it feeds, in the order of their probe rows."""
-
-    def __init__(self, observation: Observation, layout: Layout, *uses: Use | None, swapped: bool = False) -> None:
-        self.observation, self.layout, self.uses, self.swapped = observation, layout, uses, swapped
-
-    @property
-    def segments(self) -> Segments:
-        return self.layout.segments
-
-    @property
-    def probes(self) -> list[Tensor | None]:
-        return [None if use is None else self.observation.probe_rows[use.slot.index] for use in self.uses]
-
-
-class Backward:
-    """One run of a function's backward: delivers contributions and starts the tagging test."""
-
-    def __init__(self, ctx: Any, call: Call) -> None:
-        self.ctx, self.call, self.backend = ctx, call, call.observation.backend
-        # Not so in torch.autograd.grad(y, x): that run is not for the parameters.
-        probe_node = call.observation.probe_node
-        self.measures = probe_node is not None and bool(torch._C._will_engine_execute_node(probe_node))
-
-    def deliver(
-        self, which: int, argument: int, make: Callable[[], Contribution]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of an argument and of its probe row: by its use's rule, or plainly where nothing observes it."""
-        needed = bool(self.ctx.needs_input_grad[argument])
-        use = self.call.uses[which]
-        if use is not None and self.measures:
-            return self.call.observation.deliver(use, make(), needed)
-        if needed:
-            return make().total(), None
-        return None, None
-
-    def tag(self, *inputs: Tensor) -> None:
-        """Test what lies upstream of the function's first tensor arguments, whose gradients these are."""
-        self.tag_all([(place, dx, self.call.layout) for place, dx in enumerate(inputs)])
-
-    def tag_all(self, inputs: Sequence[tuple[int, Tensor, Layout]]) -> None:
-        """The same for tensor arguments anywhere among them, by their places, each with a layout of its own."""
-        observation = self.call.observation
-        if inputs and observation.verify and self.measures:
-            uses = [use for use in self.call.uses if use is not None]
-            tested = [(GradientEdge(*self.ctx.next_functions[place]), dx, layout) for place, dx, layout in inputs]
-            observation.run_tagging(tested, uses)
-
-
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Backward passes compute in the dtypes they are given, also where they run inside an autocast block."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 class _Linear(torch.autograd.Function):
@@ -113,12 +55,8 @@ class _Linear(torch.autograd.Function):
             g_rows, x_rows = call.layout.rows_of(g), call.layout.rows_of(x.detach())
             outer = Outer(x_rows, g_rows, call.segments, run.backend)
             dw, of_weight = run.deliver(0, 2, lambda: outer.transposed() if call.swapped else outer)
-            db, of_bias = run.deliver(1, 3, lambda: _summed(g_rows, call.segments, run.backend))
+            db, of_bias = run.deliver(1, 3, lambda: summed(g_rows, call.segments, run.backend))
         return None, dx, dw, db, None, of_weight, of_bias
-
-
-def _summed(g_rows: Tensor, segments: Segments, backend: str) -> Sums:
-    return Sums(find("sum_sums", g_rows.device.type, backend)(g_rows, segments), segments, backend)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, swapped: bool) -> Any:
@@ -272,17 +210,9 @@ class _LayerNorm(torch.autograd.Function):
                 mask = [True, False, False]
                 dx = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], mean, rstd, weight, bias, mask)[0]
                 run.tag(dx)
-            dw, of_weight = run.deliver(0, 2, lambda: _normalised_product(x, g, call, mean, rstd))
-            db, of_bias = run.deliver(1, 3, lambda: _summed(call.layout.rows_of(g), call.segments, run.backend))
+            dw, of_weight = run.deliver(0, 2, lambda: normalised_product(x, g, call, mean, rstd))
+            db, of_bias = run.deliver(1, 3, lambda: summed(call.layout.rows_of(g), call.segments, run.backend))
         return None, dx, dw, db, None, of_weight, of_bias
-
-
-def _normalised_product(x: Tensor, g: Tensor, call: Call, shift: Tensor | None, scale: Tensor | None) -> Sums:
-    x, g = (call.layout.rows_of(t) for t in (x.to(g.dtype), g))
-    shift, scale = (None if t is None else call.layout.rows_of(t).squeeze(1).to(g.dtype) for t in (shift, scale))
-    backend = call.observation.backend
-    sums = find("product_sums", g.device.type, backend)(x, g, call.segments, shift=shift, scale=scale)
-    return Sums(sums, call.segments, backend)
 
 
 def layer_norm(
@@ -345,10 +275,10 @@ class _Product(torch.autograd.Function):
                 run.tag(dx)
 
             def scale_gradient() -> Contribution:
-                if _is_row(weight.shape, g.shape) and x.shape == g.shape:
-                    sums = _normalised_product(x, g, call, None, None).sums
+                if is_row(weight.shape, g.shape) and x.shape == g.shape:
+                    sums = normalised_product(x, g, call, None, None).sums
                     return Sums(sums.view(-1, *weight.shape), call.segments, run.backend)
-                return _spread(g * x, weight.shape, call)
+                return spread(g * x, weight.shape, call)
 
             dw, of_weight = run.deliver(0, 2, scale_gradient)
         return None, dx, dw, of_weight
@@ -379,24 +309,13 @@ class _Sum(torch.autograd.Function):
                 if ctx.looked_up is not None:
                     per_example = call.layout.per_example(g, ctx.added_shape, run.backend)
                     return _shared_lookup(per_example, ctx.looked_up, ctx.vocabulary, call)
-                if _is_row(ctx.added_shape, g.shape):
-                    summed = _summed(call.layout.rows_of(g), call.segments, run.backend)
-                    return Sums(summed.sums.view(-1, *ctx.added_shape), call.segments, run.backend)
-                return _spread(g, ctx.added_shape, call)
+                if is_row(ctx.added_shape, g.shape):
+                    of_rows = summed(call.layout.rows_of(g), call.segments, run.backend)
+                    return Sums(of_rows.sums.view(-1, *ctx.added_shape), call.segments, run.backend)
+                return spread(g, ctx.added_shape, call)
 
             dw, of_operand = run.deliver(0, 2, gradient)
         return None, dx, dw, None, of_operand
-
-
-def _is_row(shape: torch.Size, of: torch.Size) -> bool:
-    """Whether a parameter of this shape has one entry per entry of the last dimension."""
-    return shape[-1:] == of[-1:] and shape.numel() == of[-1]
-
-
-def _spread(g: Tensor, shape: torch.Size, call: Call) -> Sums:
-    """The gradient of a broadcast operand of this shape, whose entries meet many of g's."""
-    backend = call.observation.backend
-    return Sums(call.layout.per_example(g, shape, backend), call.segments, backend)
 
 
 def _shared_lookup(per_example: Tensor, looked_up: LookedUp, vocabulary: int, call: Call) -> Lookup:
@@ -461,7 +380,7 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         call: Call = ctx.call
         run = Backward(ctx, call)
-        dw, of_weight = run.deliver(0, 1, lambda: _spread(g, ctx.weight_shape, call))
+        dw, of_weight = run.deliver(0, 1, lambda: spread(g, ctx.weight_shape, call))
         return None, dw, None, of_weight
 
 
@@ -520,6 +439,11 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: linear,
     torch.addmm: addmm,
     **dict.fromkeys((torch.matmul, torch.mm, _T.matmul, _T.mm, _T.__matmul__), matmul),
+    **{function: convolution(n) for n, function in enumerate((F.conv1d, F.conv2d, F.conv3d), 1)},
+    **{
+        function: transposed_convolution(n)
+        for n, function in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1)
+    },
     F.embedding: embedding,
     F.layer_norm: layer_norm,
     F.rms_norm: rms_norm,

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from gradnorm_ext.layers.calls import Backward, Call, no_autocast
 from gradnorm_ext.layers.contributions import Pulled, chosen, members_of_columns
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
-from gradnorm_ext.layers.rules import Backward, Call, no_autocast
 from gradnorm_ext.layers.taps import Tap
 
 

@@ -1,0 +1,100 @@
+"""What every rule shares: the call that consumes parameters, one run of its backward, and sums of its rows.
+
+A rule's autograd.Function gets a `Call` first and the probe rows last. Its backward makes a `Backward`, computes ``dx``
+and shows it to `Backward.tag`, and hands `Backward.deliver` what the use adds to the parameter's gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from gradnorm_ext.backends import find
+from gradnorm_ext.layers.contributions import Contribution, Sums
+from gradnorm_ext.layers.layouts import Layout
+from gradnorm_ext.layers.observation import Observation, Use
+from gradnorm_ext.segments import Segments
+
+
+class Call:
+    """What a function's backward has to know: the uses it feeds, in the order of their probe rows."""
+
+    def __init__(self, observation: Observation, layout: Layout, *uses: Use | None, swapped: bool = False) -> None:
+        self.observation, self.layout, self.uses, self.swapped = observation, layout, uses, swapped
+
+    @property
+    def segments(self) -> Segments:
+        return self.layout.segments
+
+    @property
+    def probes(self) -> list[Tensor | None]:
+        return [None if use is None else self.observation.probe_rows[use.slot.index] for use in self.uses]
+
+
+class Backward:
+    """One run of a function's backward: delivers contributions and starts the tagging test."""
+
+    def __init__(self, ctx: Any, call: Call) -> None:
+        self.ctx, self.call, self.backend = ctx, call, call.observation.backend
+        # Not so in torch.autograd.grad(y, x): that run is not for the parameters.
+        probe_node = call.observation.probe_node
+        self.measures = probe_node is not None and bool(torch._C._will_engine_execute_node(probe_node))
+
+    def deliver(
+        self, which: int, argument: int, make: Callable[[], Contribution]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of an argument and of its probe row: by its use's rule, or plainly where nothing observes it."""
+        needed = bool(self.ctx.needs_input_grad[argument])
+        use = self.call.uses[which]
+        if use is not None and self.measures:
+            return self.call.observation.deliver(use, make(), needed)
+        if needed:
+            return make().total(), None
+        return None, None
+
+    def tag(self, *inputs: Tensor) -> None:
+        """Test what lies upstream of the function's first tensor arguments, whose gradients these are."""
+        self.tag_all([(place, dx, self.call.layout) for place, dx in enumerate(inputs)])
+
+    def tag_all(self, inputs: Sequence[tuple[int, Tensor, Layout]]) -> None:
+        """The same for tensor arguments anywhere among them, by their places, each with a layout of its own."""
+        observation = self.call.observation
+        if inputs and observation.verify and self.measures:
+            uses = [use for use in self.call.uses if use is not None]
+            tested = [(GradientEdge(*self.ctx.next_functions[place]), dx, layout) for place, dx, layout in inputs]
+            observation.run_tagging(tested, uses)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Backward passes compute in the dtypes they are given, also where they run inside an autocast block."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def summed(g_rows: Tensor, segments: Segments, backend: str) -> Sums:
+    return Sums(find("sum_sums", g_rows.device.type, backend)(g_rows, segments), segments, backend)
+
+
+def normalised_product(x: Tensor, g: Tensor, call: Call, shift: Tensor | None, scale: Tensor | None) -> Sums:
+    x, g = (call.layout.rows_of(t) for t in (x.to(g.dtype), g))
+    shift, scale = (None if t is None else call.layout.rows_of(t).squeeze(1).to(g.dtype) for t in (shift, scale))
+    backend = call.observation.backend
+    sums = find("product_sums", g.device.type, backend)(x, g, call.segments, shift=shift, scale=scale)
+    return Sums(sums, call.segments, backend)
+
+
+def is_row(shape: torch.Size, of: torch.Size) -> bool:
+    """Whether a parameter of this shape has one entry per entry of the last dimension."""
+    return shape[-1:] == of[-1:] and shape.numel() == of[-1]
+
+
+def spread(g: Tensor, shape: torch.Size, call: Call) -> Sums:
+    """The gradient of a broadcast operand of this shape, whose entries meet many of g's."""
+    backend = call.observation.backend
+    return Sums(call.layout.per_example(g, shape, backend), call.segments, backend)

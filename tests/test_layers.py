@@ -1,0 +1,66 @@
+"""Every layer of `oracle.LAYERS` where something is unusual: half of it frozen, one example, autocast, bfloat16."""
+
+import oracle
+import pytest
+import torch
+
+from gradnorm_ext import Meter
+
+EXACT = 1e3 * torch.finfo(torch.float64).eps
+
+
+def agrees(case, blocks=2):
+    meter = Meter(case.model)
+    for _ in range(blocks):
+        with meter.observe():
+            case.run().backward()
+        count = len(case.x)
+        expected = oracle.group_norms(oracle.per_example_gradients(case), torch.arange(count), count)
+        assert oracle.relative(meter.stats.example_norm, expected) < EXACT
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+@pytest.mark.parametrize("name", oracle.LAYERS)
+def test_what_is_frozen_is_not_measured(name, frozen):
+    case = oracle.make(name).to(torch.float64)
+    for parameter, tensor in case.model.named_parameters():
+        tensor.requires_grad_(frozen not in parameter.rpartition(".")[2])
+    if not any(p.requires_grad for p in case.model.parameters()):
+        pytest.skip(f"nothing but {frozen} parameters")
+    agrees(case)
+
+
+@pytest.mark.parametrize("name", oracle.LAYERS)
+def test_one_example_is_a_batch(name):
+    case = oracle.make(name).to(torch.float64)
+    agrees(oracle.Case(case.model, case.x[:1], case.y[:1], case.loss))
+
+
+@pytest.mark.parametrize("name", oracle.LAYERS)
+def test_autocast_is_close_and_keeps_the_parameters_dtype(name):
+    case = oracle.make(name)
+    examples = torch.arange(len(case.x))
+    expected = oracle.group_norms(oracle.per_example_gradients(case), examples, len(examples))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = oracle.group_norms(oracle.per_example_gradients(case), examples, len(examples))
+        case.model.zero_grad()
+        meter = Meter(case.model)
+        with meter.observe():
+            case.run().backward()
+    floor = torch.finfo(torch.bfloat16).eps
+    assert oracle.relative(meter.stats.example_norm, expected) <= 2 * max(oracle.relative(plain, expected), floor)
+    assert all(p.grad.dtype == torch.float32 for p in case.model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", oracle.LAYERS)
+def test_bfloat16_errs_at_most_twice_as_much_as_plain_torch(name):
+    case = oracle.make(name).to(torch.bfloat16)
+    examples = torch.arange(len(case.x))
+    exact = oracle.per_example_gradients(case.to(torch.float64))
+    truth = oracle.group_norms(exact, examples, len(examples))
+    plain = oracle.group_norms(oracle.per_example_gradients(case), examples, len(examples))
+    meter = Meter(case.model)
+    with meter.observe():
+        case.run().backward()
+    floor = torch.finfo(torch.bfloat16).eps
+    assert oracle.relative(meter.stats.example_norm, truth) <= 2 * max(oracle.relative(plain, truth), floor)
