@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,10 +212,13 @@ class Meter:
             raise ValueError(f"{who}: backwards must be a whole number of at least 1, got {backwards!r}")
         modules = list(self.model.named_modules())
         trainable = _trainable(modules)
-        wanted = self._wanted([name for name, _ in trainable])
-        # Weights are for all parameters; where there are none, the others are left alone.
-        parameters = trainable if plan.reweights else [one for one in trainable if one[0] in wanted]
-        plan = dataclasses.replace(plan, gram=self.gram)
+        parameters, wanted = trainable, None
+        if self.modules is not None:
+            wanted = self._wanted([name for name, _ in trainable])
+            if not plan.reweights:  # weights are for all parameters; where there are none, the others are left alone
+                parameters = [one for one in trainable if one[0] in wanted]
+        if self.gram:
+            plan = dataclasses.replace(plan, gram=True)
         _refuse_coupled_examples(who, modules)
         device = parameters[0][1].device
         batch = self._batch(who, device, given)
@@ -235,7 +239,7 @@ class Meter:
             backwards=backwards,
             wanted=wanted,
             derives=self.on_unsupported == "vmap",
-            constants=_constants(self.model),
+            constants=functools.partial(_constants, self.model),
             always_verify=always_verify,
         )
         names = [name for name, _ in parameters]
@@ -253,8 +257,8 @@ class Meter:
             finally:
                 release_modules(modules, observation)
             known = {id(p) for _, p in trainable}
-            added = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
-            if added:
+            if any(p.requires_grad and id(p) not in known for p in self.model.parameters()):
+                added = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
                 raise RuntimeError(
                     f"{who}: a model must keep its parameters inside an observe block, but {', '.join(added)} was added "
                     "inside the block; change it between blocks"

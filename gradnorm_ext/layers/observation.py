@@ -175,7 +175,7 @@ class Observation:
         backwards: int = 1,
         wanted: Collection[str] | None = None,
         derives: bool = False,
-        constants: frozenset[int] = frozenset(),
+        constants: Callable[[], frozenset[int]] = frozenset,
         always_verify: bool = False,
     ) -> None:
         self.who, self.memory, self.plan, self.backend = who, memory, plan, choose(backend)
@@ -185,7 +185,7 @@ class Observation:
         }
         self.batch_dim, self.backwards = batch_dim, backwards
         self.derives = derives  # uses without a rule are differentiated one example at a time
-        self.constants = constants  # where the model's buffers lie
+        self.constants = functools.cache(constants)  # where the model's buffers and frozen parameters lie
         self.examples: int | None = None
         self.batch: Examples | None = None
         self.weights: Tensor | None = None  # per example
@@ -267,7 +267,7 @@ class Observation:
         kind = self.batch.kind_of(shape, self.rows_per_example)
         if kind is None or (kind == "second" and self.batch_dim == 0 and not self.inputs):
             raise self._unexplained(shape, name)
-        layout = Layout(kind, shape, self.batch, anchored=self.is_input(tensor))
+        layout = Layout(kind, shape, self.batch, anchored=not tensor.requires_grad and self.is_input(tensor))
         corrected = self.memory.corrected.get((name, function, len(shape)))
         if corrected is not None and corrected == layout.alternative:
             layout.correct()
@@ -281,7 +281,7 @@ class Observation:
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether this is a buffer of the model, which has no batch dimension whatever its sizes."""
-        return bool(self.constants) and tensor.untyped_storage().data_ptr() in self.constants
+        return tensor.untyped_storage().data_ptr() in self.constants()
 
     def is_data(self, tensor: Tensor) -> bool:
         """Whether this is known to be no constant: an activation, or an argument of the model or one of its modules."""
