@@ -540,7 +540,8 @@ class Observation:
         expected = use.fingerprint * factor
         use.tagged = True
         if torch.equal(fingerprint, expected):
-            self.proven |= use.layout.proves and bool((fingerprint > 0).any())
+            proves = use.layout.proves(self.rows_per_example) and (use.layout.anchored or not use.needs_proof)
+            self.proven |= proves and bool((fingerprint > 0).any())
         elif bool(torch.isfinite(fingerprint).all()) and use not in self.refuted:
             self.refuted.append(use)
 
