@@ -207,6 +207,28 @@ class Convolutions(nn.Module):
         return x.flatten(2).mean(2)
 
 
+class Normalizations(nn.Module):
+    """Images through a linear map of their channels, then a normalization with scales and shifts of its own."""
+
+    def __init__(self, norm: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.mix, self.norm, self.head = nn.Linear(channels, channels), norm, nn.Linear(channels, 2)
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.mix(x.movedim(1, -1)).movedim(-1, 1))
+        return self.head(torch.tanh(h).flatten(2).mean(2))
+
+
+def _normalization(norm: nn.Module, *shape: int, steps: int = 0) -> Case:
+    case = _floats(Normalizations(norm, shape[1]), *shape, outputs=2)
+    for _ in range(steps):  # running statistics that are not those of the start
+        norm(torch.randn(shape))
+    case.model.eval() if steps else case.model.train()
+    return case
+
+
 class Frames(nn.Module):
     """Videos ``[B, T, C, H, W]`` whose frames are convolved as a batch of B·T images, one layer twice."""
 
@@ -319,6 +341,17 @@ LAYERS: dict[str, Callable[[], Case]] = {
         outputs=2,
     ),
     "convolved frames": lambda: _floats(Frames(), 3, 4, 2, 7, 6, outputs=2),
+    "group norm": lambda: _normalization(nn.GroupNorm(3, 6), 4, 6, 5),
+    "group norm, one group, images": lambda: _normalization(nn.GroupNorm(1, 3), 3, 3, 4, 2),
+    "instance norm 1d": lambda: _normalization(nn.InstanceNorm1d(4, affine=True), 4, 4, 5),
+    "instance norm 2d": lambda: _normalization(nn.InstanceNorm2d(3, affine=True), 4, 3, 2, 5),
+    "instance norm 3d, running statistics": lambda: _normalization(
+        nn.InstanceNorm3d(2, affine=True, track_running_stats=True), 3, 2, 2, 3, 2, steps=2
+    ),
+    "batch norm 1d in eval mode": lambda: _normalization(nn.BatchNorm1d(4), 5, 4, 3, steps=2),
+    "batch norm 3d in eval mode": lambda: _normalization(nn.BatchNorm3d(2), 3, 2, 2, 2, 3, steps=2),
+    "layer norm of several dimensions": lambda: _normalization(nn.LayerNorm((5, 3)), 4, 6, 5, 3),
+    "layer norm of everything": lambda: _normalization(nn.LayerNorm((3, 2, 2), bias=False), 3, 3, 2, 2),
 }
 
 MAKERS: dict[str, Callable[[], Case]] = {

@@ -15,10 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gradnorm_ext.layers.calls import Backward, Call, is_row, no_autocast, normalised_product, spread, summed
-from gradnorm_ext.layers.contributions import Contribution, Lookup, Outer, Sums
+from gradnorm_ext.layers.calls import (
+    Backward,
+    Call,
+    is_row,
+    module_call,
+    no_autocast,
+    normalised_product,
+    spread,
+    summed,
+)
+from gradnorm_ext.layers.contributions import Contribution, Lookup, Outer
 from gradnorm_ext.layers.convolutions import convolution, transposed_convolution
 from gradnorm_ext.layers.layouts import Layout
+from gradnorm_ext.layers.normalizations import batch_norm, group_norm, instance_norm, layer_norm, layer_norm_module
 from gradnorm_ext.layers.observation import Observation, Use
 from gradnorm_ext.layers.taps import LookedUp, Tap
 
@@ -78,31 +88,9 @@ def _apply_linear(call: Call, x: Tensor, weight: Any, bias: Tensor | None) -> An
     return _Linear.apply(call, x, weight, bias, dtype, *call.probes)
 
 
-def _module_call(
-    observation: Observation, module: nn.Module, x: Any, function: str
-) -> tuple[Call, Tensor, Tensor | None] | None:
-    """The call of a module that consumes its ``weight`` and ``bias`` once, and what it computes with.
-
-    None where these are not two trainable parameters (one, where there is no bias): the taps see what they are.
-    """
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if type(x) is not Tensor or weight is None or (bias is None and "bias" not in module._parameters):
-        return None
-    slot = observation.slots.get(id(weight))
-    bias_slot = None if bias is None else observation.slots.get(id(bias))
-    if slot is None or not weight.requires_grad or (bias is not None and (bias_slot is None or not bias.requires_grad)):
-        return None
-    layout = observation.layout(x, 1, slot.name, function)
-    use = observation.use(slot, weight, (), function, layout)
-    if bias is None or bias_slot is None:
-        return Call(observation, layout, use, None), use.operand, None
-    bias_use = observation.use(bias_slot, bias, (), function, layout)
-    return Call(observation, layout, use, bias_use), use.operand, bias_use.operand
-
-
 def linear_module(observation: Observation, module: nn.Linear, input: Tensor) -> Any:
     """`linear` without the detour through taps."""
-    if (found := _module_call(observation, module, input, "linear")) is None:
+    if (found := module_call(observation, module, input, "linear")) is None:
         return NotImplemented
     call, weight, bias = found
     return _apply_linear(call, input, weight, bias)
@@ -182,67 +170,6 @@ def _is_shared(observation: Observation, weight: Tap, ids: Tensor) -> bool:
     return ids.dim() <= batch.batch_dim or ids.shape[batch.batch_dim] != batch.count
 
 
-class _LayerNorm(torch.autograd.Function):
-    """``y = (x - mean) / deviation ⊙ w + b`` over the last dimension."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *probes: Tensor | None
-    ) -> Tensor:
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
-        ctx.call = call
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        call: Call = ctx.call
-        with no_autocast(g.device):
-            run = Backward(ctx, call)
-            g = g.contiguous()
-            dx = None
-            if ctx.needs_input_grad[1]:
-                mask = [True, False, False]
-                dx = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], mean, rstd, weight, bias, mask)[0]
-                run.tag(dx)
-            dw, of_weight = run.deliver(0, 2, lambda: normalised_product(x, g, call, mean, rstd))
-            db, of_bias = run.deliver(1, 3, lambda: summed(call.layout.rows_of(g), call.segments, run.backend))
-        return None, dx, dw, db, None, of_weight, of_bias
-
-
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Any:
-    taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
-    if isinstance(input, Tap) or len(normalized_shape) != 1 or any(tap.looked_up for tap in taps):
-        return NotImplemented
-    observation = taps[0].observation
-    layout = observation.layout(input, 1, taps[0].name, "layer_norm")
-    uses = [tap.use("layer_norm", layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
-    operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
-    return _apply_layer_norm(Call(observation, layout, *uses), input, operands[0], operands[1], eps)
-
-
-def _apply_layer_norm(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))  # type: ignore[assignment]
-    return _LayerNorm.apply(call, x, weight, bias, eps, *call.probes)
-
-
-def layer_norm_module(observation: Observation, module: nn.LayerNorm, input: Tensor) -> Any:
-    """`layer_norm` without the detour through taps."""
-    if len(module.normalized_shape) != 1 or (found := _module_call(observation, module, input, "layer_norm")) is None:
-        return NotImplemented
-    call, weight, bias = found
-    return _apply_layer_norm(call, input, weight, bias, module.eps)
-
-
 def rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Any:
@@ -273,8 +200,7 @@ class _Product(torch.autograd.Function):
 
             def scale_gradient() -> Contribution:
                 if is_row(weight.shape, g.shape) and x.shape == g.shape:
-                    sums = normalised_product(x, g, call, None, None).sums
-                    return Sums(sums.view(-1, *weight.shape), call.segments, run.backend)
+                    return normalised_product(x, g, call, None, None).shaped(weight.shape)
                 return spread(g * x, weight.shape, call)
 
             dw, of_weight = run.deliver(0, 2, scale_gradient)
@@ -307,8 +233,7 @@ class _Sum(torch.autograd.Function):
                     per_example = call.layout.per_example(g, ctx.added_shape, run.backend)
                     return _shared_lookup(per_example, ctx.looked_up, ctx.vocabulary, call)
                 if is_row(ctx.added_shape, g.shape):
-                    of_rows = summed(call.layout.rows_of(g), call.segments, run.backend)
-                    return Sums(of_rows.sums.view(-1, *ctx.added_shape), call.segments, run.backend)
+                    return summed(call.layout.rows_of(g), call.segments, run.backend).shaped(ctx.added_shape)
                 return spread(g, ctx.added_shape, call)
 
             dw, of_operand = run.deliver(0, 2, gradient)
@@ -440,6 +365,9 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     },
     F.embedding: embedding,
     F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    F.batch_norm: batch_norm,
     F.rms_norm: rms_norm,
     **dict.fromkeys((torch.mul, _T.mul, _T.__mul__, _T.__rmul__, _T.mul_, _T.__imul__, torch.multiply), multiply),
     **dict.fromkeys((torch.add, _T.add, _T.__add__, _T.__radd__, _T.add_, _T.__iadd__), add),
