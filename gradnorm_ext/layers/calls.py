@@ -17,6 +17,7 @@ from gradnorm_ext.backends import find
 from gradnorm_ext.layers.contributions import Contribution, Sums
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
+from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
 
@@ -114,4 +115,4 @@ def is_row(shape: torch.Size, of: torch.Size) -> bool:
 def spread(g: Tensor, shape: torch.Size, call: Call) -> Sums:
     """The gradient of a broadcast operand of this shape, whose entries meet many of g's."""
     backend = call.observation.backend
-    return Sums(call.layout.per_example(g, shape, backend), call.segments, backend)
+    return Sums(call.layout.per_example(g.to(accumulator(g.dtype)), shape, backend), call.segments, backend)

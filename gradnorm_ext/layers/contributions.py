@@ -367,17 +367,30 @@ def per_row(weight: Tensor, segments: Segments) -> Tensor:
     return weight.repeat_interleave(segments.offsets.diff())
 
 
+class Place(NamedTuple):
+    """Where a view lies in its parameter's memory."""
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.offset + 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+
+
 @dataclass(frozen=True)
 class Placed:
     """A contribution and how the tensor that was used came from its parameter.
 
     ``views`` names the steps (nothing: the parameter itself; "t": its transpose); ``adjoint`` turns a gradient of the
-    tensor that was used into one of the parameter.
+    tensor that was used into one of the parameter. ``place`` is None where that is no view (a cast, ``1 + w``).
     """
 
     contribution: Contribution
     views: tuple[str, ...]
     adjoint: Callable[[Tensor], Tensor]
+    place: Place | None = None
 
     def in_parameter_space(self) -> Placed:
         """The same with its views undone, where that is cheap: transposes exchange an outer product's sides."""
@@ -395,6 +408,28 @@ class Placed:
 
 def combined_sqnorm(placed: Sequence[Placed]) -> Tensor:
     """Squared norms of the sum of several contributions to one parameter: ``‖Σ_u G_u[s]‖²``, not ``Σ_u ‖G_u[s]‖²``."""
+    return functools.reduce(torch.add, [_overlapping_sqnorm(uses) for uses in _apart(placed)])
+
+
+def _apart(placed: Sequence[Placed]) -> list[list[Placed]]:
+    """The uses in groups that share no entry of the parameter: there the squared norms do add up."""
+    located = sorted(((one.place, one) for one in placed if one.place is not None), key=lambda pair: pair[0].offset)
+    if len(located) < len(placed):
+        return [list(placed)]
+    groups: list[list[Placed]] = []
+    end = -1
+    for place, one in located:
+        if place.offset < end:
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+        end = max(end, place.end)
+    return groups
+
+
+def _overlapping_sqnorm(placed: Sequence[Placed]) -> Tensor:
+    if len({one.place for one in placed}) == len({type(one.contribution) for one in placed}) == 1 and placed[0].place:
+        placed = [Placed(one.contribution, (), lambda gradient: gradient) for one in placed]  # all of the same entries
     uses = [one.in_parameter_space() for one in placed]
     if all(not one.views for one in uses):
         outers = [one.contribution for one in uses if isinstance(one.contribution, Outer)]

@@ -28,6 +28,7 @@ from gradnorm_ext.layers.contributions import (
     Convolved,
     Lookup,
     Outer,
+    Place,
     Placed,
     TiedOuter,
     combined_sqnorm,
@@ -78,6 +79,15 @@ class Use:
     def operand(self) -> Tensor:
         """What the function computes with: cut off from the parameter where its gradient is formed at the block's end."""
         return self.value.detach() if self.observation.plan.keep and not self.slot.hooked else self.value
+
+    @property
+    def place(self) -> Place | None:
+        """Where the value lies in the parameter's memory; None where it is not a view of it."""
+        value, parameter = self.value, self.slot.parameter
+        is_view = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+        if not is_view or value.dtype != parameter.dtype:
+            return None
+        return Place(int(value.storage_offset()), tuple(value.shape), value.stride())
 
     def adjoint(self, gradient: Tensor) -> Tensor:
         """A gradient of the consumed tensor as one of the parameter."""
@@ -495,7 +505,11 @@ class Observation:
             lookups = [part for part in parts if isinstance(part, Lookup)]
             return tied_sqnorm(heads[0], lookups) if lookups else heads[0].norms
         return combined_sqnorm(
-            [Placed(part, use.views, use.adjoint) for use, part in slot.deferred if not isinstance(part, TiedOuter)]
+            [
+                Placed(part, use.views, use.adjoint, use.place)
+                for use, part in slot.deferred
+                if not isinstance(part, TiedOuter)
+            ]
         )
 
     def _learn(self) -> None:
