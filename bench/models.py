@@ -1,4 +1,4 @@
-"""The models the figures are taken on: two sizes of a small GPT and an MLP, with a fixed initialisation and batch."""
+"""The models the figures are taken on: a small GPT in two sizes, an MLP and a ResNet, each with a fixed start and batch."""
 
 from __future__ import annotations
 
@@ -84,6 +84,47 @@ def mlp_problem(random: torch.Generator, examples: int, widths: tuple[int, ...],
     return Problem(model, inputs, targets, torch.arange(examples) % TASKS, median_norm)
 
 
+def resnet_problem(
+    random: torch.Generator, examples: int, size: int, widths: tuple[int, ...], median_norm: float
+) -> Problem:
+    model = ResNet(widths)
+    images = torch.randn(examples, 3, size, size, generator=random)
+    targets = torch.randint(0, 10, (examples,), generator=random)
+    return Problem(model, images, targets, torch.arange(examples) % TASKS, median_norm)
+
+
+class ResNet(nn.Module):
+    """Two blocks of each width, every width at half the size of the one before, and GroupNorm for BatchNorm."""
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        blocks = [
+            Residual(outer if first else width, width, 2 if first and i else 1)
+            for i, (outer, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
+            for first in (True, False)
+        ]
+        self.stem = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.GroupNorm(4, widths[-1])
+        self.head = nn.Linear(widths[-1], 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.blocks(self.stem(images)))).mean((2, 3)))
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(4, inner), nn.GroupNorm(4, width)
+        self.conv1 = nn.Conv2d(inner, width, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.skip = nn.Identity() if stride == 1 else nn.Conv2d(inner, width, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.relu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.relu(self.norm2(h)))
+
+
 class GPT(nn.Module):
     def __init__(self, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
         super().__init__()
@@ -135,10 +176,12 @@ MODELS = {
     "gpt": Model("GPT B=8 T=128", 15, lambda random: gpt_problem(random, 8, 128, 0.445)),
     "gpt512": Model("GPT B=4 T=512", 9, lambda random: gpt_problem(random, 4, 512, 0.415)),
     "mlp": Model("MLP B=256", 41, lambda random: mlp_problem(random, 256, (784, 1024, 1024, 10), 0.033)),
+    "resnet": Model("ResNet B=32", 15, lambda random: resnet_problem(random, 32, 32, (32, 64, 128), 0.485)),
 }
 _TINY = {"vocabulary": 11, "width": 8, "heads": 2, "layers": 1}
 QUICK = {
     "gpt": Model("GPT B=8 T=5", 2, lambda random: gpt_problem(random, 8, 5, 0.154, **_TINY)),
     "gpt512": Model("GPT B=4 T=9", 2, lambda random: gpt_problem(random, 4, 9, 0.194, **_TINY)),
     "mlp": Model("MLP B=8", 2, lambda random: mlp_problem(random, 8, (7, 9, 9, 3), 0.131)),
+    "resnet": Model("ResNet B=8", 2, lambda random: resnet_problem(random, 8, 5, (4, 8), 0.387)),
 }

@@ -207,6 +207,76 @@ class Convolutions(nn.Module):
         return x.flatten(2).mean(2)
 
 
+class Normalizations(nn.Module):
+    """Images through a linear map of their channels, then a normalization with scales and shifts of its own."""
+
+    def __init__(self, norm: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.mix, self.norm, self.head = nn.Linear(channels, channels), norm, nn.Linear(channels, 2)
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.mix(x.movedim(1, -1)).movedim(-1, 1))
+        return self.head(torch.tanh(h).flatten(2).mean(2))
+
+
+def _normalization(norm: nn.Module, *shape: int, steps: int = 0) -> Case:
+    case = _floats(Normalizations(norm, shape[1]), *shape, outputs=2)
+    for _ in range(steps):  # running statistics that are not those of the start
+        norm(torch.randn(shape))
+    case.model.eval() if steps else case.model.train()
+    return case
+
+
+class Attending(nn.Module):
+    """Torch's attention of a sequence to itself or, where ``other`` is wider or shorter, to one made of it."""
+
+    def __init__(self, other: tuple[int, int] | None = None, causal: bool = False, weights: bool = False, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, **options)
+        for parameter in self.attention.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        self.widen = nn.Linear(6, other[1]) if other else None
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.other, self.causal, self.weights = other, causal, weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        seen = torch.tanh(self.widen(x[:, : self.other[0]])) if self.widen is not None and self.other else h
+        mask = torch.ones(len(h[0]), len(seen[0]), dtype=torch.bool).triu(1) if self.causal else None
+        padding = (torch.arange(len(seen[0])) > 1) & (x[:, :1, 0] > 0) if self.causal else None
+        if not self.attention.batch_first:
+            h, seen = h.transpose(0, 1), h.transpose(0, 1) if seen is h else seen.transpose(0, 1)
+        seen = h if self.other is None else seen
+        y, seen_weights = self.attention(
+            h, seen, seen, key_padding_mask=padding, attn_mask=mask, need_weights=self.weights
+        )
+        if seen_weights is not None:
+            y = y * (
+                1 + seen_weights.square().sum((1, 2)).view(-1, 1, 1).movedim(0, 0 if self.attention.batch_first else 1)
+            )
+        if not self.attention.batch_first:
+            y = y.transpose(0, 1)
+        return self.head(torch.tanh(y).mean(1))
+
+
+class Layered(nn.Module):
+    """Torch's transformer layers: an encoder's, and a decoder's that looks at what it made."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        options = {"nhead": 2, "dim_feedforward": 8, "dropout": 0.0, "batch_first": batch_first}
+        self.encoder = nn.TransformerEncoderLayer(4, norm_first=batch_first, **options)
+        self.decoder = nn.TransformerDecoderLayer(4, activation="gelu", **options)
+        self.head, self.batch_first = nn.Linear(4, 2), batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if self.batch_first else x.transpose(0, 1)
+        y = self.decoder(h.sin(), self.encoder(h))
+        return self.head(y.mean(1 if self.batch_first else 0))
+
+
 class Frames(nn.Module):
     """Videos ``[B, T, C, H, W]`` whose frames are convolved as a batch of B·T images, one layer twice."""
 
@@ -319,6 +389,35 @@ LAYERS: dict[str, Callable[[], Case]] = {
         outputs=2,
     ),
     "convolved frames": lambda: _floats(Frames(), 3, 4, 2, 7, 6, outputs=2),
+    "group norm": lambda: _normalization(nn.GroupNorm(3, 6), 4, 6, 5),
+    "group norm, one group, images": lambda: _normalization(nn.GroupNorm(1, 3), 3, 3, 4, 2),
+    "instance norm 1d": lambda: _normalization(nn.InstanceNorm1d(4, affine=True), 4, 4, 5),
+    "instance norm 2d": lambda: _normalization(nn.InstanceNorm2d(3, affine=True), 4, 3, 2, 5),
+    "instance norm 3d, running statistics": lambda: _normalization(
+        nn.InstanceNorm3d(2, affine=True, track_running_stats=True), 3, 2, 2, 3, 2, steps=2
+    ),
+    "batch norm 1d in eval mode": lambda: _normalization(nn.BatchNorm1d(4), 5, 4, 3, steps=2),
+    "batch norm 3d in eval mode": lambda: _normalization(nn.BatchNorm3d(2), 3, 2, 2, 2, 3, steps=2),
+    "layer norm of several dimensions": lambda: _normalization(nn.LayerNorm((5, 3)), 4, 6, 5, 3),
+    "layer norm of everything": lambda: _normalization(nn.LayerNorm((3, 2, 2), bias=False), 3, 3, 2, 2),
+    "attention": lambda: _floats(Attending(batch_first=True), 3, 4, 6, outputs=2),
+    "attention, sequence first": lambda: _floats(Attending(causal=True, bias=False), 3, 4, 6, outputs=2),
+    "attention, as many examples as positions": lambda: _floats(Attending(), 4, 4, 6, outputs=2),
+    "attention, batch first, as many examples as positions": lambda: _floats(
+        Attending(batch_first=True, weights=True), 4, 4, 6, outputs=2
+    ),
+    "attention to another sequence": lambda: _floats(Attending((3, 6), batch_first=True), 3, 4, 6, outputs=2),
+    "attention to a wider sequence": lambda: _floats(
+        Attending((3, 5), batch_first=True, kdim=5, vdim=5, weights=True), 4, 4, 6, outputs=2
+    ),
+    "attention with more keys": lambda: _floats(
+        Attending((3, 6), causal=True, add_bias_kv=True, add_zero_attn=True), 4, 4, 6, outputs=2
+    ),
+    "attention with more keys, batch first": lambda: _floats(
+        Attending(batch_first=True, causal=True, add_bias_kv=True, weights=True), 3, 4, 6, outputs=2
+    ),
+    "transformer layers": lambda: _floats(Layered(batch_first=True), 3, 5, 4, outputs=2),
+    "transformer layers, sequence first": lambda: _floats(Layered(batch_first=False), 3, 3, 4, outputs=2),
 }
 
 MAKERS: dict[str, Callable[[], Case]] = {

@@ -3,6 +3,8 @@
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from gradnorm_ext import Meter
 
@@ -52,7 +54,7 @@ def test_autocast_is_close_and_keeps_the_parameters_dtype(name):
     assert all(p.grad.dtype == torch.float32 for p in case.model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", oracle.LAYERS)
+@pytest.mark.parametrize("name", ["free parameters", *oracle.LAYERS])
 def test_bfloat16_errs_at_most_twice_as_much_as_plain_torch(name):
     case = oracle.make(name).to(torch.bfloat16)
     examples = torch.arange(len(case.x))
@@ -64,3 +66,45 @@ def test_bfloat16_errs_at_most_twice_as_much_as_plain_torch(name):
         case.run().backward()
     floor = torch.finfo(torch.bfloat16).eps
     assert oracle.relative(meter.stats.example_norm, truth) <= 2 * max(oracle.relative(plain, truth), floor)
+
+
+def test_slices_that_share_no_entry_are_measured_apart(monkeypatch):
+    from gradnorm_ext.layers import contributions
+
+    def slow(uses):
+        raise AssertionError("formed column by column")
+
+    monkeypatch.setattr(contributions, "_dense_sqnorm", slow)
+    agrees(oracle.make("attention to another sequence").to(torch.float64))
+
+
+class Slices(nn.Module):
+    """Pieces of one matrix: apart, overlapping, twice the same, interleaved columns, and a cast of the whole."""
+
+    def __init__(self, pieces):
+        super().__init__()
+        self.w, self.pieces = nn.Parameter(torch.randn(6, 4)), pieces
+
+    def forward(self, x):
+        return sum(
+            torch.tanh(F.linear(x, piece) if piece.shape[1] == 4 else x[:, :2] @ piece.t()).sum(1)
+            for piece in self.pieces(self.w)
+        )[:, None]
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        lambda w: w.chunk(3),
+        lambda w: (*w.split([2, 4]), w[:2]),
+        lambda w: (w[:3], w[2:5], w[5:]),
+        lambda w: (w[::2], w[1::2]),
+        lambda w: w.chunk(2, 1),
+        lambda w: (w[:2], w.t()[:, 2:].t(), w),
+        lambda w: [*w.unflatten(0, (2, 3))],
+        lambda w: (w[:2], (1 + w)[2:]),
+    ],
+)
+def test_pieces_of_one_parameter(pieces):
+    torch.manual_seed(0)
+    agrees(oracle.Case(Slices(pieces), torch.randn(3, 4), torch.randn(3, 1), oracle.square_loss).to(torch.float64))

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gradnorm_ext.backends import find
 from gradnorm_ext.layers.contributions import Contribution, Sums
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
+from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
 
@@ -34,6 +35,28 @@ class Call:
     @property
     def probes(self) -> list[Tensor | None]:
         return [None if use is None else self.observation.probe_rows[use.slot.index] for use in self.uses]
+
+
+def module_call(
+    observation: Observation, module: nn.Module, x: Any, function: str, features: int = 1
+) -> tuple[Call, Tensor, Tensor | None] | None:
+    """The call of a module that consumes its ``weight`` and ``bias`` once, and what it computes with.
+
+    None where these are not two trainable parameters (one, where there is no bias): the taps see what they are.
+    """
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if type(x) is not Tensor or weight is None or (bias is None and "bias" not in module._parameters):
+        return None
+    slot = observation.slots.get(id(weight))
+    bias_slot = None if bias is None else observation.slots.get(id(bias))
+    if slot is None or not weight.requires_grad or (bias is not None and (bias_slot is None or not bias.requires_grad)):
+        return None
+    layout = observation.layout(x, features, slot.name, function)
+    use = observation.use(slot, weight, (), function, layout)
+    if bias is None or bias_slot is None:
+        return Call(observation, layout, use, None), use.operand, None
+    bias_use = observation.use(bias_slot, bias, (), function, layout)
+    return Call(observation, layout, use, bias_use), use.operand, bias_use.operand
 
 
 class Backward:
@@ -97,4 +120,4 @@ def is_row(shape: torch.Size, of: torch.Size) -> bool:
 def spread(g: Tensor, shape: torch.Size, call: Call) -> Sums:
     """The gradient of a broadcast operand of this shape, whose entries meet many of g's."""
     backend = call.observation.backend
-    return Sums(call.layout.per_example(g, shape, backend), call.segments, backend)
+    return Sums(call.layout.per_example(g.to(accumulator(g.dtype)), shape, backend), call.segments, backend)

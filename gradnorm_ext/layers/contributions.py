@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gradnorm_ext.backends import find
@@ -145,6 +144,9 @@ class Sums:
     segments: Segments
     backend: str
 
+    def shaped(self, shape: Sequence[int]) -> Sums:
+        return Sums(self.sums.view(-1, *shape), self.segments, self.backend)
+
     @property
     def flat(self) -> Tensor:
         return self.sums.reshape(self.segments.count, -1)
@@ -196,8 +198,9 @@ class Convolved:
 
     In a transposed convolution the input's entries see the output, and ``x`` and ``g`` are exchanged in the formula.
 
-    Images that show few positions are unfolded to the rows of an outer product; of others each one's gradient is
-    formed, for as many channels and images at a time as memory allows. Only ``x`` and ``g`` are kept.
+    Small gradients are formed for every image by one call of the library (`compact`). Otherwise images that show few
+    positions are unfolded to the rows of an outer product, and of others each one's gradient is formed for as many
+    channels at a time as memory allows. Only ``x`` and ``g`` are kept.
 
     Attributes:
         x: the input, ``[images, channels, *sizes]``.
@@ -214,14 +217,21 @@ class Convolved:
     backend: str
 
     held = 1 << 24  # entries of the images' gradients at once
-    unfolded = 1 << 18  # entries of unfolded images at once: what a core's cache holds
+    unfolded = 1 << 18  # entries of images unfolded at once: what a core's cache holds
 
     def compact(self) -> Sums | Convolved:
         """Each example's gradient, where all of them take no more room than what they come from."""
-        if self.segments.count * self.shape.numel() > self.x.numel() + self.g.numel():
+        images = len(self.x)
+        if images * self.shape.numel() > self.x.numel() + self.g.numel():
             return self
-        parts = [self._placed(part.sums) for _, part in self._parts()]
-        return Sums(torch.cat(parts, 1).contiguous(), self.segments, self.backend)
+        # One image with the channels of all, in as many groups: then torch's sum over images is a sum over one.
+        dtype, geometry = accumulator(self.x.dtype), self.geometry._replace(groups=images * self.geometry.groups)
+        x, g = (side.to(dtype).flatten(0, 1)[None] for side in (self.x, self.g))
+        unused, mask = x.new_empty(images * self.shape[0], *self.shape[1:]), [False, True, False]
+        sums = torch.ops.aten.convolution_backward(g, x, unused, None, *geometry, mask)[1].view(images, -1)
+        if self.segments.length != 1:
+            sums = find("sum_sums", sums.device.type, self.backend)(sums, self.segments)
+        return Sums(sums, self.segments, self.backend).shaped(self.shape)
 
     def sqnorm(self) -> Tensor:
         if self._has_few_positions:
@@ -278,8 +288,8 @@ class Convolved:
 
     def together(self, others: Sequence[Convolved], sums: Sequence[Sums]) -> Tensor:
         """The norms of the sum of several uses of one weight."""
-        norms = []
-        for of_uses in zip(*(one._parts() for one in (self, *others)), strict=True):
+        norms, images = [], max(len(one.x) for one in (self, *others))
+        for of_uses in zip(*(one._parts(images) for one in (self, *others)), strict=True):
             channels = of_uses[0][0]
             parts = [self._placed(part.sums) for _, part in of_uses] + [one.sums[:, channels] for one in sums]
             norms.append(Sums(functools.reduce(torch.add, parts), self.segments, self.backend).sqnorm())
@@ -301,29 +311,49 @@ class Convolved:
         apart: Tensor = gradient.unflatten(-1, (*kernel, self.shape[1]))
         return apart.movedim(-1, -1 - len(kernel))
 
-    def _windows(self, images: Tensor, groups: int) -> Tensor:
-        """What each position sees, ``[images · groups, positions, kernel · channels / groups]``."""
-        stride, padding, dilation, *_ = self.geometry
-        kernel, positions = self.shape[2:], self._sides[1].shape[2:]
-        seen = images.unflatten(1, (groups, -1)).movedim(2, -1)
-        if kernel.numel() > 1:
-            seen = seen.contiguous()  # a window's channels lie side by side: long runs to copy
-        seen = F.pad(seen, (0, 0, *(size for size in reversed(padding) for _ in range(2))))
-        for i in range(len(kernel)):
-            reach = dilation[i] * (kernel[i] - 1) + 1
-            seen = seen.unfold(2 + i, reach, stride[i]).narrow(2 + i, 0, positions[i])[..., :: dilation[i]]
-        return seen.movedim(2 + len(kernel), -1).reshape(len(images) * groups, positions.numel(), -1)
-
     def _rows(self) -> Outer:
         seen, seeing = self._sides
-        windows = self._windows(seen, 1)
+        windows = self._windows(self._channels_last(seen, 1), 0)
         segments = self.segments.finer(windows.shape[1])
         return Outer(windows.flatten(0, 1), seeing.flatten(2).transpose(1, 2).flatten(0, 1), segments, self.backend)
 
-    def _parts(self) -> Iterator[tuple[slice, Sums]]:
-        """Each example's gradient, ``[S, channels, kernel · inner channels]``, for some of the weight's first dimension."""
+    def _channels_last(self, images: Tensor, groups: int) -> Tensor:
+        """``[images, groups, *padded sizes, channels]``: what a window sees lies in long runs."""
+        apart: Tensor = images.unflatten(1, (groups, -1)).movedim(2, -1)
+        if self.shape[2:].numel() == 1 and not any(self.geometry.padding):
+            return apart  # each entry is looked at once
+        sizes = [size + 2 * p for size, p in zip(images.shape[2:], self.geometry.padding, strict=True)]
+        padded = inner = images.new_zeros(*apart.shape[:2], *sizes, apart.shape[-1])
+        for i, p in enumerate(self.geometry.padding):
+            inner = inner.narrow(2 + i, p, images.shape[2 + i])
+        inner.copy_(apart)
+        return padded
+
+    def _windows(self, images: Tensor, first: int) -> Tensor:
+        """What is seen, ``[images · groups, *sizes, positions, kernel · channels]``: windows but for the ``first`` sizes."""
+        kernel, positions = self.shape[2:], self._sides[1].shape[2:]
+        for i in range(first, len(kernel)):
+            reach = self.geometry.dilation[i] * (kernel[i] - 1) + 1
+            images = images.unfold(2 + i, reach, self.geometry.stride[i]).narrow(2 + i, 0, positions[i])
+            images = images[..., :: self.geometry.dilation[i]]
+        images = images.movedim(2 + len(kernel), -1).flatten(0, 1)
+        ends = positions[first:].numel(), kernel[first:].numel() * images.shape[-1]
+        windows = images.reshape(*images.shape[: 1 + first], *ends)
+        return windows if kernel[first:].numel() == 1 else windows.contiguous()
+
+    def _lines(self) -> list[slice]:
+        """For each entry of the kernel's first dimension the lines of the image that it meets."""
+        step, spread = self.geometry.stride[0], self.geometry.dilation[0]
+        reach = step * (self._sides[1].shape[2] - 1) + 1
+        return [slice(spread * k, spread * k + reach, step) for k in range(self.shape[2])]
+
+    def _parts(self, images: int = 0) -> Iterator[tuple[slice, Sums]]:
+        """Each example's gradient, ``[S, channels, kernel · inner channels]``, for some of the weight's first dimension.
+
+        As many as fit for so many images, its own by default.
+        """
         groups, of_group = self.geometry.groups, self.shape[0] // self.geometry.groups
-        channels = max(1, self.held // (self.segments.count * self.shape[1:].numel()))
+        channels = max(1, self.held // ((images or len(self.x)) * self.shape[1:].numel()))
         if channels < of_group:
             parts = [(range(i, i + 1), first) for i in range(groups) for first in range(0, of_group, channels)]
         else:
@@ -337,21 +367,21 @@ class Convolved:
     def _of_channels(self, channels: slice, groups: range) -> Sums:
         seen, seeing = self._sides
         inner, entries, positions = self.shape[1], self.shape[1:].numel(), seeing.shape[2:].numel()
-        seen = seen[:, groups.start * inner : groups.stop * inner]
-        seeing = seeing[:, channels].reshape(len(seeing), len(groups), -1, positions)
-        dtype, examples = accumulator(seen.dtype), self.segments.count
-        sums = seen.new_zeros(examples, *seeing.shape[1:3], entries, dtype=dtype)
-        example = per_row(torch.arange(examples, device=seen.device), self.segments)
-        images = max(1, self.unfolded // (len(groups) * positions * entries))
+        dtype, examples, kernel = accumulator(seen.dtype), self.segments.count, self._lines()
+        seen = seen[:, groups.start * inner : groups.stop * inner].to(dtype)
+        seeing = seeing[:, channels].to(dtype).reshape(len(seeing) * len(groups), -1, positions)
+        gradients = seen.new_empty(len(seeing), seeing.shape[1], len(kernel), entries // len(kernel))
+        images = max(1, self.unfolded * len(kernel) // (len(groups) * positions * entries))
         for first in range(0, len(seen), images):
-            some = slice(first, first + images)
-            windows, entering = self._windows(seen[some].to(dtype), len(groups)), seeing[some].to(dtype).flatten(0, 1)
-            if self.segments.length == 1:
-                torch.bmm(entering, windows, out=sums[some].flatten(0, 1))
-            else:
-                gradients = torch.bmm(entering, windows).unflatten(0, (-1, len(groups)))
-                sums.index_add_(0, example[some], gradients)
-        return Sums(sums.flatten(1, 2), self.segments, self.backend)
+            images_seen = self._channels_last(seen[first : first + images], len(groups))
+            lines = self._windows(images_seen, 1)  # one copy for all windows that see a line
+            some = slice(first * len(groups), first * len(groups) + len(lines))
+            for k, met in enumerate(kernel):
+                torch.bmm(seeing[some], lines[:, met].flatten(1, 2), out=gradients[some, :, k])
+        sums = gradients.view(len(seen), -1)
+        if self.segments.length != 1:
+            sums = find("sum_sums", sums.device.type, self.backend)(sums, self.segments)
+        return Sums(sums.view(examples, -1, entries), self.segments, self.backend)
 
 
 @dataclass(frozen=True)
@@ -410,17 +440,30 @@ def per_row(weight: Tensor, segments: Segments) -> Tensor:
     return weight.repeat_interleave(segments.offsets.diff())
 
 
+class Place(NamedTuple):
+    """Where a view lies in its parameter's memory."""
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.offset + 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+
+
 @dataclass(frozen=True)
 class Placed:
     """A contribution and how the tensor that was used came from its parameter.
 
     ``views`` names the steps (nothing: the parameter itself; "t": its transpose); ``adjoint`` turns a gradient of the
-    tensor that was used into one of the parameter.
+    tensor that was used into one of the parameter. ``place`` is None where that is no view (a cast, ``1 + w``).
     """
 
     contribution: Contribution
     views: tuple[str, ...]
     adjoint: Callable[[Tensor], Tensor]
+    place: Place | None = None
 
     def in_parameter_space(self) -> Placed:
         """The same with its views undone, where that is cheap: transposes exchange an outer product's sides."""
@@ -438,6 +481,28 @@ class Placed:
 
 def combined_sqnorm(placed: Sequence[Placed]) -> Tensor:
     """Squared norms of the sum of several contributions to one parameter: ``‖Σ_u G_u[s]‖²``, not ``Σ_u ‖G_u[s]‖²``."""
+    return functools.reduce(torch.add, [_overlapping_sqnorm(uses) for uses in _apart(placed)])
+
+
+def _apart(placed: Sequence[Placed]) -> list[list[Placed]]:
+    """The uses in groups that share no entry of the parameter: there the squared norms do add up."""
+    located = sorted(((one.place, one) for one in placed if one.place is not None), key=lambda pair: pair[0].offset)
+    if len(located) < len(placed):
+        return [list(placed)]
+    groups: list[list[Placed]] = []
+    end = -1
+    for place, one in located:
+        if place.offset < end:
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+        end = max(end, place.end)
+    return groups
+
+
+def _overlapping_sqnorm(placed: Sequence[Placed]) -> Tensor:
+    if len({one.place for one in placed}) == len({type(one.contribution) for one in placed}) == 1 and placed[0].place:
+        placed = [Placed(one.contribution, (), lambda gradient: gradient) for one in placed]  # all of the same entries
     uses = [one.in_parameter_space() for one in placed]
     if all(not one.views and not isinstance(one.contribution, Pulled) for one in uses):
         outers = [one.contribution for one in uses if isinstance(one.contribution, Outer)]

@@ -30,6 +30,7 @@ from gradnorm_ext.layers.contributions import (
     Convolved,
     Lookup,
     Outer,
+    Place,
     Placed,
     TiedOuter,
     combined_gram,
@@ -94,6 +95,15 @@ class Use:
         """What the function computes with: cut off from the parameter where its gradient is formed at the block's end."""
         late = self.is_derived or (self.observation.plan.keep and not self.slot.hooked)
         return self.value.detach() if late else self.value
+
+    @property
+    def place(self) -> Place | None:
+        """Where the value lies in the parameter's memory; None where it is not a view of it."""
+        value, parameter = self.value, self.slot.parameter
+        is_view = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+        if not is_view or value.dtype != parameter.dtype:
+            return None
+        return Place(int(value.storage_offset()), tuple(value.shape), value.stride())
 
     def adjoint(self, gradient: Tensor) -> Tensor:
         """A gradient of the consumed tensor as one of the parameter."""
@@ -634,7 +644,9 @@ class Observation:
             lookups = [part for part in parts if isinstance(part, Lookup)]
             return tied_sqnorm(heads[0], lookups).clamp(min=0) if lookups else heads[0].norms
         placed = [
-            Placed(part, use.views, use.adjoint) for use, part in slot.deferred if not isinstance(part, TiedOuter)
+            Placed(part, use.views, use.adjoint, use.place)
+            for use, part in slot.deferred
+            if not isinstance(part, TiedOuter)
         ]
         return self._with_gram(combined_sqnorm(placed).clamp(min=0), functools.partial(combined_gram, placed))
 

@@ -15,109 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gradnorm_ext.layers.calls import Backward, Call, is_row, no_autocast, normalised_product, spread, summed
-from gradnorm_ext.layers.contributions import Contribution, Lookup, Outer, Sums
+from gradnorm_ext.layers.attention import multi_head_attention_forward
+from gradnorm_ext.layers.calls import (
+    Backward,
+    Call,
+    is_row,
+    no_autocast,
+    normalised_product,
+    spread,
+    summed,
+)
+from gradnorm_ext.layers.contributions import Contribution, Lookup
 from gradnorm_ext.layers.convolutions import convolution, transposed_convolution
 from gradnorm_ext.layers.layouts import Layout
+from gradnorm_ext.layers.linears import addmm, linear, linear_module, matmul
+from gradnorm_ext.layers.normalizations import batch_norm, group_norm, instance_norm, layer_norm, layer_norm_module
 from gradnorm_ext.layers.observation import Observation, Use
 from gradnorm_ext.layers.taps import LookedUp, Tap
-
-
-class _Linear(torch.autograd.Function):
-    """``y = x Wᵀ + b``; swapped: ``y = x W + b``. ``dtype`` is autocast's: the weight's gradient keeps the weight's."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        call: Call,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        *probes: Tensor | None,
-    ) -> Tensor:
-        ctx.call, ctx.x_dtype = call, x.dtype
-        x, weight = x.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.t() if call.swapped else weight, None if bias is None else bias.to(dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, weight = ctx.saved_tensors
-        call: Call = ctx.call
-        with no_autocast(g.device):
-            run = Backward(ctx, call)
-            dx = None
-            if ctx.needs_input_grad[1]:
-                dx = (g.reshape(-1, g.shape[-1]) @ (weight.t() if call.swapped else weight)).view_as(x).to(ctx.x_dtype)
-                run.tag(dx)
-            g_rows, x_rows = call.layout.rows_of(g), call.layout.rows_of(x.detach())
-            outer = Outer(x_rows, g_rows, call.segments, run.backend)
-            dw, of_weight = run.deliver(0, 2, lambda: outer.transposed() if call.swapped else outer)
-            db, of_bias = run.deliver(1, 3, lambda: summed(g_rows, call.segments, run.backend))
-        return None, dx, dw, db, None, of_weight, of_bias
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, swapped: bool) -> Any:
-    if isinstance(x, Tap) or weight.dim() != 2 or (isinstance(bias, Tensor) and bias.dim() != 1):
-        return NotImplemented
-    taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
-    if any(tap.looked_up or ("derived" in tap.views and not tap.observation.is_data(x)) for tap in taps):
-        return NotImplemented
-    observation = taps[0].observation
-    layout = observation.layout(x, 1, taps[0].name, function)
-    uses = [tap.use(function, layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
-    operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
-    return _apply_linear(Call(observation, layout, *uses, swapped=swapped), x, operands[0], operands[1])
-
-
-def _apply_linear(call: Call, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else torch.result_type(x, weight)
-    return _Linear.apply(call, x, weight, bias, dtype, *call.probes)
-
-
-def _module_call(
-    observation: Observation, module: nn.Module, x: Any, function: str
-) -> tuple[Call, Tensor, Tensor | None] | None:
-    """The call of a module that consumes its ``weight`` and ``bias`` once, and what it computes with.
-
-    None where these are not two trainable parameters (one, where there is no bias): the taps see what they are.
-    """
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if type(x) is not Tensor or weight is None or (bias is None and "bias" not in module._parameters):
-        return None
-    slot = observation.slots.get(id(weight))
-    bias_slot = None if bias is None else observation.slots.get(id(bias))
-    if slot is None or not weight.requires_grad or (bias is not None and (bias_slot is None or not bias.requires_grad)):
-        return None
-    layout = observation.layout(x, 1, slot.name, function)
-    use = observation.use(slot, weight, (), function, layout)
-    if bias is None or bias_slot is None:
-        return Call(observation, layout, use, None), use.operand, None
-    bias_use = observation.use(bias_slot, bias, (), function, layout)
-    return Call(observation, layout, use, bias_use), use.operand, bias_use.operand
-
-
-def linear_module(observation: Observation, module: nn.Linear, input: Tensor) -> Any:
-    """`linear` without the detour through taps."""
-    if (found := _module_call(observation, module, input, "linear")) is None:
-        return NotImplemented
-    call, weight, bias = found
-    return _apply_linear(call, input, weight, bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return _linear(x, weight, bias, "linear", swapped=False)
-
-
-def addmm(bias: Tensor, x: Tensor, weight: Tensor, **scaled: Any) -> Any:
-    return NotImplemented if scaled else _linear(x, weight, bias, "addmm", swapped=True)
-
-
-def matmul(x: Tensor, weight: Tensor) -> Any:
-    return _linear(x, weight, None, "matmul", swapped=True) if isinstance(weight, Tap) else NotImplemented
 
 
 class _Embedding(torch.autograd.Function):
@@ -185,67 +99,6 @@ def _is_shared(observation: Observation, weight: Tap, ids: Tensor) -> bool:
     return ids.dim() <= batch.batch_dim or ids.shape[batch.batch_dim] != batch.count
 
 
-class _LayerNorm(torch.autograd.Function):
-    """``y = (x - mean) / deviation ⊙ w + b`` over the last dimension."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *probes: Tensor | None
-    ) -> Tensor:
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
-        ctx.call = call
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        call: Call = ctx.call
-        with no_autocast(g.device):
-            run = Backward(ctx, call)
-            g = g.contiguous()
-            dx = None
-            if ctx.needs_input_grad[1]:
-                mask = [True, False, False]
-                dx = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], mean, rstd, weight, bias, mask)[0]
-                run.tag(dx)
-            dw, of_weight = run.deliver(0, 2, lambda: normalised_product(x, g, call, mean, rstd))
-            db, of_bias = run.deliver(1, 3, lambda: summed(call.layout.rows_of(g), call.segments, run.backend))
-        return None, dx, dw, db, None, of_weight, of_bias
-
-
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Any:
-    taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
-    if isinstance(input, Tap) or len(normalized_shape) != 1 or any(tap.looked_up for tap in taps):
-        return NotImplemented
-    observation = taps[0].observation
-    layout = observation.layout(input, 1, taps[0].name, "layer_norm")
-    uses = [tap.use("layer_norm", layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
-    operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
-    return _apply_layer_norm(Call(observation, layout, *uses), input, operands[0], operands[1], eps)
-
-
-def _apply_layer_norm(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))  # type: ignore[assignment]
-    return _LayerNorm.apply(call, x, weight, bias, eps, *call.probes)
-
-
-def layer_norm_module(observation: Observation, module: nn.LayerNorm, input: Tensor) -> Any:
-    """`layer_norm` without the detour through taps."""
-    if len(module.normalized_shape) != 1 or (found := _module_call(observation, module, input, "layer_norm")) is None:
-        return NotImplemented
-    call, weight, bias = found
-    return _apply_layer_norm(call, input, weight, bias, module.eps)
-
-
 def rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Any:
@@ -276,8 +129,7 @@ class _Product(torch.autograd.Function):
 
             def scale_gradient() -> Contribution:
                 if is_row(weight.shape, g.shape) and x.shape == g.shape:
-                    sums = normalised_product(x, g, call, None, None).sums
-                    return Sums(sums.view(-1, *weight.shape), call.segments, run.backend)
+                    return normalised_product(x, g, call, None, None).shaped(weight.shape)
                 return spread(g * x, weight.shape, call)
 
             dw, of_weight = run.deliver(0, 2, scale_gradient)
@@ -310,8 +162,7 @@ class _Sum(torch.autograd.Function):
                     per_example = call.layout.per_example(g, ctx.added_shape, run.backend)
                     return _shared_lookup(per_example, ctx.looked_up, ctx.vocabulary, call)
                 if is_row(ctx.added_shape, g.shape):
-                    of_rows = summed(call.layout.rows_of(g), call.segments, run.backend)
-                    return Sums(of_rows.sums.view(-1, *ctx.added_shape), call.segments, run.backend)
+                    return summed(call.layout.rows_of(g), call.segments, run.backend).shaped(ctx.added_shape)
                 return spread(g, ctx.added_shape, call)
 
             dw, of_operand = run.deliver(0, 2, gradient)
@@ -330,7 +181,7 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
     observation = tap.observation
     if not isinstance(other, Tensor) or isinstance(other, Tap) or observation.is_constant(other):
         return None
-    if "derived" in tap.views and not observation.is_data(other):
+    if tap.is_derived and not observation.is_data(other):
         return None
     shape = torch.broadcast_shapes(tap.shape, other.shape)
     if observation.examples != 1 and (other.dim() != len(shape) or not shape):
@@ -386,16 +237,30 @@ class _Expand(torch.autograd.Function):
 
 def expand(tap: Tap, *sizes: Any) -> Any:
     """``w.expand(B, ...)``: from here on every example has its own copy, whose gradient arrives by itself."""
-    shape = tap.value.expand(*sizes).shape
-    observation = tap.observation
-    is_batched = len(shape) > tap.dim() or (tap.dim() > 0 and tap.shape[0] == 1)
-    if tap.looked_up is not None or not is_batched or not shape or shape[0] != observation.examples:
+    shape, batch = tap.value.expand(*sizes).shape, tap.observation.batch
+    own = (1,) * (len(shape) - tap.dim()) + tap.shape
+    assert batch is not None
+    if tap.looked_up is not None or not shape:
         return NotImplemented
-    assert observation.batch is not None
-    layout = Layout("leading", (shape[0],), observation.batch)
+    if shape[0] == batch.count and own[0] == 1:
+        layout = Layout("leading", shape[:1], batch)
+    elif len(shape) > 1 and shape[0] == 1 and shape[1] == batch.count and own[1] == 1:
+        layout = Layout("second", shape[:2], batch)
+    else:
+        return NotImplemented
     use = tap.use("expand", layout)
-    call = Call(observation, layout, use)
+    call = Call(tap.observation, layout, use)
     return _Expand.apply(call, use.operand, shape, *call.probes)
+
+
+def repeat(tap: Tap, *sizes: Any) -> Any:
+    """`expand` and a copy, where only dimensions of size one are repeated."""
+    times = _flat(sizes)
+    own = (1,) * (len(times) - tap.dim()) + tap.shape
+    if any(size != 1 and count != 1 for size, count in zip(own, times, strict=True)):
+        return NotImplemented
+    expanded = expand(tap, *(size * count for size, count in zip(own, times, strict=True)))
+    return expanded if expanded is NotImplemented else expanded.contiguous()
 
 
 def _view_rule(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -414,6 +279,17 @@ def _view_rule(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         return NotImplemented
 
     return view
+
+
+def _slices_rule(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that cuts a tensor in pieces: each of them is a slice of the parameter."""
+
+    def slices(tap: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(tap, Tap) or tap.looked_up is not None:
+            return NotImplemented
+        return tuple(tap.viewed(piece, "slice") for piece in function(tap.value, *args, **kwargs))
+
+    return slices
 
 
 def _flat(args: Any) -> list[Any]:
@@ -435,6 +311,11 @@ VIEWS: dict[str, tuple[Callable[..., Any], ...]] = {
     ),
 }
 
+SLICES: tuple[Callable[..., Any], ...] = (
+    *(_T.split, torch.split, _T.chunk, torch.chunk, _T.unbind, torch.unbind, _T.tensor_split, torch.tensor_split),
+    *(_T.split_with_sizes, torch.split_with_sizes),
+)
+
 _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: linear,
     torch.addmm: addmm,
@@ -444,13 +325,20 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
         function: transposed_convolution(n)
         for n, function in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1)
     },
+    F.multi_head_attention_forward: multi_head_attention_forward,
     F.embedding: embedding,
     F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    F.batch_norm: batch_norm,
     F.rms_norm: rms_norm,
     **dict.fromkeys((torch.mul, _T.mul, _T.__mul__, _T.__rmul__, _T.mul_, _T.__imul__, torch.multiply), multiply),
     **dict.fromkeys((torch.add, _T.add, _T.__add__, _T.__radd__, _T.add_, _T.__iadd__), add),
     _T.expand: expand,
+    _T.repeat: repeat,
     **{function: _view_rule(function, name) for name, functions in VIEWS.items() for function in functions},
+    **{function: _slices_rule(function) for function in SLICES},
+    _T.__iter__: lambda tap: iter(_slices_rule(torch.unbind)(tap)),
 }
 Tap.rules.update(_RULES)
 Tap.modules.update({nn.Linear.forward: linear_module, nn.LayerNorm.forward: layer_norm_module})

@@ -65,6 +65,11 @@ class Tap(Tensor):
         return tap
 
     @property
+    def is_derived(self) -> bool:
+        """Whether this is a function of parameters, in place of a parameter or its view."""
+        return "derived" in self.views
+
+    @property
     def name(self) -> str:
         return self.slot.name
 

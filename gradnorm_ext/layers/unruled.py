@@ -31,7 +31,7 @@ def unruled(func: Callable[..., Any], name: str, leaves: Sequence[Any], spec: An
     taps = [leaf for leaf in leaves if isinstance(leaf, Tap)]
     observation = taps[0].observation
     met = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Tap)]
-    derived = any("derived" in tap.views for tap in taps)
+    derived = any(tap.is_derived for tap in taps)
     if not any(_may_be_batched(observation, leaf, derived) for leaf in met):
         return pytree.tree_map(functools.partial(_derived, taps), result)
 
@@ -115,7 +115,7 @@ def differentiated(
     """
     call = Call(observation, layouts[0], *uses)
     plain = [tensor if use is None else use.operand for tensor, use in zip(tensors, uses, strict=True)]
-    found = _Unruled.apply(call, run, (tuple(of_tensors), tuple(layouts)), len(plain), *plain, *call.probes)  # type: ignore[no-untyped-call]
+    found = _Unruled.apply(call, run, (tuple(of_tensors), tuple(layouts)), len(plain), *plain, *call.probes)
     return list(found)
 
 

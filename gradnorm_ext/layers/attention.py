@@ -1,0 +1,51 @@
+"""Multi-head attention: torch's own body, in which the matrix products go to their rule."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradnorm_ext.layers.layouts import Layout
+from gradnorm_ext.layers.linears import multiply_rows
+from gradnorm_ext.layers.taps import Tap
+
+
+def multi_head_attention_forward(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The whole function comes here at once; it is run again with taps for parameters and products of our own.
+
+    Its inputs are ``[T, B, E]`` by contract, whatever the model is, and so is what it multiplies: nothing is inferred
+    from sizes. Inputs without a batch dimension, or with another one than the examples, take their chance with those.
+    """
+    taps = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tap)]
+    if isinstance(query, Tap) or any(tap.looked_up for tap in taps):
+        return NotImplemented
+    batch = taps[0].observation.batch
+    assert batch is not None
+    is_known = query.dim() == 3 and query.shape[1] == batch.count and batch.packing is None
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not is_known or not (isinstance(weight, Tap) or isinstance(bias, Tap)):
+            return F.linear(x, weight, bias)
+        rows = x if x.dim() == 3 else x.unflatten(0, (-1, batch.count))
+        layout = Layout("second", tuple(rows.shape[:2]), batch, anchored=True)
+        with torch._C.DisableTorchFunctionSubclass():
+            y: Tensor = multiply_rows(rows, weight, bias, "linear", layout=layout)
+        return y.view(*x.shape[:-1], -1)
+
+    projections = {name: _with(getattr(F, name), linear=linear) for name in ("_in_projection_packed", "_in_projection")}
+    body = _with(
+        F.multi_head_attention_forward, linear=linear, has_torch_function=lambda arguments: False, **projections
+    )
+    with torch._C._EnableTorchFunction():
+        return body(query, *args, **kwargs)
+
+
+def _with(function: Any, **replaced: Any) -> Callable[..., Any]:
+    """The same function, with other functions behind some of the names that it calls."""
+    scope = {**function.__globals__, **replaced}
+    return types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)

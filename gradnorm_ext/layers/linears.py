@@ -1,0 +1,100 @@
+"""Products with a matrix: ``linear``, ``addmm`` and ``matmul``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gradnorm_ext.layers.calls import Backward, Call, module_call, no_autocast, summed
+from gradnorm_ext.layers.contributions import Outer
+from gradnorm_ext.layers.layouts import Layout
+from gradnorm_ext.layers.observation import Observation
+from gradnorm_ext.layers.taps import Tap
+
+
+class _Linear(torch.autograd.Function):
+    """``y = x Wᵀ + b``; swapped: ``y = x W + b``. ``dtype`` is autocast's: the weight's gradient keeps the weight's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        *probes: Tensor | None,
+    ) -> Tensor:
+        ctx.call, ctx.x_dtype = call, x.dtype
+        x, weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.t() if call.swapped else weight, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        call: Call = ctx.call
+        with no_autocast(g.device):
+            run = Backward(ctx, call)
+            dx = None
+            if ctx.needs_input_grad[1]:
+                dx = (g.reshape(-1, g.shape[-1]) @ (weight.t() if call.swapped else weight)).view_as(x).to(ctx.x_dtype)
+                run.tag(dx)
+            g_rows, x_rows = call.layout.rows_of(g), call.layout.rows_of(x.detach())
+            outer = Outer(x_rows, g_rows, call.segments, run.backend)
+            dw, of_weight = run.deliver(0, 2, lambda: outer.transposed() if call.swapped else outer)
+            db, of_bias = run.deliver(1, 3, lambda: summed(g_rows, call.segments, run.backend))
+        return None, dx, dw, db, None, of_weight, of_bias
+
+
+def multiply_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    function: str,
+    *,
+    swapped: bool = False,
+    layout: Layout | None = None,
+) -> Any:
+    """The rule of every product with a matrix; ``layout``: where it is known what the rows are."""
+    if isinstance(x, Tap) or weight.dim() != 2 or (isinstance(bias, Tensor) and bias.dim() != 1):
+        return NotImplemented
+    taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
+    if any(tap.looked_up or (tap.is_derived and not tap.observation.is_data(x)) for tap in taps):
+        return NotImplemented
+    observation = taps[0].observation
+    layout = layout or observation.layout(x, 1, taps[0].name, function)
+    uses = [tap.use(function, layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
+    operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
+    return _apply_linear(Call(observation, layout, *uses, swapped=swapped), x, operands[0], operands[1])
+
+
+def _apply_linear(call: Call, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else torch.result_type(x, weight)
+    return _Linear.apply(call, x, weight, bias, dtype, *call.probes)
+
+
+def linear_module(observation: Observation, module: nn.Linear, input: Tensor) -> Any:
+    """`linear` without the detour through taps."""
+    if (found := module_call(observation, module, input, "linear")) is None:
+        return NotImplemented
+    call, weight, bias = found
+    return _apply_linear(call, input, weight, bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return multiply_rows(x, weight, bias, "linear")
+
+
+def addmm(bias: Tensor, x: Tensor, weight: Tensor, **scaled: Any) -> Any:
+    return NotImplemented if scaled else multiply_rows(x, weight, bias, "addmm", swapped=True)
+
+
+def matmul(x: Tensor, weight: Tensor) -> Any:
+    return multiply_rows(x, weight, None, "matmul", swapped=True) if isinstance(weight, Tap) else NotImplemented
