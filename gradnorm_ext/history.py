@@ -23,12 +23,12 @@ _PENDING = 256  # steps whose figures stay on the device before they are fetched
 class History:
     """The figures of every task at every step, and their running means.
 
-        mean ← (decay · total + (1 - decay) · x) / (decay · mass + (1 - decay))        total and mass from 0
+        total ← decay · total + (1 - decay) · x,    mass ← decay · mass + 1 - decay,    mean = total / mass
 
-    so that the first step's figures are the first means: no bias to correct. A figure that a step lacks (a task that is
-    absent) leaves its mean as it was, and so does a step that is not finite. ``noise_scale`` is the quotient of two such
-    means, as in McCandlish et al. (arXiv 1812.06162), rather than a mean of quotients. Nothing waits for the device
-    but looking, and every 256th step.
+    from 0, so that the first step's figures are the first means: no bias to correct. A figure that a step lacks (a task
+    that is absent) leaves its mean as it was, and so does a step that is not finite. ``noise_scale`` is the quotient of
+    two such means, as in McCandlish et al. (arXiv 1812.06162), rather than a mean of quotients. Nothing waits for the
+    device but looking, and every 256th step.
 
     ``Reweighted`` keeps one; beside a Meter:
 
@@ -61,7 +61,7 @@ class History:
         self.decay = decay
         self.task_names = tuple(task_names)
         self.steps = 0  # also those before a resumed run
-        self._total = self._mass = torch.zeros(len(FIGURES), len(self.task_names), dtype=torch.float64)
+        self._sums = torch.zeros(2, len(FIGURES), len(self.task_names), dtype=torch.float64)  # total and mass
         self._pending: list[Tensor] = []
         self._rows: list[dict[str, Any]] = []
         self._pending_std: list[tuple[Tensor, Tensor]] = []
@@ -83,10 +83,11 @@ class History:
             )
         self.task_names = stats.task_names
         figures = self._figures(stats, weights, of)
-        total, mass = (self._of_tasks(tensor).to(figures.device) for tensor in (self._total, self._mass))
-        known = ~figures.isnan() & stats.finite
-        self._total = torch.where(known, self.decay * total + (1 - self.decay) * figures.nan_to_num(), total)
-        self._mass = torch.where(known, self.decay * mass + (1 - self.decay), mass)
+        if self._sums.shape[2] != len(self.task_names):
+            self._sums = self._sums.new_zeros(2, *figures.shape)
+        sums, known = self._sums.to(figures.device), ~figures.isnan() & stats.finite
+        step = torch.stack([figures.nan_to_num(), torch.ones_like(figures)])
+        self._sums = torch.where(known, sums.lerp(step, 1 - self.decay), sums)
         self._pending.append(figures)
         if stats.reward is not None:
             self._pending_std.append((stats.reward.task, stats.reward.std))
@@ -102,8 +103,8 @@ class History:
         """
         if figure not in FIGURES:
             raise ValueError(f"History: figure must be one of {', '.join(FIGURES)}, got {figure!r}")
-        mean: Tensor = self._total[FIGURES.index(figure)] / self._mass[FIGURES.index(figure)]
-        return mean
+        total, mass = self._sums[:, FIGURES.index(figure)].unbind()
+        return total / mass
 
     @property
     def noise_scale(self) -> Tensor:
@@ -158,34 +159,28 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """The running means and the number of steps, not the rows."""
-        return {"total": self._total, "mass": self._mass, "steps": self.steps}
+        return {"sums": self._sums, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
-        self._total, self._mass, self.steps = state["total"].clone(), state["mass"].clone(), state["steps"]
+        self._sums, self.steps = state["sums"].clone(), state["steps"]
 
     def _figures(self, stats: Stats, weights: Tensor | None, of: str) -> Tensor:
         """``[figures, K]`` float64, NaN where a step has none."""
-        count = stats.task_count
-        nan = stats.example_norm.new_full((len(count),), torch.nan, dtype=torch.float64)
-        norm = nan if stats.task_norm is None else stats.task_norm.double()
-        if weights is None:
-            weight = torch.ones_like(nan)
-        elif of == "tasks":
-            weight = weights.detach().to(nan)
-        else:
-            weight = torch.zeros_like(nan).index_add_(0, stats.tasks, weights.detach().to(nan)) / count
+        count, nan = stats.task_count, torch.full_like(stats.task_sqnorm_unbiased, torch.nan)
+        norm = nan if stats.task_norm is None else stats.task_norm
+        weight = torch.ones_like(nan) if weights is None else weights.detach().to(nan)
+        if of == "examples" and weights is not None:
+            weight = torch.zeros_like(nan).index_add_(0, stats.tasks, weight) / count
         reward: Sequence[Tensor] = [nan] * 4
         if stats.reward is not None:
-            figures = (stats.reward.task_mean, stats.reward.task_std_mean, stats.reward.task_zero_std_share)
-            reward = [each.to(nan, non_blocking=True) for each in (*figures, stats.reward.task_realised_share)]
-        unbiased, variance = stats.task_sqnorm_unbiased.double(), stats.task_variance.double()
-        found = torch.stack([norm, norm.square(), unbiased, variance, weight, *reward])
-        return torch.cat([torch.stack([count, stats.task_units]).double(), torch.where(count > 0, found, torch.nan)])
-
-    def _of_tasks(self, tensor: Tensor) -> Tensor:
-        tasks = len(self.task_names)
-        return tensor if tensor.shape[1] == tasks else tensor.new_zeros(len(FIGURES), tasks)
+            of_reward = (stats.reward.task_mean, stats.reward.task_std_mean, stats.reward.task_zero_std_share)
+            reward = [each.to(nan, non_blocking=True) for each in (*of_reward, stats.reward.task_realised_share)]
+        sizes, estimates = (count, stats.task_units), (stats.task_sqnorm_unbiased, stats.task_variance)
+        figures = torch.stack([*sizes, norm, norm, *estimates, weight, *reward]).double()
+        figures[FIGURES.index("sqnorm")].square_()
+        figures[len(sizes) :].masked_fill_(count == 0, torch.nan)
+        return figures
 
     def _fetch(self) -> None:
         """Bring what is pending to the host: this is what waits."""

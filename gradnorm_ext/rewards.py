@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, NoReturn, overload
 
 import numpy as np
 import torch
@@ -241,20 +241,10 @@ def reward_stats(
         raise ValueError(f"reward_stats: ddof must be 0 or 1, got {ddof!r}; pass 1 for the sample's standard deviation")
     n_tasks = _task_count(tasks, n_tasks)
 
-    groups = _native_groups(rewards.numpy(), prompts.numpy()) if arrays and _has_native() else _groups(rewards, prompts)
-    _check_group_size("reward_stats", groups.prompt, groups.size, group_size)
-    task = torch.zeros_like(groups.prompt)
-    if tasks is not None:
-        task.scatter_reduce_(0, groups.prompt_of, tasks, "amin", include_self=False)
-        differs = task[groups.prompt_of] != tasks
-        if bool(differs.any()):
-            where = int(differs.nonzero()[0])
-            members = f"{int(task[groups.prompt_of[where]])} and {int(tasks[where])}"
-            raise ValueError(
-                f"reward_stats: a prompt must lie in one task, got prompt {int(prompts[where])} in tasks {members}; "
-                "give each task's prompts ids of their own"
-            )
-    stats = _stats_of(rewards, groups, task, n_tasks, int(ddof))
+    rewards = rewards.detach()
+    native = rewards.device.type == "cpu" and _has_native()
+    stats = (_native_stats if native else _stats)(rewards, prompts, tasks, n_tasks, int(ddof))
+    _check_group_size("reward_stats", stats.prompt, stats.count, group_size)
     return _numpy(stats) if arrays else stats
 
 
@@ -382,16 +372,41 @@ def _has_native() -> bool:
     return backends.choose("auto") in ("auto", "native") and not isinstance(backends.load("native"), str)
 
 
-def _native_groups(rewards: NDArray[Any], prompts: NDArray[Any]) -> _Groups:
+def _native_stats(rewards: Tensor, prompts: Tensor, tasks: Tensor | None, n_tasks: int, ddof: int) -> RewardStats:
     from gradnorm_ext import _C  # here, not above: it may not have been built
 
-    group = _C.reward_stats(rewards, prompts, ddof=1)
-    prompt_of = np.searchsorted(group["prompt"], prompts)
-    reward = np.empty(len(group["prompt"]))
-    reward[prompt_of] = rewards
-    mean = np.where(group["zero_std"], reward, group["mean"])
-    arrays = (group["prompt"], prompt_of, group["count"], mean, group["std"], group["std_error"], group["zero_std"])
-    return _Groups(*(torch.from_numpy(array) for array in arrays))
+    double = rewards.double()
+    of_task = None if tasks is None else tasks.numpy()
+    figures = _C.reward_stats(double.numpy(), prompts.numpy(), of_task, n_tasks=n_tasks, ddof=ddof)
+    torn = figures.pop("torn")
+    if tasks is not None and torn >= 0:
+        others = tasks[prompts == prompts[torn]]
+        _refuse_torn(int(prompts[torn]), int(others.min()), int(others.max()))
+    dtype = _figures(rewards.dtype)
+    tensors = {name: torch.from_numpy(array) for name, array in figures.items()}
+    shown = {name: one.to(dtype) if one.dtype == torch.float64 else one for name, one in tensors.items()}
+    return RewardStats(**shown, rewards=rewards.clone(), ddof=ddof)
+
+
+def _stats(rewards: Tensor, prompts: Tensor, tasks: Tensor | None, n_tasks: int, ddof: int) -> RewardStats:
+    """The definition, and what runs on a GPU."""
+    groups = _groups(rewards, prompts)
+    task = torch.zeros_like(groups.prompt)
+    if tasks is not None:
+        task.scatter_reduce_(0, groups.prompt_of, tasks, "amin", include_self=False)
+        differs = task[groups.prompt_of] != tasks
+        if bool(differs.any()):
+            where = differs.nonzero()[0, 0]
+            others = tasks[prompts == prompts[where]]
+            _refuse_torn(int(prompts[where]), int(others.min()), int(others.max()))
+    return _stats_of(rewards, groups, task, n_tasks, ddof)
+
+
+def _refuse_torn(prompt: int, one: int, other: int) -> NoReturn:
+    raise ValueError(
+        f"reward_stats: a prompt must lie in one task, got prompt {prompt} in tasks {one} and {other}; "
+        "give each task's prompts ids of their own"
+    )
 
 
 def _stats_of(rewards: Tensor, groups: _Groups, task: Tensor, n_tasks: int, ddof: int) -> RewardStats:
@@ -438,7 +453,7 @@ def _stats_of(rewards: Tensor, groups: _Groups, task: Tensor, n_tasks: int, ddof
         task_all_worst_share=figure(_total(all_worst, task, n_tasks) / size),
         task_share=(size / len(prompt)).to(dtype),
         task_realised_share=torch.where(spoiled.any(), torch.nan, live / live.sum()).to(dtype),
-        rewards=rewards.detach(),
+        rewards=rewards.clone(),
         ddof=ddof,
     )
 
@@ -508,13 +523,15 @@ def _tensors(who: str, rewards: Any, prompts: Any, tasks: Any) -> tuple[bool, Te
 
 
 def _from_numpy(who: str, name: str, array: NDArray[Any]) -> Tensor:
-    """A copy: torch would warn of an array that must not be written, and has no unsigned or foreign byte orders."""
+    """A copy where it must be: torch warns of an array that is read-only, and has no unsigned or foreign byte orders."""
     ids = name != "rewards"
     if array.dtype.kind not in ("iu" if ids else "fiub") or (ids and not np.can_cast(array.dtype, np.int64)):
         allowed = "integers that fit int64" if ids else "floating, integer or bool"
         raise TypeError(f"{who}: {name} must be {allowed}, got {array.dtype}; cast them")
     single = array.dtype.kind == "f" and array.dtype.itemsize <= 4
-    return torch.from_numpy(array.astype(np.int64 if ids else np.float32 if single else np.float64))
+    wanted = array.astype(np.int64 if ids else np.float32 if single else np.float64, copy=False)
+    usable = wanted.flags.writeable and wanted.flags.c_contiguous
+    return torch.from_numpy(wanted if usable else wanted.copy())
 
 
 def _numpy(stats: RewardStats) -> RewardStats[NDArray[Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -203,7 +204,7 @@ class Stats:
             finite=torch.stack([block.finite for block in blocks]).all(),
         )
 
-    def weighted(self, weights: Tensor, of: str) -> Stats:
+    def weighted(self, weights: Tensor, of: Literal["tasks", "examples"]) -> Stats:
         """What would have been measured if the gradients of the ``of`` ("tasks" or "examples") had these weights.
 
         Exact for weights of tasks. Under weights of examples the norm of a sum is another one, and what depends on it is

@@ -499,7 +499,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(bad, apply):
     assert all(torch.equal(a, b) for a, b in zip(weights.values(), case.model.state_dict().values(), strict=True))
     for parameter, before in state["state"].items():
         assert all(torch.equal(before[k], optimizer.state_dict()["state"][parameter][k]) for k in before)
-    assert state["gradnorm"]["history"]["total"].equal(optimizer.state_dict()["gradnorm"]["history"]["total"])
+    assert state["gradnorm"]["history"]["sums"].equal(optimizer.state_dict()["gradnorm"]["history"]["sums"])
     assert state["gradnorm"]["next_weights"].equal(optimizer.state_dict()["gradnorm"]["next_weights"])
     optimizer.zero_grad()
     block(optimizer, case)

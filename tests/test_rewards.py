@@ -451,7 +451,7 @@ def test_advantages_keep_the_rewards_kind_and_precision():
     assert isinstance(of_array, np.ndarray) and of_array.dtype == np.float32
 
 
-def test_arrays_take_the_native_way_where_it_is_built(monkeypatch):
+def test_arrays_and_tensors_take_the_native_way_where_it_is_built(monkeypatch):
     if isinstance(backends.load("native"), str):
         pytest.skip("the native extension is not built")
     from gradnorm_ext import _C
@@ -461,6 +461,8 @@ def test_arrays_take_the_native_way_where_it_is_built(monkeypatch):
     monkeypatch.setattr(backends, "DEFAULT", "auto")
     monkeypatch.setattr(_C, "reward_stats", lambda *args, **options: calls.append(args) or run(*args, **options))
     reward_stats(np.ones(2), np.zeros(2, int))
+    reward_stats(torch.ones(2), torch.zeros(2, dtype=torch.int64))
+    assert len(calls) == 2
     monkeypatch.setattr(backends, "DEFAULT", "reference")
     reward_stats(np.ones(2), np.zeros(2, int))
-    assert len(calls) == 1
+    assert len(calls) == 2

@@ -5,6 +5,7 @@ import io
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -98,13 +99,12 @@ def test_what_is_kept_is_a_running_mean_over_the_batches_that_had_the_task():
     torch.testing.assert_close(sampler.kept, torch.tensor([(0.5 + 2 * 1) / 3, 1.0, 0.0]).double())
     used = sampler.shares_used / sampler.shares
     assert float(used[2] / used[1]) == pytest.approx(4)  # not infinite
-    of_rewards = reward_stats(
-        torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 2, 2]), n_tasks=3
-    )
-    sampler.update(of_rewards)
-    sampler.update(
-        reward_stats(*(each.numpy() for each in (torch.rand(2), torch.tensor([0, 0]), torch.tensor([2, 2]))))
-    )
+    before, prompts, tasks = sampler.kept.clone(), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 2, 2])
+    sampler.update(reward_stats(torch.tensor([1.0, 1.0, 0.0, 1.0]), prompts, tasks, n_tasks=3))
+    assert sampler.kept[0] < before[0] and sampler.kept[1] == 1 and sampler.kept[2] > before[2]
+    of_arrays = TaskSampler(TASKS, 10)
+    of_arrays.update(reward_stats(np.array([1.0, 1.0]), np.array([0, 0]), np.array([2, 2])))
+    assert of_arrays.kept.tolist() == [1.0, 1.0, 0.0]
 
 
 def test_prompts_whose_rewards_vary_come_more_often():

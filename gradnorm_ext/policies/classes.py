@@ -39,8 +39,8 @@ class GSA(Stateful):
         warm_up: for how many steps after :meth:`begin_task` the ratios are taken for ``offset``.
 
     Raises:
-        ValueError: another number of classes, decay or warm-up; when fed, shapes that do not fit; when called, as many
-            labels as there are no examples.
+        ValueError: another number of classes, decay or warm-up; when fed, shapes that do not fit; when called, labels
+            of another number of examples.
         RuntimeError: nothing was fed since the last call.
 
     Example:

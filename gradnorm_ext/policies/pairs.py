@@ -39,8 +39,8 @@ class PairBalance(Stateful):
         clip: how far from 1 the ratio may go, a number >= 1.
 
     Raises:
-        ValueError: another space or clip; when called, an odd number of examples, or as many log-probabilities as there
-            are no examples.
+        ValueError: another space or clip; when called, an odd number of examples, or log-probabilities of another
+            number of examples.
         RuntimeError: "probability" where nothing was fed since the last call.
 
     Example:
