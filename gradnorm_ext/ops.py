@@ -5,7 +5,8 @@ the loss at its output. Every ``*_sqnorm`` returns one vector: the squared norm 
 group's, level after level (:class:`~gradnorm_ext.segments.Segments`); every ``*_wgrad`` returns the weight gradient and
 that vector from one pass over the rows. Sums are formed in float32, or in float64 for float64 input.
 
-Every operation takes ``backend``: "auto" (the default: the fastest that is there), "native" or "reference".
+Every operation takes ``backend``: "auto" (the default: the fastest that is there), "triton", "native" or
+"reference".
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def outer_wgrad(
     weight: Tensor | None = None,
     by_group: bool = False,
     out: Tensor | None = None,
+    accumulate: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """A linear layer's weight gradient and its segments' squared norms, from one pass over the rows.
@@ -69,10 +71,13 @@ def outer_wgrad(
         x, g, segments: as of :func:`outer_sqnorm`.
         weight: ``[segments]``, or None for ones.
         by_group: one gradient for every group of the coarsest level instead of their sum.
-        out: where ``dw`` is written, contiguous, of the returned shape and dtype; None makes it.
+        out: where ``dw`` is written, contiguous, of the returned shape, and of its dtype or that of x, to which the sum
+            is then rounded; None makes it.
+        accumulate: add ``dw`` to what is in ``out``, as autograd does to a ``.grad`` that is there.
 
     Returns:
-        ``dw [out, in]``, or ``[groups, out, in]`` with ``by_group``; and ``sqnorm``. float32 (float64 for float64).
+        ``dw [out, in]``, or ``[groups, out, in]`` with ``by_group``; and ``sqnorm``. float32 (float64 for float64), where
+        ``out`` does not say otherwise.
 
     Example:
         >>> x, g = torch.tensor([[1., 2.], [3., 0.]]), torch.tensor([[1.], [2.]])
@@ -83,12 +88,17 @@ def outer_wgrad(
     outputs, n_outputs = _outputs("outer_wgrad", segments, weight, by_group)
     if out is not None:
         shape, dtype = [*([n_outputs] if by_group else []), g.shape[1], x.shape[1]], accumulator(x.dtype)
-        if list(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
+        if list(out.shape) != shape or out.dtype not in (dtype, x.dtype) or not out.is_contiguous():
             raise ValueError(
-                f"outer_wgrad: out must be contiguous, {shape} of {dtype}, got {list(out.shape)} of {out.dtype}; make it so"
+                f"outer_wgrad: out must be contiguous, {shape} of {dtype} or x's dtype, got {list(out.shape)} of {out.dtype}; "
+                "make it so"
             )
+    elif accumulate:
+        raise ValueError("outer_wgrad: accumulate needs out, the gradient to add to; pass it")
     run = backends.find("outer_wgrad", x.device.type, backends.choose(backend))
-    return run(x, g, segments, weight=weight, outputs=outputs, n_outputs=n_outputs, out=out)  # type: ignore[no-any-return]
+    return run(  # type: ignore[no-any-return]
+        x, g, segments, weight=weight, outputs=outputs, n_outputs=n_outputs, out=out, accumulate=accumulate
+    )
 
 
 def lookup_sqnorm(

@@ -28,10 +28,13 @@ def outer_wgrad(
     outputs: Tensor | None = None,
     n_outputs: int = 1,
     out: Tensor | None = None,
+    accumulate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     shape = (n_outputs, g.shape[1], x.shape[1])
-    dw = x.new_zeros(shape, dtype=accumulator(x.dtype)) if out is None else out.view(shape).zero_()
+    dw = x.new_zeros(shape, dtype=accumulator(x.dtype))
     sqnorm = _outer(x, g, segments, weight, outputs, dw)
+    if out is not None:
+        dw = out.view(shape).add_(dw) if accumulate else out.view(shape).copy_(dw)
     return (dw[0] if outputs is None else dw), sqnorm
 
 
