@@ -101,6 +101,28 @@ def outer_wgrad(
     )
 
 
+def outer_gram(x: Tensor, g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
+    """Inner products of the groups' gradients of a linear layer's weight.
+
+        out[k, l] = ⟨ Σ_{r in k} g[r] x[r]ᵀ, Σ_{r in l} g[r] x[r]ᵀ ⟩
+
+    Args:
+        x, g: as of :func:`outer_sqnorm`.
+        segments: ``k`` and ``l`` are groups of their coarsest level, or segments where there are no groups.
+
+    Returns:
+        ``[groups, groups]``, float32 (float64 for float64 input); the diagonal is what :func:`outer_sqnorm` returns.
+
+    Example:
+        >>> x, g = torch.tensor([[1., 2.], [3., 0.]]), torch.tensor([[1.], [2.]])
+        >>> outer_gram(x, g, Segments.equal(2, 1))
+        tensor([[ 5.,  6.],
+                [ 6., 36.]])
+    """
+    _check_rows("outer_gram", segments, x=x, g=g)
+    return backends.find("outer_gram", x.device.type, backends.choose(backend))(x, g, segments)  # type: ignore[no-any-return]
+
+
 def lookup_sqnorm(
     ids: Tensor,
     g: Tensor,

@@ -51,6 +51,13 @@ def truth(per_segment, segments):
     return torch.stack([per_segment[list(of)].sum(0).square().sum() for of in members(segments)])
 
 
+def gram_of(per_segment, segments):
+    """Inner products of the coarsest groups' gradients, by their definition."""
+    last = segments.groups.counts[-1] if segments.groups.counts else segments.count
+    sums = torch.stack([per_segment[list(of)].sum(0).flatten() for of in members(segments)[-last:]])
+    return sums @ sums.t()
+
+
 def rows_of(segments, d, p, dtype):
     generator = torch.Generator().manual_seed(0)
     rows = int(segments.offsets[-1])
@@ -114,6 +121,24 @@ def test_outer(backend, lengths, widths, dtype):
     expected = (tensor.new_zeros(3, *tensor.shape[1:]).index_add_(0, coarse, tensor) for tensor in (plain, exact, size))
     assert_as_good_as_plain(dw, *expected)
     assert_as_good_as_plain(sqnorm, *norms)
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_outer_gram(lengths, nested, dtype):
+    segments = segments_of(lengths, nested)
+    x, g = rows_of(segments, 7, 5, dtype)
+    found = ops.outer_gram(x, g, segments)
+    if not lengths:
+        assert found.tolist() == ([[0] * 3] * 3 if nested else [])
+        return
+    gram = [
+        gram_of(outer_per_segment(*rows, segments), segments)
+        for rows in ((accumulated(x), accumulated(g)), (x.double(), g.double()), (x.double().abs(), g.double().abs()))
+    ]
+    assert_as_good_as_plain(found, *gram)
+    torch.testing.assert_close(found.diagonal(), ops.outer_sqnorm(x, g, segments)[-len(found) :])
 
 
 @pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)

@@ -3,11 +3,14 @@
 What is compared with what, and how closely, is `test_ops`'s.
 """
 
+import importlib
+
 import pytest
 import torch
 from test_ops import (
     accumulated,
     assert_as_good_as_plain,
+    gram_of,
     lookup_per_segment,
     outer_per_segment,
     rows_of,
@@ -100,6 +103,32 @@ def test_outer(method, lengths, levels):
 def test_outer_in_every_dtype(method, dtype):
     segments = nested([17] * 3, 1)
     check_outer(method, segments, *(rows.to(DEVICE) for rows in rows_of(segments, 5, 130, dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("levels", [0, 2])
+@pytest.mark.parametrize("lengths", [[3, 0, 5], [9] * 2, [1] * 20], ids=str)
+def test_outer_gram(lengths, levels, dtype):
+    segments = nested(lengths, levels)
+    x, g = (rows.to(DEVICE) for rows in rows_of(segments, 20, 7, dtype))
+    rows = (accumulated(x), accumulated(g)), (x.double(), g.double()), (x.double().abs(), g.double().abs())
+    found = ops.outer_gram(x, g, segments, backend="triton")
+    assert_as_good_as_plain(found, *(gram_of(outer_per_segment(*one, segments), segments) for one in rows))
+    assert found.equal(found.t())
+
+
+def test_outer_gram_goes_in_blocks_of_rows_of_the_weight(monkeypatch):
+    segments = nested([4, 5], 0)
+    x, g = (rows.to(DEVICE) for rows in rows_of(segments, 20, 7, torch.float64))
+    expected = ops.outer_gram(x, g, segments, backend="reference")
+    monkeypatch.setitem(triton_kernels.outer_gram.__globals__, "SCRATCH", 6 * 2 * 7 * 8)  # 6 of 20 rows at a time
+    torch.testing.assert_close(ops.outer_gram(x, g, segments, backend="triton"), expected)
+    equal = nested([4] * 3, 1)
+    x, g = x.repeat(2, 1)[:12], g.repeat(2, 1)[:12]
+    expected = ops.outer_wgrad(x, g, equal, backend="reference")
+    split = importlib.import_module("gradnorm_ext.triton_kernels.outer_split")
+    monkeypatch.setattr(split, "SCRATCH", 6 * 3 * 7 * 8)
+    torch.testing.assert_close(triton_kernels.outer_wgrad(x, g, equal, method="split"), expected)
 
 
 def test_outer_writes_and_adds_in_the_dtype_of_the_weight():
@@ -297,5 +326,5 @@ def test_the_backend_is_the_default_on_a_gpu_and_serves_every_operation():
         "sums_wgrad",
         "segment_std",
     )
-    for name in names:
+    for name in (*names, "outer_gram"):
         assert backends.find(name, "cuda", "auto") is getattr(triton_kernels, name)

@@ -10,6 +10,7 @@ if __name__ != "gradnorm_ext.triton_kernels":
     )
 
 from gradnorm_ext.triton_kernels.lookup_wgrad import lookup_sqnorm, lookup_wgrad
+from gradnorm_ext.triton_kernels.outer_gram import outer_gram
 from gradnorm_ext.triton_kernels.outer_wgrad import outer_sqnorm, outer_wgrad
 from gradnorm_ext.triton_kernels.product_sums import product_sums
 from gradnorm_ext.triton_kernels.registration import DEVICES
@@ -20,6 +21,7 @@ from gradnorm_ext.triton_kernels.sums_wgrad import sums_sqnorm, sums_wgrad
 __all__ = [
     "lookup_sqnorm",
     "lookup_wgrad",
+    "outer_gram",
     "outer_sqnorm",
     "outer_wgrad",
     "product_sums",

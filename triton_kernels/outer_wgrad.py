@@ -10,7 +10,7 @@ import torch
 import triton
 from gradnorm_ext.triton_kernels import outer_fused, outer_pairs, outer_split
 from gradnorm_ext.triton_kernels.library import product
-from gradnorm_ext.triton_kernels.registration import accumulator, operation
+from gradnorm_ext.triton_kernels.registration import accumulator, operation, uses_tf32
 from gradnorm_ext.triton_kernels.walk import Walk
 from torch import Tensor
 
@@ -91,9 +91,8 @@ def _run(x, g, segments, weight, outputs, dw, accumulate, method) -> Tensor:
         )
     sqnorm = x.new_empty(segments.columns, dtype=accumulator(x.dtype))
     groups, length = segments.groups, -1 if segments.length is None else segments.length
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    given = (groups.walk, groups.columns, list(groups.counts), weight, outputs, dw, sqnorm, accumulate, tf32, method)
-    _outer_wgrad(x, g, segments.offsets, length, *given)
+    given = (groups.walk, groups.columns, list(groups.counts), weight, outputs, dw, sqnorm, accumulate)
+    _outer_wgrad(x, g, segments.offsets, length, *given, uses_tf32(x), method)
     return sqnorm
 
 

@@ -49,3 +49,8 @@ def constexpr_of(dtype: torch.dtype) -> tl.dtype:
 def is_hopper(rows: Tensor) -> bool:
     """Whether tiles are those of sm_90 and later; else those of sm_80."""
     return not rows.is_cuda or torch.cuda.get_device_capability(rows.device) >= (9, 0)
+
+
+def uses_tf32(rows: Tensor) -> bool:
+    """Whether products of these rows may round to TF32, as torch's own switch says."""
+    return rows.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
