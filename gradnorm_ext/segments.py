@@ -44,22 +44,6 @@ class Groups:
             first += count
         return Groups(tuple(ids for ids, _ in levels), tuple(count for _, count in levels), walk, columns)
 
-    @functools.cached_property
-    def ranges(self) -> Tensor:
-        """``[groups of all levels, 2]`` int64: which part of ``walk`` is each group's, found without waiting for a device.
-
-        Example:
-            >>> Groups.of(4, [(torch.tensor([1, 0, 1, 0]), 2)]).ranges.tolist()
-            [[0, 2], [2, 4]]
-        """
-        first, size = self.walk.new_zeros(2, sum(self.counts))
-        place = torch.arange(len(self.walk), device=self.walk.device)
-        for column in self.columns:
-            group = column[self.walk] - len(self.walk)
-            first.scatter_reduce_(0, group, place, "amin", include_self=False)
-            size.index_add_(0, group, torch.ones_like(place))
-        return torch.stack([first, first + size], 1)
-
 
 @dataclass(frozen=True, eq=False)
 class Segments:

@@ -7,6 +7,7 @@ import importlib
 
 import pytest
 import torch
+import torch._dynamo.testing
 from test_ops import (
     accumulated,
     assert_as_good_as_plain,
@@ -17,6 +18,7 @@ from test_ops import (
     segments_of,
     truth,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradnorm_ext import backends, ops
 from gradnorm_ext.segments import Groups, Segments
@@ -328,3 +330,54 @@ def test_the_backend_is_the_default_on_a_gpu_and_serves_every_operation():
     )
     for name in (*names, "outer_gram"):
         assert backends.find(name, "cuda", "auto") is getattr(triton_kernels, name)
+
+
+def one_of_each(length):
+    """Calls of every operation, on three segments of this length in two tasks."""
+    tasks = torch.tensor([0, 1, 1], device=DEVICE)
+    offsets, groups = torch.arange(4, device=DEVICE) * length, Groups.of(3, [(tasks, 2)], DEVICE)
+    x, g = (torch.randn(3 * length, width, device=DEVICE) for width in (5, 4))
+    ids, weight = torch.arange(3 * length, device=DEVICE) % 3, torch.rand(3, device=DEVICE)
+    return offsets, groups, x, g, ids, weight
+
+
+def call_each(offsets, groups, x, g, ids, weight):
+    segments = Segments(offsets, None, groups)
+    return (
+        *triton_kernels.outer_wgrad(x, g, segments, weight=weight),
+        triton_kernels.outer_gram(x, g, segments),
+        *triton_kernels.lookup_wgrad(ids, g, 3, segments, padding_idx=1),
+        *triton_kernels.sums_wgrad(triton_kernels.product_sums(g, g, segments), segments),
+        triton_kernels.sum_sums(g, segments),
+        *triton_kernels.segment_std(g[:, 0], ids, 3, ddof=1),
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's, about itself
+def test_a_compiled_graph_keeps_each_operation_as_one_call_for_every_length():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(call_each, fullgraph=True, backend=counter)
+    for length in (4, 6, 7, 9):
+        arguments = one_of_each(length)
+        torch.testing.assert_close(compiled(*arguments), call_each(*arguments))
+    assert counter.frame_count == 2  # one for the first length, one for any
+    called = [str(node.target) for node in counter.graphs[-1].graph.nodes if "gradnorm_triton" in str(node.target)]
+    names = ("outer_wgrad", "outer_gram", "lookup_wgrad", "product_sums", "sums_wgrad", "sum_sums", "segment_std")
+    assert called == [f"gradnorm_triton.{name}" for name in names]
+
+
+def test_operators_keep_to_their_schemas():
+    calls = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "gradnorm_triton":
+                calls.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    with Recorded():
+        call_each(*one_of_each(4))
+    assert len(calls) == 7
+    for function, arguments in calls:
+        torch.library.opcheck(function, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -7,7 +7,7 @@ bits every time, and nothing as large as ``[segments, vocabulary]``.
 import torch
 import triton
 import triton.language as tl
-from gradnorm_ext.triton_kernels.registration import accumulator, constexpr_of, operation
+from gradnorm_ext.triton_kernels.registration import accumulator, constexpr_of, operation, sqnorm_length
 from gradnorm_ext.triton_kernels.sum_sums import segment_sums
 from torch import Tensor
 
@@ -37,7 +37,7 @@ def lookup_wgrad(
 
 
 def _run(ids, g, vocabulary, segments, padding_idx, weight, outputs, dw) -> Tensor:
-    sqnorm = g.new_zeros(segments.columns, dtype=accumulator(g.dtype))
+    sqnorm = g.new_zeros(sqnorm_length(segments), dtype=accumulator(g.dtype))
     groups = segments.groups
     padding_idx = -1 if padding_idx is None else padding_idx
     given = (padding_idx, segments.offsets, list(groups.levels), list(groups.counts), weight, outputs, dw, sqnorm)
@@ -62,7 +62,7 @@ def _lookup_wgrad(ids, g, vocabulary, padding_idx, offsets, levels, counts, weig
         # Sorted by group, the runs of a group lie side by side.
         bounds = torch.searchsorted(keys, torch.arange(count + 1, device=keys.device) * vocabulary)
         sums = squares.new_empty(count, squares.shape[1])
-        segment_sums(None, squares, None, None, bounds, sums)
+        segment_sums(None, squares, None, None, bounds, sums, block_rows=32)
         torch.sum(sums, 1, out=sqnorm[first : first + count])
         first += count
     if dw is not None:

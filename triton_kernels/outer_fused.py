@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from gradnorm_ext.triton_kernels.registration import constexpr_of, is_hopper
+from gradnorm_ext.triton_kernels.registration import constexpr_of, is_aligned, is_hopper, uses_tf32
 from gradnorm_ext.triton_kernels.walk import Entries
 from torch import Tensor
 
@@ -34,26 +34,29 @@ class Tile:
         }
 
 
-def tile(dtype: torch.dtype, tf32: bool, levels: int, ordered: bool, hopper: bool) -> Tile:
-    """The largest that compiles without spilling registers: `tests/test_triton_compiled.py` holds it to that."""
+def tile(dtype: torch.dtype, tf32: bool, levels: int, ordered: bool, aligned: bool, hopper: bool) -> Tile:
+    """The largest that compiles without spilling registers: `tests/test_triton_compiled.py` holds it to that.
+
+    ``ordered``: a row's place is loaded before the row, which takes half of the stages; the same number of rows runs ahead.
+    ``aligned``: rows can be copied to shared memory in wide pieces; others pass through registers.
+    """
     if dtype == torch.float64:
         return Tile(32, 32, 16, 4, 2)
     if dtype == torch.float32:
         return Tile(64, 64, 32, 4, 3) if tf32 else Tile(64, 64, 16, 8, 2)
+    if not aligned:
+        return Tile(64, 64, 32, 4, 3)
     # Two accumulators of 128 x 128 are half of the register file. Where a third is added to in memory they must be smaller.
     p = 64 if levels else 128
-    # A row's place is loaded before the row, which takes half of the stages: the same number of rows runs ahead.
     if hopper:
         return Tile(128, p, 64, 8, 7 if ordered else 4)
     return Tile(128, p, 32, 8, 5 if ordered else 3)
 
 
-def fused(
-    x: Tensor, g: Tensor, entries: Entries, dw: Tensor | None, norms: Tensor, accumulate: bool, tf32: bool
-) -> None:
+def fused(x: Tensor, g: Tensor, entries: Entries, dw: Tensor | None, norms: Tensor, accumulate: bool) -> None:
     """Adds the norms of the entries and their groups to ``norms``; dW is written to or added to ``dw [outputs, d, p]``."""
-    d, p, levels = g.shape[1], x.shape[1], entries.levels
-    shape = tile(x.dtype, tf32, levels, entries.order is not None, is_hopper(x))
+    d, p, levels, tf32 = g.shape[1], x.shape[1], entries.levels, uses_tf32(x)
+    shape = tile(x.dtype, tf32, levels, entries.order is not None, is_aligned(x, g), is_hopper(x))
     tiles = triton.cdiv(d, shape.d) * triton.cdiv(p, shape.p)
     partial = norms.new_zeros(len(norms), tiles)
     scratch = norms.new_zeros(max(0, levels - 1), tiles, shape.d * shape.p)
@@ -173,8 +176,10 @@ def _fused_kernel(
                     tl.store(partial_ptr + column.to(tl.int64) * tiles + program, squared)
                     if HAS_DW and not IN_REGISTERS:
                         if adds == level:
-                            before = tl.load(dw_tile + of_tile, mask=in_tile, other=0.0)
-                            tl.store(dw_tile + of_tile, before + weight * ended, mask=in_tile)
+                            added = weight * ended
+                            if ACCUMULATE or not HAS_OUTPUT or HAS_WEIGHT:  # else nothing else is added to it
+                                added += tl.load(dw_tile + of_tile, mask=in_tile, other=0.0)
+                            tl.store(dw_tile + of_tile, added, mask=in_tile)
                     if level == 0 and LEVELS > 0:
                         outer += own
                     if level > 0 and level < LEVELS:

@@ -6,7 +6,7 @@ import triton.language as tl
 from gradnorm_ext.triton_kernels import outer_fused
 from gradnorm_ext.triton_kernels.library import product
 from gradnorm_ext.triton_kernels.outer_split import SCRATCH
-from gradnorm_ext.triton_kernels.registration import accumulator, constexpr_of, operation, uses_tf32
+from gradnorm_ext.triton_kernels.registration import accumulator, constexpr_of, operation
 from gradnorm_ext.triton_kernels.walk import Walk
 from torch import Tensor
 
@@ -17,17 +17,17 @@ _STRIPES = 512  # programs that share the entries; each has a place of its own f
 def outer_gram(x: Tensor, g: Tensor, segments) -> Tensor:
     """See :func:`gradnorm_ext.ops.outer_gram`."""
     groups, length = segments.groups, -1 if segments.length is None else segments.length
-    members = groups.counts[-1] if groups.counts else segments.count
+    members = groups.counts[-1] if groups.counts else len(groups.walk)
     gram = x.new_empty(members, members, dtype=accumulator(x.dtype))
-    _outer_gram(x, g, segments.offsets, length, groups.walk, groups.columns, list(groups.counts), gram, uses_tf32(x))
+    _outer_gram(x, g, segments.offsets, length, groups.walk, groups.columns, list(groups.counts), gram)
     return gram
 
 
 @operation(
     """outer_gram(Tensor x, Tensor g, Tensor offsets, int length, Tensor walk, Tensor columns, int[] counts,
-        Tensor(a!) gram, bool tf32) -> ()"""
+        Tensor(a!) gram) -> ()"""
 )
-def _outer_gram(x, g, offsets, length, walk, columns, counts, gram, tf32) -> None:
+def _outer_gram(x, g, offsets, length, walk, columns, counts, gram) -> None:
     gram.zero_()
     members, d, p = len(gram), g.shape[1], x.shape[1]
     if gram.numel() == 0 or len(x) == 0 or d == 0 or p == 0:
@@ -46,7 +46,7 @@ def _outer_gram(x, g, offsets, length, walk, columns, counts, gram, tf32) -> Non
         if known and not counts:
             product(rows.unflatten(0, (members, known)).transpose(1, 2), x.unflatten(0, (members, known)), gradients)
         else:
-            outer_fused.fused(x, rows, entries, gradients, norms, False, tf32)
+            outer_fused.fused(x, rows, entries, gradients, norms, False)
         gram += _inner_products(gradients.flatten(1))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from gradnorm_ext.triton_kernels.registration import constexpr_of, is_hopper
+from gradnorm_ext.triton_kernels.registration import constexpr_of, is_aligned, is_hopper, uses_tf32
 from gradnorm_ext.triton_kernels.sum_sums import segment_sums
 from gradnorm_ext.triton_kernels.walk import Entries
 from torch import Tensor
@@ -32,20 +32,26 @@ class Tile:
         }
 
 
-def tile(dtype: torch.dtype, tf32: bool, rows_per_segment: float, hopper: bool) -> Tile:
-    """Blocks as long as the segments are, up to what compiles without spilling registers: two accumulators."""
+def tile(dtype: torch.dtype, tf32: bool, rows_per_segment: float, aligned: bool, hopper: bool) -> Tile:
+    """Blocks as long as the segments are, up to what compiles without spilling registers: two accumulators.
+
+    ``aligned``: as of `outer_fused.tile`.
+    """
     rows = next((rows for rows in (16, 64) if rows_per_segment <= rows), 128)
     if dtype == torch.float64:
         return Tile(min(rows, 32), 16, 4, 2)
     if dtype == torch.float32:
         return Tile(min(rows, 64), 32, 4, 3) if tf32 else Tile(min(rows, 64), 16, 8, 2)
+    if not aligned:
+        return Tile(min(rows, 32), 32, 4, 2)
     warps = 8 if rows == 128 else 4
     return Tile(rows, 64, warps, 4) if hopper else Tile(rows, 32, warps, 3)
 
 
-def pairs(x: Tensor, g: Tensor, entries: Entries, norms: Tensor, mean_rows: float, tf32: bool) -> None:
+def pairs(x: Tensor, g: Tensor, entries: Entries, norms: Tensor, mean_rows: float) -> None:
     """Writes the entries' squared norms to ``norms``; what groups lie around them does not matter."""
-    shape = tile(x.dtype, tf32, mean_rows, is_hopper(x))
+    tf32 = uses_tf32(x)
+    shape = tile(x.dtype, tf32, mean_rows, is_aligned(x, g), is_hopper(x))
     count, index = len(entries.begin), torch.arange(len(entries.begin) + 1, device=x.device)
     if entries.length is None:
         # Entry e has its blocks from begin // rows + e on: room for any length, and found without a table.
@@ -54,7 +60,7 @@ def pairs(x: Tensor, g: Tensor, entries: Entries, norms: Tensor, mean_rows: floa
     else:
         at_most = max(1, triton.cdiv(entries.length, shape.rows))
         first, blocks = index * at_most, count * at_most
-    partners = min(at_most, 16)
+    partners = 1 if at_most == 1 else 4 if at_most <= 4 else 16  # few, as each number needs a kernel to add up
     partial = norms.new_empty(blocks, partners)
     _pairs_kernel[blocks, partners](
         *(x, g, entries.begin, entries.end, x if entries.order is None else entries.order, partial),
@@ -66,7 +72,7 @@ def pairs(x: Tensor, g: Tensor, entries: Entries, norms: Tensor, mean_rows: floa
         **shape.options,
     )
     sums = norms.new_empty(count, partners)
-    segment_sums(None, partial, None, None, first, sums)
+    segment_sums(None, partial, None, None, first, sums, block_rows=8)
     norms[index[:-1] if entries.columns is None else entries.columns[0]] = sums.sum(1)
 
 

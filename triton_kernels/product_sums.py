@@ -7,7 +7,7 @@ from torch import Tensor
 
 def product_sums(x: Tensor, g: Tensor, segments, *, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """See :func:`gradnorm_ext.ops.product_sums`."""
-    out = g.new_empty(segments.count, g.shape[1], dtype=accumulator(g.dtype))
+    out = g.new_empty(len(segments.offsets) - 1, g.shape[1], dtype=accumulator(g.dtype))
     shift, scale = (None if rows is None else rows.contiguous() for rows in (shift, scale))
     _product_sums(x, g, shift, scale, segments.offsets, out)
     return out

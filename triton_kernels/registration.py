@@ -51,6 +51,16 @@ def is_hopper(rows: Tensor) -> bool:
     return not rows.is_cuda or torch.cuda.get_device_capability(rows.device) >= (9, 0)
 
 
+def is_aligned(*rows: Tensor) -> bool:
+    """Whether Triton can tell that rows start, and end, at multiples of 16 entries."""
+    return all(size % 16 == 0 for tensor in rows for size in (tensor.stride(0), tensor.shape[1], tensor.data_ptr()))
+
+
 def uses_tf32(rows: Tensor) -> bool:
     """Whether products of these rows may round to TF32, as torch's own switch says."""
     return rows.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def sqnorm_length(segments) -> int:
+    """How many entries a ``sqnorm`` vector has."""
+    return len(segments.groups.walk) + sum(segments.groups.counts)

@@ -11,7 +11,7 @@ _TILE = 4096  # entries of a tile: 32 for each thread of 4 warps, 64 bytes in fl
 
 def sum_sums(g: Tensor, segments) -> Tensor:
     """See :func:`gradnorm_ext.ops.sum_sums`."""
-    out = g.new_empty(segments.count, g.shape[1], dtype=accumulator(g.dtype))
+    out = g.new_empty(len(segments.offsets) - 1, g.shape[1], dtype=accumulator(g.dtype))
     _sum_sums(g, segments.offsets, out)
     return out
 
@@ -22,15 +22,21 @@ def _sum_sums(g: Tensor, offsets: Tensor, out: Tensor) -> None:
 
 
 def segment_sums(
-    x: Tensor | None, g: Tensor, shift: Tensor | None, scale: Tensor | None, offsets: Tensor, out: Tensor
+    x: Tensor | None,
+    g: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    offsets: Tensor,
+    out: Tensor,
+    block_rows: int | None = None,
 ) -> None:
-    """``out[s] = Σ_{r in s} g[r] ⊙ (x[r] - shift[r]) scale[r]``; ones in place of x where there is none."""
+    """``out[s] = Σ_{r in s} g[r] ⊙ (x[r] - shift[r]) scale[r]``, with ones in place of x where there is none."""
     segments, width = out.shape
     if out.numel() == 0:
         return
-    # Few shapes of tile, so that another sequence length hardly ever needs another kernel.
     rows = len(g) / segments
-    block_rows = 1 if rows <= 2 else 8 if rows <= 16 else 32
+    if block_rows is None:  # one of few, so that another sequence length hardly ever needs another kernel
+        block_rows = 1 if rows <= 2 else 8 if rows <= 16 else 32
     block_columns = min(_TILE // block_rows, triton.next_power_of_2(width))
     programs = segments * triton.cdiv(width, block_columns)
     # Where segments are few and long, several programs share one, and a second pass adds up what they found.

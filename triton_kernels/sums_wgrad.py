@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from gradnorm_ext.triton_kernels.registration import constexpr_of, operation
+from gradnorm_ext.triton_kernels.registration import constexpr_of, operation, sqnorm_length
 from torch import Tensor
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 8, 512
@@ -21,17 +21,17 @@ def sums_wgrad(sums: Tensor, segments, *, weight: Tensor | None = None) -> tuple
 
 
 def _run(sums: Tensor, segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
-    sqnorm = sums.new_empty(segments.columns)
+    sqnorm = sums.new_empty(sqnorm_length(segments))
     weight = None if weight is None else weight.contiguous()
-    _sums_wgrad(sums, segments.groups.walk, segments.groups.ranges, weight, dw, sqnorm)
+    _sums_wgrad(sums, segments.groups.walk, segments.groups.columns, weight, dw, sqnorm)
     return sqnorm
 
 
 @operation(
-    "sums_wgrad(Tensor sums, Tensor walk, Tensor ranges, Tensor? weight, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()"
+    "sums_wgrad(Tensor sums, Tensor walk, Tensor columns, Tensor? weight, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()"
 )
 def _sums_wgrad(
-    sums: Tensor, walk: Tensor, ranges: Tensor, weight: Tensor | None, dw: Tensor | None, sqnorm: Tensor
+    sums: Tensor, walk: Tensor, columns: Tensor, weight: Tensor | None, dw: Tensor | None, sqnorm: Tensor
 ) -> None:
     segments, width = sums.shape
     if width == 0:
@@ -40,15 +40,34 @@ def _sums_wgrad(
     entries, blocks = len(sqnorm), triton.cdiv(width, _BLOCK_COLUMNS)
     partial = sqnorm.new_empty(entries, blocks)
     if entries + (dw is not None):
-        _sums_wgrad_kernel[entries + (dw is not None), blocks](
-            *(sums, walk, ranges, sums if weight is None else weight, partial if dw is None else dw, partial),
-            *(segments, entries, width, *sums.stride()),
+        # One dimension of programs: there may be more entries, or more blocks, than a second one can have.
+        _sums_wgrad_kernel[((entries + (dw is not None)) * blocks,)](
+            *(
+                sums,
+                walk,
+                _ranges(walk, columns, entries),
+                sums if weight is None else weight,
+                partial if dw is None else dw,
+                partial,
+            ),
+            *(segments, entries, width, blocks, *sums.stride()),
             ACCUMULATOR=constexpr_of(sums.dtype),
             HAS_WEIGHT=weight is not None,
             BLOCK_ROWS=_BLOCK_ROWS,
             BLOCK_COLUMNS=_BLOCK_COLUMNS,
         )
     torch.sum(partial, 1, out=sqnorm)
+
+
+def _ranges(walk: Tensor, columns: Tensor, entries: int) -> Tensor:
+    """``[groups of all levels, 2]``: which part of the walk is each group's."""
+    first, size = walk.new_zeros(2, entries - len(walk))
+    place = torch.arange(len(walk), device=walk.device)
+    for column in columns:
+        group = column[walk] - len(walk)
+        first.scatter_reduce_(0, group, place, "amin", include_self=False)
+        size.index_add_(0, group, torch.ones_like(place))
+    return torch.stack([first, first + size], 1)
 
 
 @triton.jit(do_not_specialize=["segments", "entries"])
@@ -62,6 +81,7 @@ def _sums_wgrad_kernel(
     segments,
     entries,
     width,
+    blocks,
     stride_row,
     stride_column,
     ACCUMULATOR: tl.constexpr,
@@ -71,8 +91,9 @@ def _sums_wgrad_kernel(
 ):
     # A program forms a block of columns of one entry: a segment, a group (of the segments in its range of the walk), or,
     # after all of these, the total.
-    entry = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    program = tl.program_id(0).to(tl.int64)
+    entry = program // blocks
+    columns = program % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     begin, end = entry, entry + 1
     if entry >= segments:
         begin, end = entry * 0, entry * 0 + segments
@@ -97,4 +118,4 @@ def _sums_wgrad_kernel(
     if entry == entries:
         tl.store(dw_ptr + columns, summed, mask=columns < width)
     else:
-        tl.store(partial_ptr + entry * tl.num_programs(1) + tl.program_id(1), tl.sum(summed * summed, 0))
+        tl.store(partial_ptr + program, tl.sum(summed * summed, 0))
