@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from checks import EPSILON, beyond, example_loss, wrong_operation
-from gradnorm_ext.triton_kernels.outer_wgrad import outer_costs, outer_method
 from models import TASKS, Problem
 from operations import OPERATIONS, Size
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from variants import Training, Variant, adamw, metered, plain, reweighted
 from gradnorm_ext import triton_kernels
 from gradnorm_ext.policies import ClipExamples, InverseNorm
 from gradnorm_ext.segments import Groups, Segments
+from gradnorm_ext.triton_kernels.outer_wgrad import outer_costs, outer_method
 
 METHODS = ("gram", "fused", "split")
 

@@ -32,7 +32,7 @@ if DEVICE == "cpu":
 LENGTHS = {
     "one row": [1],
     "one row each": [1] * 9,
-    "ragged, one empty": [3, 0, 70],
+    "ragged, one empty, in another order than the groups'": [3, 0, 70, 2, 5],
     "equal": [66] * 3,
 }
 METHODS = ("gram", "fused", "split")

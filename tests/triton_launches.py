@@ -19,13 +19,13 @@ os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # 3.9 wants to be told; multiply-a
 
 import torch
 import triton
-from gradnorm_ext.triton_kernels import outer_fused, outer_pairs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from gradnorm_ext import triton_kernels
 from gradnorm_ext.segments import Groups, Segments
+from gradnorm_ext.triton_kernels import outer_fused, outer_pairs
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HGMMA", "HMMA", "LDGSTS")

@@ -7,9 +7,10 @@ bits every time, and nothing as large as ``[segments, vocabulary]``.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gradnorm_ext.triton_kernels.registration import accumulator, constexpr_of, operation, sqnorm_length
 from gradnorm_ext.triton_kernels.sum_sums import segment_sums
-from torch import Tensor
 
 _TILE = 4096
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gradnorm_ext.triton_kernels.registration import constexpr_of, is_aligned, is_hopper, uses_tf32
 from gradnorm_ext.triton_kernels.walk import Entries
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def fused(x: Tensor, g: Tensor, entries: Entries, dw: Tensor | None, norms: Tens
     d, p, levels, tf32 = g.shape[1], x.shape[1], entries.levels, uses_tf32(x)
     shape = tile(x.dtype, tf32, levels, entries.order is not None, is_aligned(x, g), is_hopper(x))
     tiles = triton.cdiv(d, shape.d) * triton.cdiv(p, shape.p)
+    norms = norms[entries.first :]
     partial = norms.new_zeros(len(norms), tiles)
     scratch = norms.new_zeros(max(0, levels - 1), tiles, shape.d * shape.p)
     in_registers = levels == 0 and entries.output is None

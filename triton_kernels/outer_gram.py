@@ -3,12 +3,13 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gradnorm_ext.triton_kernels import outer_fused
 from gradnorm_ext.triton_kernels.library import product
 from gradnorm_ext.triton_kernels.outer_split import SCRATCH
 from gradnorm_ext.triton_kernels.registration import accumulator, constexpr_of, operation
 from gradnorm_ext.triton_kernels.walk import Walk
-from torch import Tensor
 
 _BLOCK = 64  # entries of the gradients multiplied at once
 _STRIPES = 512  # programs that share the entries; each has a place of its own for what it finds
@@ -32,12 +33,11 @@ def _outer_gram(x, g, offsets, length, walk, columns, counts, gram) -> None:
     members, d, p = len(gram), g.shape[1], x.shape[1]
     if gram.numel() == 0 or len(x) == 0 or d == 0 or p == 0:
         return
-    first = len(walk) + sum(counts[:-1])
-    outputs = columns[-1] - first if counts else torch.arange(members, device=walk.device)
+    outputs = columns[-1] - len(walk) - sum(counts[:-1]) if counts else torch.arange(members, device=walk.device)
     known = length if length >= 0 else None
-    walked = Walk(len(x), offsets, known, walk, columns, None, outputs, first + (counts[-1] if counts else 0))
-    entries = walked.groups(len(counts), weighted=False) if counts else walked.segments()
-    norms = gram.new_zeros(walked.n_columns + 1)
+    walked = Walk(len(x), offsets, known, walk, columns, counts, outputs=outputs)
+    entries = walked.groups(len(counts), weighted=False) if counts else walked.segments(grouped=True)
+    norms = gram.new_zeros(sum(walked.sizes) + 1)
     height = max(1, min(d, SCRATCH // (members * p * gram.element_size())))
     memory = gram.new_empty(members * height * p)
     for top in range(0, d, height):

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gradnorm_ext.triton_kernels.registration import constexpr_of, is_aligned, is_hopper, uses_tf32
 from gradnorm_ext.triton_kernels.sum_sums import segment_sums
 from gradnorm_ext.triton_kernels.walk import Entries
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def pairs(x: Tensor, g: Tensor, entries: Entries, norms: Tensor, mean_rows: floa
     )
     sums = norms.new_empty(count, partners)
     segment_sums(None, partial, None, None, first, sums, block_rows=8)
-    norms[index[:-1] if entries.columns is None else entries.columns[0]] = sums.sum(1)
+    columns = index[:-1] if entries.columns is None else entries.columns[0]
+    norms[entries.first + columns] = sums.sum(1)
 
 
 @triton.jit(do_not_specialize=["entries", "blocks_per_entry"])

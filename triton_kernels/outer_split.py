@@ -7,10 +7,11 @@ the (weighted) sum.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gradnorm_ext.triton_kernels.library import product
 from gradnorm_ext.triton_kernels.registration import constexpr_of
 from gradnorm_ext.triton_kernels.walk import Entries
-from torch import Tensor
 
 SCRATCH = 1 << 28  # bytes
 _BLOCK = 2048

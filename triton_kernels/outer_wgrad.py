@@ -8,11 +8,12 @@ import math
 
 import torch
 import triton
+from torch import Tensor
+
 from gradnorm_ext.triton_kernels import outer_fused, outer_pairs, outer_split
 from gradnorm_ext.triton_kernels.library import product
 from gradnorm_ext.triton_kernels.registration import accumulator, operation, sqnorm_length
 from gradnorm_ext.triton_kernels.walk import Walk
-from torch import Tensor
 
 METHODS = ("auto", "gram", "fused", "split")
 
@@ -110,31 +111,31 @@ def _outer_wgrad(x, g, offsets, length, walk, columns, counts, weight, outputs, 
         return
     x, g = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (x, g))
     norms = sqnorm.new_zeros(len(sqnorm) + 1)  # the last is for those that nobody wants
-    walked = Walk(len(x), offsets, None if length < 0 else length, walk, columns, weight, outputs, len(sqnorm))
+    walked = Walk(len(x), offsets, None if length < 0 else length, walk, columns, counts, weight, outputs)
     if dw is None or dw.dtype == sqnorm.dtype:
-        _carry_out(x, g, walked, [len(walk), *counts], dw, norms, accumulate, method)
+        _carry_out(x, g, walked, dw, norms, accumulate, method)
     else:  # sums are formed in float32, and rounded once
         total = torch.empty_like(dw, dtype=sqnorm.dtype)
-        _carry_out(x, g, walked, [len(walk), *counts], total, norms, False, method)
+        _carry_out(x, g, walked, total, norms, False, method)
         dw.add_(total) if accumulate else dw.copy_(total)
     sqnorm.copy_(norms[:-1])
 
 
-def _carry_out(x, g, walked, sizes, dw, norms, accumulate, method) -> None:
-    """``sizes``: how many members each level has."""
+def _carry_out(x, g, walked, dw, norms, accumulate, method) -> None:
+    sizes = walked.sizes
     methods = [method] * len(sizes)
     if method == "auto":
         equal = [walked.length is not None, *(False for _ in sizes[1:])]
         shape = (g.shape[1], x.shape[1], dw is not None)
         methods = [outer_method(len(x) / size, *shape, known) for size, known in zip(sizes, equal, strict=True)]
     if methods[0] == "split":
-        outer_split.split(x, g, walked.segments(), dw, norms, accumulate)
+        outer_split.split(x, g, walked.segments(grouped=True), dw, norms, accumulate)
         return
 
     n_gram = 0
     # Gradients of single groups come out of the fused method alone, and the norms of these groups with them.
     while n_gram < len(sizes) - (walked.outputs is not None) and methods[n_gram] == "gram":
-        entries = walked.segments() if n_gram == 0 else walked.groups(n_gram, weighted=False)
+        entries = walked.segments(grouped=False) if n_gram == 0 else walked.groups(n_gram, weighted=False)
         outer_pairs.pairs(x, g, entries, norms, len(x) / sizes[n_gram])
         n_gram += 1
     rest = sizes[n_gram:]
@@ -146,5 +147,5 @@ def _carry_out(x, g, walked, sizes, dw, norms, accumulate, method) -> None:
         if rest:  # one group, of all rows: dW is its gradient
             norms[-1 - len(rest) : -1] = dw.square().sum()
         return
-    entries = walked.segments() if n_gram == 0 else walked.groups(n_gram, weighted=dw is not None)
+    entries = walked.segments(grouped=True) if n_gram == 0 else walked.groups(n_gram, weighted=dw is not None)
     outer_fused.fused(x, g, entries, dw, norms, accumulate)

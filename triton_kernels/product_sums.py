@@ -1,8 +1,9 @@
 """Sums of products of rows per segment, ``out[s] = Σ_{r in s} g[r] ⊙ (x[r] - shift[r]) scale[r]``, in one launch."""
 
+from torch import Tensor
+
 from gradnorm_ext.triton_kernels.registration import accumulator, operation
 from gradnorm_ext.triton_kernels.sum_sums import segment_sums
-from torch import Tensor
 
 
 def product_sums(x: Tensor, g: Tensor, segments, *, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:

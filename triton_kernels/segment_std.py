@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from gradnorm_ext.triton_kernels.registration import operation
 from torch import Tensor
+
+from gradnorm_ext.triton_kernels.registration import operation
 
 _BLOCK_SEGMENTS, _BLOCK_VALUES = 32, 16  # groups of rewards are many and short
 

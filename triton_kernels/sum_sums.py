@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from gradnorm_ext.triton_kernels.registration import FILLS_A_GPU, accumulator, constexpr_of, operation
 from torch import Tensor
+
+from gradnorm_ext.triton_kernels.registration import FILLS_A_GPU, accumulator, constexpr_of, operation
 
 _TILE = 4096  # entries of a tile: 32 for each thread of 4 warps, 64 bytes in flight in bfloat16
 

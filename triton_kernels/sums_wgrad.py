@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from gradnorm_ext.triton_kernels.registration import constexpr_of, operation, sqnorm_length
 from torch import Tensor
+
+from gradnorm_ext.triton_kernels.registration import constexpr_of, operation, sqnorm_length
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 8, 512
 

@@ -22,8 +22,9 @@ class Entries:
         count: how many exist: a number, or a tensor of one.
         length: the rows of each, where all have equally many and that is known; else None.
         order: ``[R]``: which row of x and g a row is, or None where it is itself.
-        columns: ``[levels + 1, E]``: where in ``sqnorm`` an entry's norm and those of the groups around it belong, fine to
-            coarse; ``len(sqnorm)`` for a norm that nobody wants. None: entry e's is e, and there are no groups.
+        columns: ``[levels + 1, E]``: where in ``sqnorm[first:]`` an entry's norm and those of the groups around it belong,
+            fine to coarse; right after its end for a norm that nobody wants. None: entry e's is e, and there are no groups.
+        first: where in ``sqnorm`` the norms of these levels begin.
         depth: ``[E]``: how many of these end with the entry, at least 1. None: 1.
         weight: ``[E]``, or None for ones.
         adds: ``[E]``: the coarsest level at which all that ends has one weight. None: the coarsest there is.
@@ -36,6 +37,7 @@ class Entries:
     length: int | None
     order: Tensor | None = None
     columns: Tensor | None = None
+    first: int = 0
     depth: Tensor | None = None
     weight: Tensor | None = None
     adds: Tensor | None = None
@@ -57,21 +59,26 @@ class Entries:
 
 @dataclass(frozen=True)
 class Walk:
-    """The rows of ``segments.Segments`` with what is summed; ``columns [L, S]`` as of ``segments.Groups``."""
+    """The rows of ``segments.Segments`` and what is wanted of them; walk, columns and counts as of ``segments.Groups``."""
 
     rows: int
     offsets: Tensor
     length: int | None
     walk: Tensor
     columns: Tensor
-    weight: Tensor | None
-    outputs: Tensor | None
-    n_columns: int
+    counts: list[int]
+    weight: Tensor | None = None
+    outputs: Tensor | None = None
 
-    def segments(self) -> Entries:
-        """One entry a segment, where it lies; in the order of the walk, where there are groups."""
+    @property
+    def sizes(self) -> list[int]:
+        """How many members each level has: the segments, then the groups, fine to coarse."""
+        return [len(self.walk), *self.counts]
+
+    def segments(self, grouped: bool) -> Entries:
+        """One entry a segment, where it lies; ``grouped``: in the order of the walk, with the groups around it."""
         begin, end, count = self.offsets[:-1], self.offsets[1:], len(self.walk)
-        if len(self.columns) == 0 and self.outputs is None:
+        if not grouped or (not self.counts and self.outputs is None):
             return Entries(begin, end, count, self.length, weight=self.weight)
         columns = torch.cat([self.walk[None], self._columns])
         return Entries(
@@ -88,12 +95,13 @@ class Walk:
 
         Beyond the coarsest level there are only runs of equal weight.
         """
-        columns = self._columns[level - 1 :]
+        first, wanted = sum(self.sizes[:level]), sum(self.sizes[level:])
+        columns = self._columns[level - 1 :] - first
         ends = _ends(columns)
         weight = self._weight if weighted else None
         if weight is not None:
             ends = torch.cat([(ends.any(0) | _ends(weight))[None], ends])
-            columns = torch.cat([torch.full_like(self.walk, self.n_columns)[None], columns])
+            columns = torch.cat([torch.full_like(self.walk, wanted)[None], columns])
         depth = ends.sum(0)
         last = torch.argsort((depth == 0).byte(), stable=True)  # the segments with which an entry ends, in order
         count = (depth > 0).sum()
@@ -103,7 +111,8 @@ class Walk:
         return Entries(
             *(torch.cat([end.new_zeros(1), end[:-1]]), end, count, None),
             order=self._order,
-            columns=torch.where(exists, columns[:, last], self.n_columns),
+            columns=torch.where(exists, columns[:, last], wanted),
+            first=first,
             depth=depth[last],
             weight=None if weight is None else weight[last],
             adds=None if adds is None else adds[last],
@@ -140,7 +149,7 @@ class Walk:
         if weight is None or len(columns) == 1:
             return None
         low, high = (
-            weight.new_zeros(len(columns) - 1, self.n_columns + 1).scatter_reduce_(
+            weight.new_zeros(len(columns) - 1, sum(self.sizes)).scatter_reduce_(
                 1, columns[1:], weight.expand(len(columns) - 1, -1), extreme, include_self=False
             )
             for extreme in ("amin", "amax")
