@@ -221,7 +221,11 @@ SIZES = {  # of at least 64 MB
 }
 TINY = {"lookup": (Size("gpu", "tiny", 2, 3, 5, 7),), "vector": (Size("gpu", "tiny", 2, 3, 7, 7),)}
 TINY["rewards"] = (Size("gpu", "tiny", 2, 3, 1, 1),)
-KINDS = {"lookup_sqnorm": "lookup", "lookup_wgrad": "lookup", "segment_std": "rewards"}  # the others are "vector"
+KINDS = {  # of the operations that Triton has, and that move more than they compute
+    **dict.fromkeys(("lookup_sqnorm", "lookup_wgrad"), "lookup"),
+    **dict.fromkeys(("product_wgrad", "sum_wgrad"), "vector"),
+    "segment_std": "rewards",
+}
 
 
 def memory_bound(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
@@ -230,9 +234,10 @@ def memory_bound(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
     print("\n" + line.format("operation", "size", "µs", "GB/s", "x copy"))
     sizes = TINY if machine.interpret else SIZES
     for operation in OPERATIONS:
-        if operation.bytes is None:
+        if operation.name not in KINDS:
             continue
-        for size in sizes[KINDS.get(operation.name, "vector")]:
+        assert operation.bytes is not None
+        for size in sizes[KINDS[operation.name]]:
             arguments = on(machine.device, operation.arguments(size, torch.Generator().manual_seed(0)))
             if reason := wrong_operation(operation, arguments, "triton"):
                 refusals.append(f"{operation.name}, {size.name}: {reason}")
