@@ -277,6 +277,73 @@ class Layered(nn.Module):
         return self.head(y.mean(1 if self.batch_first else 0))
 
 
+class Bilinear(nn.Module):
+    """Two maps of the input meet in a bilinear layer, which is called twice."""
+
+    def __init__(self, outputs: int = 2, bias: bool = True) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 3), nn.Linear(4, 5)
+        self.meet = nn.Bilinear(3, 5, outputs, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = torch.tanh(self.one(x)), torch.tanh(self.other(x))
+        y = self.meet(one, other) * self.meet(one.cos(), other.sin())
+        return y if y.dim() == 2 else y.mean(1)
+
+
+class Activations(nn.Module):
+    """`nn.PReLU` with one slope and with one for each channel, the latter twice."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mix, self.one = nn.Linear(channels, channels), nn.PReLU()
+        self.each, self.head = nn.PReLU(channels, 0.7), nn.Linear(channels, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(self.mix(x.movedim(1, -1)).movedim(-1, 1) - 0.1)
+        h = self.each(self.each(h.sin()) - h.cos())
+        return self.head(h.flatten(2).mean(2) if h.dim() > 2 else h)
+
+
+class Bags(nn.Module):
+    """Bags of embeddings: ids as rows, or flat with offsets, which come as the input."""
+
+    def __init__(self, tied: bool = False, weighted: bool = False, **options) -> None:
+        super().__init__()
+        self.bags = nn.EmbeddingBag(11, 4, **options)
+        self.head, self.tied, self.weighted = nn.Linear(4, 2), tied, weighted
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = x.to(self.head.weight.dtype).cos() if self.weighted else None
+        if self.tied:  # the same ids as one row of flat bags
+            h = self.bags(x.flatten(), torch.arange(0, x.numel(), x.shape[1]))
+            return self.head(torch.tanh(h)) + F.linear(h, self.bags.weight)[:, :2]
+        return self.head(torch.tanh(self.bags(x, per_sample_weights=weights)))
+
+
+class Elementwise(nn.Module):
+    """Scales, shifts and temperatures on images ``[B, C, H, W]``, some of them written in place."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.centre, self.gamma = (
+            nn.Parameter(torch.randn(channels, 1, 1)),
+            nn.Parameter(torch.rand(channels, 1, 1) + 1),
+        )
+        self.temperature, self.floor = nn.Parameter(torch.tensor(1.7)), nn.Parameter(torch.randn(1))
+        self.token, self.scale = nn.Parameter(torch.randn(1, 1, channels)), nn.Parameter(torch.randn(channels))
+        self.experts = nn.Parameter(torch.randn(2, channels, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(x - self.centre) * self.gamma
+        h = (self.centre - h) / self.temperature
+        h.mul_(self.gamma)
+        h -= self.floor
+        h = torch.cat([self.token.repeat(len(x), 1, 1), h.flatten(2).mT], 1) / (2 + self.scale)
+        h += -self.scale
+        return sum(torch.tanh(h.mean(1) @ expert) for expert in self.experts) + h[:, 0] @ self.experts[0]
+
+
 class Frames(nn.Module):
     """Videos ``[B, T, C, H, W]`` whose frames are convolved as a batch of B·T images, one layer twice."""
 
@@ -297,6 +364,14 @@ def _tokens(model: nn.Module, examples: int = 4, length: int = 6, vocabulary: in
     ids[:, 1::3] = ids[:, :1]  # repeated ids
     y = torch.randint(0, vocabulary, (examples, length), generator=generator)
     return Case(model, ids, y, token_loss)
+
+
+def _bags(model: nn.Module) -> Case:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 11, (4, 5), generator=generator)
+    ids[1] = 2  # a bag of nothing but padding, where 2 is that
+    ids[:, -1] = torch.tensor([10, 2, 10, 3])
+    return Case(model, ids, torch.randn(4, 2, generator=generator), square_loss)
 
 
 def _floats(model: nn.Module, *shape: int, outputs: int) -> Case:
@@ -418,6 +493,17 @@ LAYERS: dict[str, Callable[[], Case]] = {
     ),
     "transformer layers": lambda: _floats(Layered(batch_first=True), 3, 5, 4, outputs=2),
     "transformer layers, sequence first": lambda: _floats(Layered(batch_first=False), 3, 3, 4, outputs=2),
+    "bilinear": lambda: _floats(Bilinear(), 4, 4, outputs=2),
+    "bilinear of sequences": lambda: _floats(Bilinear(bias=False), 3, 5, 4, outputs=2),
+    "prelu": lambda: _floats(Activations(4), 4, 4, outputs=2),
+    "prelu of images": lambda: _floats(Activations(3), 3, 3, 2, 4, outputs=2),
+    "embedding bag": lambda: _bags(Bags()),
+    "embedding bag, sums with padding": lambda: _bags(Bags(mode="sum", padding_idx=2)),
+    "embedding bag, means with padding": lambda: _bags(Bags(padding_idx=-1)),
+    "embedding bag, weighted": lambda: _bags(Bags(mode="sum", weighted=True)),
+    "embedding bag with offsets, tied": lambda: _bags(Bags(tied=True, padding_idx=2)),
+    "scales, shifts and temperatures": lambda: _floats(Elementwise(), 4, 3, 2, 3, outputs=2),
+    "scales of as many channels as examples": lambda: _floats(Elementwise(), 3, 3, 3, 3, outputs=2),
 }
 
 MAKERS: dict[str, Callable[[], Case]] = {

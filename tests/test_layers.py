@@ -38,7 +38,8 @@ def test_one_example_is_a_batch(name):
     agrees(oracle.Case(case.model, case.x[:1], case.y[:1], case.loss))
 
 
-@pytest.mark.parametrize("name", oracle.LAYERS)
+# torch 2.13's autocast does not know bilinear functions on CPUs: there is nothing to compare with
+@pytest.mark.parametrize("name", [name for name in oracle.LAYERS if "bilinear" not in name])
 def test_autocast_is_close_and_keeps_the_parameters_dtype(name):
     case = oracle.make(name)
     examples = torch.arange(len(case.x))
