@@ -344,6 +344,36 @@ class Elementwise(nn.Module):
         return sum(torch.tanh(h.mean(1) @ expert) for expert in self.experts) + h[:, 0] @ self.experts[0]
 
 
+class Adapted(nn.Linear):
+    """LoRA as a subclass of the frozen layer that it adapts; its up-projection starts at zero no more."""
+
+    def __init__(self, width: int, rank: int = 2) -> None:
+        super().__init__(width, width)
+        self.requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(rank, width)), nn.Parameter(torch.randn(width, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.5 * F.linear(F.linear(x, self.down), self.up)
+
+
+class Adapters(nn.Module):
+    """LoRA as child modules beside a frozen layer, and as products of free parameters."""
+
+    def __init__(self, width: int = 4, rank: int = 2) -> None:
+        super().__init__()
+        self.base, self.subclass = nn.Linear(width, width).requires_grad_(False), Adapted(width)
+        self.adapters = nn.ModuleDict(
+            {"down": nn.Linear(width, rank, bias=False), "up": nn.Linear(rank, width, bias=False)}
+        )
+        self.a, self.b = nn.Parameter(torch.randn(rank, width)), nn.Parameter(torch.randn(width, rank))
+        self.head = nn.Linear(width, 2).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.base(x) + 2 * self.adapters["up"](self.adapters["down"](x)))
+        h = self.subclass(h) + (h @ self.a.T @ self.b.T)
+        return self.head(torch.tanh(h).mean(1))
+
+
 class Frames(nn.Module):
     """Videos ``[B, T, C, H, W]`` whose frames are convolved as a batch of B·T images, one layer twice."""
 
@@ -369,8 +399,9 @@ def _tokens(model: nn.Module, examples: int = 4, length: int = 6, vocabulary: in
 def _bags(model: nn.Module) -> Case:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 11, (4, 5), generator=generator)
-    ids[1] = 2  # a bag of nothing but padding, where 2 is that
-    ids[:, -1] = torch.tensor([10, 2, 10, 3])
+    ids[1] = ids[3] = 2  # bags of nothing but padding, where 2 is that, and of padding and one other
+    ids[3, 2] = 7
+    ids[:, -1] = torch.tensor([10, 2, 10, 2])
     return Case(model, ids, torch.randn(4, 2, generator=generator), square_loss)
 
 
@@ -504,6 +535,7 @@ LAYERS: dict[str, Callable[[], Case]] = {
     "embedding bag with offsets, tied": lambda: _bags(Bags(tied=True, padding_idx=2)),
     "scales, shifts and temperatures": lambda: _floats(Elementwise(), 4, 3, 2, 3, outputs=2),
     "scales of as many channels as examples": lambda: _floats(Elementwise(), 3, 3, 3, 3, outputs=2),
+    "adapters": lambda: _floats(Adapters(), 4, 4, 4, outputs=2),
 }
 
 MAKERS: dict[str, Callable[[], Case]] = {

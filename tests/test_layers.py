@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from gradnorm_ext import Meter
 
@@ -104,8 +105,34 @@ class Slices(nn.Module):
         lambda w: (w[:2], w.t()[:, 2:].t(), w),
         lambda w: [*w.unflatten(0, (2, 3))],
         lambda w: (w[:2], (1 + w)[2:]),
+        lambda w: (-w[:4], w),
     ],
 )
 def test_pieces_of_one_parameter(pieces):
     torch.manual_seed(0)
     agrees(oracle.Case(Slices(pieces), torch.randn(3, 4), torch.randn(3, 1), oracle.square_loss).to(torch.float64))
+
+
+@pytest.mark.parametrize("examples", [1, 3, 4, 5])
+def test_pruning_is_refused_or_right(examples):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    for layer in (model[0], model[2], model[4]):
+        prune.random_unstructured(layer, "weight", amount=0.4)
+        prune.random_unstructured(layer, "bias", amount=1)
+    model.double()
+    x, meter = torch.randn(examples, 4, dtype=torch.float64), Meter(model)
+
+    def measure():
+        with meter.observe():
+            model(x).square().sum().backward()
+
+    if examples == 1:  # whatever meets a parameter is this example's
+        measure()
+        model.zero_grad()
+        model(x).square().sum().backward()
+        expected = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+        torch.testing.assert_close(meter.stats.example_norm, expected[None])
+    else:
+        with pytest.raises((RuntimeError, ValueError), match=r"0\.(weight|bias)_orig"):
+            measure()
