@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from models import TASKS
 from torch import Tensor
 
-from gradnorm_ext import ops
+import gradnorm_ext
+from gradnorm_ext import backends, ops
 from gradnorm_ext.segments import Groups, Segments
 
 
@@ -49,6 +51,16 @@ class Operation:
         return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
+@dataclass(frozen=True)
+class OfRewards(Operation):
+    """`reward_stats`, which takes its backend from the environment: beside sums also sorting, and a dozen figures."""
+
+    def run(self, arguments: dict[str, Any], backend: str) -> tuple[Tensor, ...]:
+        with mock.patch.object(backends, "DEFAULT", backend):
+            stats = gradnorm_ext.reward_stats(**arguments)
+        return stats.mean, stats.std, stats.task_mean, stats.task_std_mean, stats.task_std_p10
+
+
 def outer(size: Size, random: torch.Generator) -> dict[str, Any]:
     x, g = (torch.randn(size.rows, width, generator=random) for width in (size.inputs, size.outputs))
     return {"x": x, "g": g, "segments": Segments.equal(size.segments, size.length)}
@@ -82,6 +94,21 @@ def rewards(size: Size, random: torch.Generator) -> dict[str, Any]:
     return {"values": torch.randn(size.rows, generator=random), "ids": ids, "count": size.segments}
 
 
+def groups(size: Size, random: torch.Generator) -> dict[str, Any]:
+    prompts = torch.arange(size.rows) // size.length
+    return {"rewards": torch.rand(size.rows, generator=random), "prompts": prompts, "tasks": prompts % TASKS}
+
+
+def mixed(size: Size, random: torch.Generator) -> dict[str, Any]:
+    order = torch.randperm(size.rows, generator=random)
+    return {name: of[order] for name, of in groups(size, random).items()}
+
+
+def logits(size: Size, random: torch.Generator) -> dict[str, Any]:
+    labels = torch.randint(size.outputs, (size.rows,), generator=random)
+    return {"logits": torch.randn(size.rows, size.outputs, generator=random), "labels": labels}
+
+
 OUTER = (
     Size("quick", "tiny", 4, 3, 5, 7),
     Size("small", "gpt up", 8, 128, 256, 1024),
@@ -106,6 +133,16 @@ REWARDS = (
     Size("all", "65536 prompts", 65536, 16, 1, 1),
 )
 
+GROUPS = (
+    Size("quick", "tiny", 4, 3, 1, 1),
+    Size("small", "a million", 125_000, 8, 1, 1),
+)
+LOGITS = (
+    Size("quick", "tiny", 4, 3, 1, 7),
+    Size("small", "32k classes", 4, 64, 1, 32768),
+    Size("all", "256k classes", 1, 64, 1, 262144),
+)
+
 OPERATIONS = (
     Operation("outer_sqnorm", outer, OUTER),
     Operation("outer_wgrad", outer, OUTER),
@@ -118,4 +155,10 @@ OPERATIONS = (
     Operation("sum_wgrad", sums, VECTOR, lambda s: s.rows * 4 * s.outputs),
     # A value and its id; per segment a count of 8 bytes and four other figures.
     Operation("segment_std", rewards, REWARDS, lambda s: s.rows * (4 + 8) + s.segments * (8 + 4 * 4)),
+    # A reward, two ids, and which prompt it is among them.
+    OfRewards("reward_stats", groups, GROUPS, lambda s: s.rows * (4 + 3 * 8)),
+    OfRewards("reward_stats mixed", mixed, GROUPS, lambda s: s.rows * (4 + 3 * 8)),
+    # The logits once, a label and two figures a row, or three a class.
+    Operation("logit_scores", logits, LOGITS, lambda s: s.rows * (4 * s.outputs + 8 + 2 * 4)),
+    Operation("logit_gradient_rates", logits, LOGITS, lambda s: s.rows * (4 * s.outputs + 8) + s.outputs * (8 + 2 * 4)),
 )

@@ -6,7 +6,8 @@ A small Llama learns to copy, reverse, add and reach a target number, one charac
     python examples/multitask_grpo.py --quick     # under forty seconds
     python examples/multitask_grpo.py --help
 
-It leaves a table on the screen and, in ``results/multitask_grpo``, every step as CSV, a summary as JSON, and plots.
+It leaves tables on the screen and, in ``results/multitask_grpo``, every step as CSV (a file for each run), a summary as
+JSON, and plots.
 Ctrl-C finishes the step under way, reports what there is and exits with status 130; a second Ctrl-C stops at once.
 Needs torch, transformers, matplotlib and rich.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import datetime
 import json
 import math
@@ -39,8 +39,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.nn.functional as F
 import transformers
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -49,6 +47,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradnorm_ext
+from gradnorm_ext.report import COLORS, plots, reward_figure
+from gradnorm_ext.report import table as table_of
 
 
 @dataclass(frozen=True)
@@ -346,17 +346,13 @@ RUNS = {"plain": plain, "InverseNorm": inverse_norm}
 @dataclass
 class Run:
     name: str
-    rows: list[dict[str, Any]] = field(default_factory=list)  # one a step and task: the columns of the CSV
-    reward_std: list[list[float]] = field(default_factory=lambda: [[] for _ in TASKS])  # of each task's prompts
+    history: gradnorm_ext.History = field(default_factory=lambda: gradnorm_ext.History(task_names=NAMES))
     held_out: list[list[float]] | None = None  # after the last step, for each task: the reward of each prompt
     seconds: float = 0.0
 
     @property
     def steps(self) -> int:
-        return len(self.rows) // len(TASKS)
-
-    def column(self, name: str, task: str) -> list[float]:
-        return [row[name] for row in self.rows if row["task"] == task]
+        return self.history.steps
 
 
 def grpo(run: Run, model: LlamaForCausalLM, settings: Settings, avoid: frozenset[str], loops: Loops) -> None:
@@ -377,35 +373,9 @@ def grpo(run: Run, model: LlamaForCausalLM, settings: Settings, avoid: frozenset
         optimizer.zero_grad()
         rate.step()
 
-        weights = getattr(observer, "weights", None)
-        record(run, step, observer.stats, [1.0] * len(TASKS) if weights is None else weights.tolist())
+        run.history.append(observer.stats, getattr(observer, "weights", None))
         run.seconds += time.perf_counter() - started
         loops.note(run.name, f"reward {rollouts.rewards.mean().item():.2f}")
-
-
-def record(run: Run, step: int, stats: gradnorm_ext.Stats, weights: list[float]) -> None:
-    """Keep a step's figures as plain numbers.
-
-    ``task_sqnorm_unbiased`` is of one prompt's expected gradient; times the squared number of prompts it compares with
-    the square of ``task_norm``, the norm of the sum over the task's prompts.
-    """
-    reward = stats.reward
-    prompts = len(reward.prompt) // len(TASKS)
-    figures = {
-        "reward": reward.task_mean,
-        "reward_std": reward.task_std_mean,
-        "zero_std_share": reward.task_zero_std_share,
-        "realised_share": reward.task_realised_share,
-        "norm": stats.task_norm,
-        "sqnorm": stats.task_norm**2,
-        "sqnorm_unbiased": stats.task_sqnorm_unbiased * prompts**2,
-    }
-    columns = {name: figure.tolist() for name, figure in figures.items()} | {"weight": weights}
-    for task, name in enumerate(NAMES):
-        row = {column: values[task] for column, values in columns.items()}
-        run.rows.append({"run": run.name, "step": step, "task": name, **row})
-    for task, std in zip(reward.task.tolist(), reward.std.tolist(), strict=True):
-        run.reward_std[task].append(std)
 
 
 def evaluate(model: LlamaForCausalLM, held_out: list[Problem], settings: Settings) -> list[list[float]]:
@@ -430,38 +400,36 @@ def mean_of(values: list[float]) -> float:
 
 
 def summary_of(run: Run) -> dict[str, dict[str, float]]:
-    """For each task, means over the steps and the held-out reward."""
-    columns = ("sqnorm", "sqnorm_unbiased", "zero_std_share", "realised_share", "weight")
-    summary = {name: {column: mean_of(run.column(column, name)) for column in columns} for name in NAMES}
+    """For each task, means over the steps and the held-out reward.
+
+    ``sqnorm_unbiased`` is of one prompt's expected gradient; times the squared number of prompts it compares with
+    ``sqnorm``, which is of the sum over the task's prompts.
+    """
+    summary = {}
+    for name in NAMES:
+        rows = [row for row in run.history.rows() if row["task"] == name]
+        columns = ("sqnorm", "zero_std_share", "realised_share", "weight")
+        summary[name] = {column: mean_of([row[column] for row in rows]) for column in columns}
+        summary[name]["sqnorm_unbiased"] = mean_of([row["units"] ** 2 * row["sqnorm_unbiased"] for row in rows])
     for name, rewards in zip(NAMES, run.held_out or [], strict=False):
         summary[name]["held_out_reward"], summary[name]["held_out_error"] = with_error(rewards)
     return summary
 
 
 def report(before: list[list[float]], runs: list[Run], console: Console) -> list[str]:
-    """Prints the table and returns, in words, what the differences in held-out reward say."""
-    title = "Reward on held-out prompts; the other figures are means over the steps"
-    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for heading in ("task", "run", "reward", "sq. norm", "unbiased", "zero std", "share"):
+    """Prints the tables and returns, in words, what the differences in held-out reward say."""
+    table = Table(title="Reward on held-out prompts", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in ("task", "run", "warm start", "trained"):
         table.add_column(heading, justify="left" if heading in ("task", "run") else "right")
-    summaries = {run.name: summary_of(run) for run in runs}
     for task, name in enumerate(NAMES):
         for run in runs:
-            figures = summaries[run.name][name]
-            table.add_row(
-                name,
-                run.name,
-                f"{fmean(before[task]):.3f} → {figures['held_out_reward']:.3f}",
-                f"{figures['sqnorm']:.3f}",
-                f"{figures['sqnorm_unbiased']:.3f}",
-                f"{figures['zero_std_share']:.1%}",
-                f"{figures['realised_share']:.1%}",
-                end_section=run is runs[-1],
-            )
+            cells = (f"{fmean(before[task]):.3f}", f"{fmean(run.held_out[task]):.3f}")
+            table.add_row(name, run.name, *cells, end_section=run is runs[-1])
     console.print(table)
+    console.print(table_of({run.name: run.history for run in runs}), highlight=False, soft_wrap=True)
     console.print(
-        "sq. norm: of the task's gradient, before weighting; unbiased: without what noise adds to it. "
-        "zero std: prompts whose rewards are all equal; share: the task's, of the prompts left without those.",
+        "Means over the steps. sq norm: of the task's gradient, before weighting; unbiased: without what noise adds to it. "
+        "zero std: prompts whose rewards are all equal; share: the task's, of the prompts left without those.\n",
         highlight=False,
     )
 
@@ -488,78 +456,21 @@ def verdict(comparison: str, before: list[list[float]], after: list[list[float]]
     return f"{comparison}: {' and '.join(sides) or 'no difference'} beyond two standard errors ({listed})."
 
 
-COLORS = dict(zip(NAMES, ("#4477aa", "#ee6677", "#228833", "#ccbb44"), strict=True))
-RUN_COLORS = {"plain": "#777777", "InverseNorm": "#aa3377"}
-
-
-def smooth(values: list[float], window: int = 15) -> list[float]:
-    """The mean over a window around each step, narrower at the ends."""
-    half = window // 2
-    return [mean_of(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-
-
-def draw_line(axes: Axes, values: list[float], color: str, label: str) -> None:
-    axes.plot(values, color=color, alpha=0.25, linewidth=0.8)
-    axes.plot(smooth(values), color=color, linewidth=2, label=label)
-
-
-def plot_norms(runs: list[Run], path: Path) -> None:
-    """Each run's gradient norm per task, and the weights that it led to."""
-    figure = Figure(figsize=(5 * len(runs), 7), layout="constrained")
-    figure.suptitle("Gradient norm of each task, and its weight\n(faint: every step; bold: smoothed)")
-    panels = figure.subplots(2, len(runs), squeeze=False, sharex=True, sharey="row")
-    for column, run in enumerate(runs):
-        norms, weights = panels[:, column]
-        for name, color in COLORS.items():
-            draw_line(norms, run.column("norm", name), color, name)
-            draw_line(weights, run.column("weight", name), color, name)
-        norms.set(title=run.name, ylabel="norm before weighting\n(loss per unit of parameter)")
-        weights.set(xlabel="step", ylabel="weight (mean 1)")
-        for axes in (norms, weights):
-            axes.set_yscale("log", base=2, nonpositive="mask")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.grid(alpha=0.3)
-        norms.legend(ncols=2, fontsize=9)
-    figure.savefig(path, dpi=130)
-
-
 def plot_rewards(before: list[list[float]], runs: list[Run], path: Path) -> None:
-    """Each task's reward in training, and on held-out prompts before and after, with its standard error."""
-    figure = Figure(figsize=(4 * len(NAMES), 4), layout="constrained")
+    """The report's plot of rewards, with those on held-out prompts before and after, and their standard errors."""
+    figure = reward_figure({run.name: run.history for run in runs})
     figure.suptitle(
         "Mean reward (lines: of a step's samples, faint, and smoothed; points: held-out prompts ± std. error)"
     )
-    panels = figure.subplots(1, len(NAMES))
-    for task, (name, axes) in enumerate(zip(NAMES, panels, strict=True)):
+    for task, axes in enumerate(figure.axes):
         point = {"fmt": "o", "capsize": 3}
         axes.errorbar(0, *with_error(before[task]), color="black", label="held out, before", **point)
         for index, run in enumerate(runs):
-            draw_line(axes, run.column("reward", name), RUN_COLORS[run.name], f"{run.name}, in training")
             end = run.steps * (1 + 0.03 * index)  # beside each other
             held_out = with_error(run.held_out[task])
-            axes.errorbar(end, *held_out, color=RUN_COLORS[run.name], label=f"{run.name}, held out", **point)
-        axes.set(title=name, xlabel="step", ylabel="reward (0 to 1)")
-        axes.grid(alpha=0.3)
+            axes.errorbar(end, *held_out, color=COLORS[index], label=f"{run.name}, held out", **point)
+    figure.legends.clear()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.savefig(path, dpi=130)
-
-
-def plot_reward_std(runs: list[Run], path: Path) -> None:
-    """How the rewards of a prompt's samples spread: prompts in the bar at zero teach nothing."""
-    figure = Figure(figsize=(4 * len(NAMES), 4), layout="constrained")
-    figure.suptitle("Spread of the rewards of one prompt's samples, over all steps")
-    edges = [0.025 * i for i in range(24)]  # the largest, for half ones among eight, is 0.53
-    for task, (name, axes) in enumerate(zip(NAMES, figure.subplots(1, len(NAMES)), strict=True)):
-        for run in runs:
-            stds = run.reward_std[task]
-            zero = mean_of(run.column("zero_std_share", name))
-            share = [1 / len(stds)] * len(stds)
-            style = {"histtype": "step", "linewidth": 2, "color": RUN_COLORS[run.name]}
-            axes.hist(stds, edges, weights=share, label=f"{run.name} ({zero:.0%} at zero)", **style)
-        axes.set(title=name, xlabel="standard deviation of a prompt's rewards", ylabel="share of the task's prompts")
-        axes.margins(y=0.3)  # room for the legend
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
 
 
@@ -568,15 +479,11 @@ def write(before: list[list[float]], runs: list[Run], summary: dict[str, Any], o
     files = ["summary.json"]
     (out / "summary.json").write_text(json.dumps(without_nan(summary), indent=2) + "\n")
     if runs:
-        files += ["steps.csv", "gradient_norm.png", "reward.png", "reward_std.png"]
-        rows = [row for run in runs for row in run.rows]
-        with (out / "steps.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        plot_norms(runs, out / "gradient_norm.png")
+        for run in runs:
+            files.append(f"{run.name}.csv")
+            run.history.write(out / files[-1])
+        files += [plot.name for plot in plots({run.name: run.history for run in runs}, out)]
         plot_rewards(before, runs, out / "reward.png")
-        plot_reward_std(runs, out / "reward_std.png")
     return files
 
 
@@ -611,7 +518,7 @@ def experiment(settings: Settings, device: torch.device, loops: Loops) -> tuple[
     for name in RUNS:
         run, model = Run(name), copy.deepcopy(warm)
         grpo(run, model, settings, avoid, loops)
-        if run.rows:
+        if run.steps:
             run.held_out = evaluate(model, held_out, settings)
             runs.append(run)
     return before, runs

@@ -10,5 +10,9 @@ compiler: str
 torch_version: str
 
 def reward_stats(
-    rewards: npt.NDArray[np.floating[Any]], prompts: npt.NDArray[np.integer[Any]], ddof: int = 1
-) -> dict[str, npt.NDArray[Any]]: ...
+    rewards: npt.NDArray[np.floating[Any]],
+    prompts: npt.NDArray[np.integer[Any]],
+    tasks: npt.NDArray[np.integer[Any]] | None = None,
+    n_tasks: int = 1,
+    ddof: int = 1,
+) -> dict[str, Any]: ...

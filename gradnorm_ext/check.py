@@ -108,9 +108,9 @@ def _measured(
 ) -> dict[str, Tensor]:
     tasks = observe_options.get("tasks")
     meter = Meter(model, tasks=1 if tasks is None else int(torch.as_tensor(tasks).max()) + 1, backend=backend)
-    with meter.block("check", Plan(), cast("Given", observe_options), always_verify=True) as observation:
+    with meter.block("check", Plan(), cast("Given", observe_options), always_verify=True) as block:
         loss(model(*inputs)).backward()
-    observation.forget()
+    block.observation.forget()
     model.zero_grad()
     return {name: sqnorm.double() for name, sqnorm in meter.parameter_sqnorm.items()}
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +48,22 @@ class _Batch:
     packing: Packing | None
 
 
+class Block:
+    """An open observe block."""
+
+    def __init__(self, observation: Observation, stats_of: Callable[[Tensor], Stats]) -> None:
+        self.observation = observation
+        self.stats_of = stats_of  # from figures as `Observation.norms` gives them
+        self.stats: Stats | None = None
+        self.figures: Tensor = torch.empty(0)
+
+    def measure(self) -> Stats:
+        """Take the norms; the block's backward passes for them are over."""
+        self.figures = self.observation.norms().detach()
+        self.stats = self.stats_of(self.figures)
+        return self.stats
+
+
 class Meter:
     """Measures the gradient norm of every example, prompt and task in the backward pass that training runs anyway.
 
@@ -60,7 +79,13 @@ class Meter:
     Args:
         model: any module built from linear, embedding, layer and RMS norm layers and free parameters.
         tasks: how many tasks there are, or their names.
+        modules: patterns of parameters' or modules' names ("model.layers.31.*", "head"): only these are measured, a proxy
+            for all of them that costs less; ``Reweighted`` weighs all of them by it. None: all.
         per_layer: also give ``stats.layers``: the same figures for every module that owns parameters.
+        gram: also give ``stats.task_gram``, the inner products of the tasks' gradients, exact; a layer's gradients of
+            all tasks are in memory at a time.
+        on_unsupported: what becomes of a use of a parameter that no rule knows: "error", or "vmap": that use alone is
+            differentiated one example at a time, exact, at the price of a backward pass of it per example.
         backend: "auto" (the fastest that is there; also settable by GRADNORM_BACKEND), "native" or "reference".
 
     Raises:
@@ -77,7 +102,15 @@ class Meter:
     """
 
     def __init__(
-        self, model: nn.Module, *, tasks: int | Sequence[str] = 1, per_layer: bool = False, backend: str = "auto"
+        self,
+        model: nn.Module,
+        *,
+        tasks: int | Sequence[str] = 1,
+        modules: str | Sequence[str] | None = None,
+        per_layer: bool = False,
+        gram: bool = False,
+        on_unsupported: Literal["error", "vmap"] = "error",
+        backend: str = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -88,9 +121,13 @@ class Meter:
             raise ValueError(
                 f"Meter: tasks must be at least one, with distinct names, got {tasks!r}; name each task once"
             )
+        if on_unsupported not in ("error", "vmap"):
+            raise ValueError(f'Meter: on_unsupported must be "error" or "vmap", got {on_unsupported!r}')
         self.model, self.task_names, self.per_layer, self.backend = model, names, per_layer, backend
+        self.modules = None if modules is None else (modules,) if isinstance(modules, str) else tuple(modules)
+        self.gram, self.on_unsupported = gram, on_unsupported
         self.memory = Memory()
-        _trainable(list(model.named_modules()))
+        self._wanted([name for name, _ in _trainable(list(model.named_modules()))])
         self._stats: Stats | None = None
         self._parameter_sqnorm: tuple[Sequence[str], Sequence[Tensor] | Tensor] = (), ()
         self._idless: tuple[tuple[int, torch.device, int], Groups] | None = None  # of the last block without ids
@@ -153,12 +190,12 @@ class Meter:
             "backwards": backwards,
             "loss_scale": loss_scale,
         }
-        with self.block("Meter", Plan(), given) as observation:
+        with self.block("Meter", Plan(), given) as block:
             yield
-        observation.forget()
+        block.observation.forget()
 
     @contextmanager
-    def block(self, who: str, plan: Plan, given: Given, *, always_verify: bool = False) -> Iterator[Observation]:
+    def block(self, who: str, plan: Plan, given: Given, *, always_verify: bool = False) -> Iterator[Block]:
         """`observe` with a plan of what else is to happen: what `Reweighted` and `check` are built on."""
         if self._closed:
             raise RuntimeError(f"{who}: the meter must be open, got one that was closed; make a new Meter")
@@ -174,7 +211,14 @@ class Meter:
         if not (isinstance(backwards, int) and backwards >= 1):
             raise ValueError(f"{who}: backwards must be a whole number of at least 1, got {backwards!r}")
         modules = list(self.model.named_modules())
-        parameters = _trainable(modules)
+        trainable = _trainable(modules)
+        parameters, wanted = trainable, None
+        if self.modules is not None:
+            wanted = self._wanted([name for name, _ in trainable])
+            if not plan.reweights:  # weights are for all parameters; where there are none, the others are left alone
+                parameters = [one for one in trainable if one[0] in wanted]
+        if self.gram:
+            plan = dataclasses.replace(plan, gram=True)
         _refuse_coupled_examples(who, modules)
         device = parameters[0][1].device
         batch = self._batch(who, device, given)
@@ -193,22 +237,39 @@ class Meter:
             start,
             batch_dim=batch_dim,
             backwards=backwards,
+            wanted=wanted,
+            derives=self.on_unsupported == "vmap",
+            constants=functools.partial(_constants, self.model),
             always_verify=always_verify,
         )
+        names = [name for name, _ in parameters]
+
+        def stats_of(figures: Tensor) -> Stats:
+            return self._make_stats(observation, batch, figures.detach() / loss_scale**2, names)
+
+        block = Block(observation, stats_of)
         if batch.examples is not None:
             start(batch.examples)
         observe_modules(modules, observation)
         try:
             try:
-                yield observation
+                yield block
             finally:
                 release_modules(modules, observation)
-            sqnorms = observation.close().detach() / loss_scale**2
+            known = {id(p) for _, p in trainable}
+            if any(p.requires_grad and id(p) not in known for p in self.model.parameters()):
+                added = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+                raise RuntimeError(
+                    f"{who}: a model must keep its parameters inside an observe block, but {', '.join(added)} was added "
+                    "inside the block; change it between blocks"
+                )
+            if block.stats is None:
+                block.measure()
+            observation.close()
         finally:
             observation.release()
-        names = [name for name, _ in parameters]
-        self._parameter_sqnorm = names, sqnorms[:, : observation.examples]
-        self._stats = self._make_stats(observation, batch, sqnorms, names)
+        self._parameter_sqnorm = names, block.figures[:, : observation.examples] / loss_scale**2
+        self._stats = block.stats
 
     def close(self) -> None:
         """End the measuring. The model is untouched outside observe blocks, so there is nothing to undo on it."""
@@ -266,7 +327,20 @@ class Meter:
         return _Batch(examples, tasks_there, there[0], there[1], n_prompts, reward, packing)
 
     def _has_tasks(self, plan: Plan) -> bool:
-        return len(self.task_names) > 1 or not plan.keep or plan.by_task
+        return len(self.task_names) > 1 or self.gram or not plan.keep or plan.by_task
+
+    def _wanted(self, names: Sequence[str]) -> set[str]:
+        """Which parameters are measured."""
+        if self.modules is None:
+            return set(names)
+        patterns = [pattern for one in self.modules for pattern in (one, f"{one}.*")]
+        wanted = {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+        if not wanted:
+            raise ValueError(
+                f"Meter: modules must name a trainable parameter, got {', '.join(self.modules)}, which names none of "
+                f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+            )
+        return wanted
 
     def _groups(self, batch: _Batch, tasks: Tensor, plan: Plan) -> Groups:
         levels = [] if batch.prompts is None else [(batch.prompts, batch.n_prompts)]
@@ -282,23 +356,31 @@ class Meter:
     def _tasks_of(self, batch: _Batch, examples: int, device: torch.device) -> Tensor:
         return batch.tasks if batch.tasks is not None else torch.zeros(examples, dtype=torch.int64, device=device)
 
-    def _make_stats(self, observation: Observation, batch: _Batch, sqnorms: Tensor, names: Sequence[str]) -> Stats:
+    def _make_stats(self, observation: Observation, batch: _Batch, figures: Tensor, names: Sequence[str]) -> Stats:
         assert observation.examples is not None
+        n_tasks, has_tasks = len(self.task_names), self._has_tasks(observation.plan)
+        columns = observation.examples + batch.n_prompts + (n_tasks if has_tasks else 0)
         common = dict(
-            tasks=self._tasks_of(batch, observation.examples, sqnorms.device),
+            tasks=self._tasks_of(batch, observation.examples, figures.device),
             prompts=batch.prompts,
             task_of_prompt=self._task_of_prompt(batch),
             n_prompts=batch.n_prompts,
             task_names=self.task_names,
-            has_tasks=self._has_tasks(observation.plan),
+            has_tasks=has_tasks,
         )
+
+        def stats(parameters: Tensor, **more: Any) -> Stats:
+            total = parameters.sum(0)
+            gram = total[columns:].view(n_tasks, n_tasks) if self.gram else None
+            return Stats.of(total[:columns], task_gram=gram, **common, **more)  # type: ignore[arg-type]
+
         layers: dict[str, Stats] = {}
-        if self.per_layer:
+        if self.per_layer and len(figures) == len(names):
             modules: dict[str, list[int]] = {}
             for index, name in enumerate(names):
                 modules.setdefault(name.rpartition(".")[0], []).append(index)
-            layers = {module: Stats.of(sqnorms[rows].sum(0), **common) for module, rows in modules.items()}  # type: ignore[arg-type]
-        return Stats.of(sqnorms.sum(0), layers=layers, reward=batch.reward, **common)  # type: ignore[arg-type]
+            layers = {module: stats(figures[rows]) for module, rows in modules.items()}
+        return stats(figures, layers=layers, reward=batch.reward)
 
     def _task_of_prompt(self, batch: _Batch) -> Tensor | None:
         if batch.prompts is None or batch.task_of_prompt is not None:
@@ -319,6 +401,12 @@ def _trainable(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.P
         if not p.is_floating_point():
             raise TypeError(f"Meter: parameters must be real floating point, got {name} of {p.dtype}; freeze it")
     return list(found.values())
+
+
+def _constants(model: nn.Module) -> frozenset[int]:
+    """Where buffers and frozen parameters lie."""
+    frozen = (p for p in model.parameters() if not p.requires_grad)
+    return frozenset(t.untyped_storage().data_ptr() for t in (*model.buffers(), *frozen))
 
 
 def _refuse_coupled_examples(who: str, modules: Sequence[tuple[str, nn.Module]]) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import gradnorm_ext._C as _C  # importing it registers the kernels; where it is absent the error names it
+from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
 SERVES = {
     "cpu": (
         *("outer_sqnorm", "outer_wgrad", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
-        *("sums_sqnorm", "sums_wgrad", "segment_std"),
+        *("sums_sqnorm", "sums_wgrad", "segment_std", "logit_scores", "logit_gradient_rates"),
     ),
     "cuda": ("segment_std",) if _C.with_cuda else (),
 }
@@ -31,7 +33,11 @@ sums_wgrad(Tensor sums, Tensor offsets, Tensor walk, Tensor columns, Tensor? wei
     Tensor(b!) sqnorm) -> ()
 segment_std(Tensor values, Tensor ids, int ddof, Tensor(a!) mean, Tensor(b!) std, Tensor(c!) count, Tensor(d!) low,
     Tensor(e!) high) -> ()
+logit_scores(Tensor logits, Tensor labels, int ignored, Tensor(a!) log_probability, Tensor(b!) w) -> ()
+logit_gradient_rates(Tensor logits, Tensor labels, int ignored, Tensor(a!) count, Tensor(b!) up, Tensor(c!) down) -> ()
 """
+_CONVERTED = 1 << 22  # logits of half precision held in float32 at once
+
 _library = torch.library.Library("gradnorm", "DEF")
 for _schema in _SCHEMAS.replace("\n    ", " ").strip().splitlines():
     _library.define(_schema)
@@ -166,6 +172,35 @@ def segment_std(values: Tensor, ids: Tensor, count: int, *, ddof: int) -> tuple[
     number = ids.new_empty(count)
     _kernels.segment_std(values.contiguous(), ids.contiguous(), ddof, mean, std, number, low, high)
     return mean, std, number, low, high
+
+
+def logit_scores(logits: Tensor, labels: Tensor, *, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """See :func:`gradnorm_ext.ops.logit_scores`."""
+    figures = logits.new_empty(2, len(logits), dtype=accumulator(logits.dtype))
+    for rows, part in _blocks(logits):
+        _kernels.logit_scores(part, labels[rows].contiguous(), ignore_index, *figures[:, rows].unbind())
+    return figures[0], figures[1]
+
+
+def logit_gradient_rates(logits: Tensor, labels: Tensor, *, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`gradnorm_ext.ops.logit_gradient_rates`."""
+    count = labels.new_zeros(logits.shape[1])
+    up, down = logits.new_zeros(2, logits.shape[1], dtype=torch.float64)
+    for rows, part in _blocks(logits):
+        _kernels.logit_gradient_rates(part, labels[rows].contiguous(), ignore_index, count, up, down)
+    dtype = accumulator(logits.dtype)
+    return count, up.to(dtype), down.to(dtype)
+
+
+def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows as the kernels take them, in blocks where that means a copy: logits are too large for another whole one."""
+    if logits.dtype in (torch.float32, torch.float64) and (logits.shape[1] <= 1 or logits.stride(1) == 1):
+        yield slice(0, len(logits)), logits
+        return
+    block = max(1, _CONVERTED // max(1, logits.shape[1]))
+    for first in range(0, len(logits), block):
+        rows = slice(first, min(first + block, len(logits)))
+        yield rows, _rows(logits[rows])
 
 
 def _rows(rows: Tensor) -> Tensor:

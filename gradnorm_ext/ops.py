@@ -338,6 +338,99 @@ def segment_std(values: Tensor, ids: Tensor, count: int, *, ddof: int = 1, backe
     return SegmentStd(*run(values, ids, count, ddof=ddof))
 
 
+class LogitScores(NamedTuple):
+    """What :func:`logit_scores` returns, one entry per row."""
+
+    log_probability: Tensor
+    w: Tensor
+
+
+def logit_scores(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, backend: str = "auto") -> LogitScores:
+    """Each row's log-probability of its label, and the squared norm of that one's gradient at the logits.
+
+        log_probability[r] = log p_r[y_r]        w[r] = ‖p_r - onehot(y_r)‖² = (1 - p_r[y_r])² + Σ_{v ≠ y_r} p_r[v]²
+
+    with ``p_r = softmax(logits[r])`` and ``y_r = labels[r]``, in one pass over the logits: no softmax is stored.
+
+    Args:
+        logits: ``[rows, vocabulary]``; float64, float32, float16 or bfloat16.
+        labels: ``[rows]`` int64, in ``[0, vocabulary)`` or ``ignore_index``.
+        ignore_index: the label of rows whose two figures are 0.
+
+    Returns:
+        :class:`LogitScores`, ``[rows]``, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or labels other than these.
+
+    Example:
+        >>> logit_scores(torch.tensor([[0., 0.], [9., 0.]]), torch.tensor([0, -100])).w
+        tensor([0.5000, 0.0000])
+    """
+    _check_logits("logit_scores", logits, labels, ignore_index)
+    run = backends.find("logit_scores", logits.device.type, backends.choose(backend))
+    return LogitScores(*run(logits, labels, ignore_index=ignore_index))
+
+
+class LogitRates(NamedTuple):
+    """What :func:`logit_gradient_rates` returns, one entry per class."""
+
+    count: Tensor  # type: ignore[assignment]  # a tuple's method of that name is not missed
+    up: Tensor
+    down: Tensor
+
+
+def logit_gradient_rates(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, backend: str = "auto"
+) -> LogitRates:
+    """How much the gradients of cross-entropy push each class's logit up and down, added up over the rows.
+
+        up[v] = Σ_{r: y_r = v} (1 - p_r[v])        down[v] = Σ_{r: y_r ≠ v} p_r[v]        count[v] = #{r: y_r = v}
+
+    with ``p_r = softmax(logits[r])`` and ``y_r = labels[r]``, in one pass over the logits. ``count - up`` and ``down``
+    are the sums of positive and negative probabilities of GSA (Guo et al., CVPR 2023), whose ratio is ``up / down``;
+    ``up`` is not formed as that difference, which rounding would eat where the model is sure.
+
+    Args:
+        logits: ``[rows, vocabulary]``; float64, float32, float16 or bfloat16.
+        labels: ``[rows]`` int64, in ``[0, vocabulary)`` or ``ignore_index``.
+        ignore_index: the label of rows that are left out.
+
+    Returns:
+        :class:`LogitRates`, ``[vocabulary]``: count int64, the others float32 (float64 for float64 input), summed in
+        float64.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or labels other than these.
+
+    Example:
+        >>> logit_gradient_rates(torch.zeros(3, 2), torch.tensor([0, 0, 1]))
+        LogitRates(count=tensor([2, 1]), up=tensor([1.0000, 0.5000]), down=tensor([0.5000, 1.0000]))
+    """
+    _check_logits("logit_gradient_rates", logits, labels, ignore_index)
+    run = backends.find("logit_gradient_rates", logits.device.type, backends.choose(backend))
+    return LogitRates(*run(logits, labels, ignore_index=ignore_index))
+
+
+def _check_logits(who: str, logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"{who}: logits must be [rows, vocabulary] and labels [rows], got {list(logits.shape)} and "
+            f"{list(labels.shape)}; flatten them to rows"
+        )
+    if logits.dtype not in FLOATS or labels.dtype != torch.int64:
+        raise TypeError(
+            f"{who}: logits must be floating and labels int64, got {logits.dtype} and {labels.dtype}; cast them"
+        )
+    if labels.device.type == "cpu" and len(labels):
+        given = labels[labels != ignore_index]
+        if len(given) and not 0 <= int(given.min()) <= int(given.max()) < logits.shape[1]:
+            raise ValueError(
+                f"{who}: labels must lie in [0, {logits.shape[1]}) or be {ignore_index}, got {int(given.min())} to "
+                f"{int(given.max())}; mark rows without a label with ignore_index"
+            )
+
+
 def _check_rows(who: str, segments: Segments, **rows: Tensor) -> None:
     first, *others = rows.values()
     shape = first.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gradnorm_ext.history import History
 from gradnorm_ext.layers import Plan
-from gradnorm_ext.meter import Given, Meter
+from gradnorm_ext.meter import Block, Given, Meter
 from gradnorm_ext.policies import Policy, weighs_of
 from gradnorm_ext.stats import Stats
 
@@ -19,38 +19,13 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@dataclasses.dataclass
-class _Running:
-    """Means over steps with exponential decay, one per task, of a figure that a step may lack for some tasks."""
-
-    total: Tensor
-    mass: Tensor
-
-    @staticmethod
-    def of(tasks: int) -> _Running:
-        return _Running(torch.zeros(tasks, dtype=torch.float64), torch.zeros(tasks, dtype=torch.float64))
-
-    def update(self, value: Tensor, decay: float) -> None:
-        value = value.detach().double()
-        present = ~torch.isnan(value)
-        if self.total.device != value.device:
-            self.total, self.mass = self.total.to(value.device), self.mass.to(value.device)
-        decayed = decay * self.total + (1 - decay) * value.nan_to_num()
-        self.total = torch.where(present, decayed, self.total)
-        self.mass = torch.where(present, decay * self.mass + (1 - decay), self.mass)
-
-    @property
-    def mean(self) -> Tensor:
-        """NaN for a task that was never there."""
-        return self.total / self.mass
-
-
 class Reweighted(torch.optim.Optimizer):
     """An optimizer that steps along reweighted gradients:  ``.grad = Σ_k w_k g_k`` (tasks) or ``Σ_b w_b g_b`` (examples).
 
     ``.grad`` is complete when an observe block closes, so clipping, gradient accumulation and hooks see it as usual;
     ``param_groups``, ``state`` and hooks are the wrapped optimizer's own. A step whose norms or rewards are not finite
-    is skipped and counted in ``skipped_steps``; the optimizer's state stays as it was.
+    is skipped and counted in ``skipped_steps``; the optimizer's state stays as it was. ``history`` has every block's
+    figures and their running means. ``state_dict`` holds these means and what the policy remembers too.
 
     Args:
         optimizer: the optimizer that steps; of the model's parameters.
@@ -60,7 +35,13 @@ class Reweighted(torch.optim.Optimizer):
         apply: whose statistics the weights come from. "same_step" (default): of this very batch; what the layers'
             backward needs is kept until the block closes, which gives up what activation checkpointing saves.
             "next_step": running means over earlier steps, per task, at no extra cost; the first step's weights are 1.
-        decay: "next_step": how much of the running mean a step keeps.
+        passes: "same_step": 1, or 2: ``optimizer.backward(loss)`` in place of ``loss.backward()`` runs a backward that
+            takes norms only, and then one with the weights; nothing is kept between them but the graph, so memory and
+            activation checkpointing stay as they are, for the price of a second backward.
+        scope: "same_step": "model": one weight for the whole gradient of a task or example; "layer": the policy is asked
+            for every parameter with the statistics of that parameter alone (``optimizer.layer_weights``), as soon as
+            its norms are known: nothing is kept but for parameters with several uses.
+        decay: how much of the running means (of ``history``) a step keeps.
         gradient_budget: "same_step" with weights per task: bytes that may hold separate task gradients, from step to
             step; layers beyond it keep their rows until the block closes instead.
         unobserved: what ``step()`` does where nothing was observed since the last: "error", or the "plain" step.
@@ -84,6 +65,8 @@ class Reweighted(torch.optim.Optimizer):
         policy: Policy,
         *,
         apply: Literal["same_step", "next_step"] = "same_step",
+        passes: Literal[1, 2] = 1,
+        scope: Literal["model", "layer"] = "model",
         decay: float = 0.9,
         gradient_budget: int = 1 << 28,
         unobserved: Literal["error", "plain"] = "error",
@@ -94,6 +77,20 @@ class Reweighted(torch.optim.Optimizer):
             raise ValueError(f'Reweighted: apply must be "same_step" or "next_step", got {apply!r}')
         if unobserved not in ("error", "plain"):
             raise ValueError(f'Reweighted: unobserved must be "error" or "plain", got {unobserved!r}')
+        if passes not in (1, 2) or scope not in ("model", "layer"):
+            raise ValueError(
+                f'Reweighted: passes must be 1 or 2, and scope "model" or "layer", got {passes!r} and {scope!r}'
+            )
+        if (passes, scope) != (1, "model") and (apply == "next_step" or (passes, scope) == (2, "layer")):
+            raise ValueError(
+                'Reweighted: passes=2 and scope="layer" are two ways of apply="same_step", got '
+                f"apply={apply!r}, passes={passes} and scope={scope!r}; choose one of them"
+            )
+        if scope == "layer" and hasattr(policy, "load_state_dict"):
+            raise ValueError(
+                f'Reweighted: scope="layer" asks the policy once for every parameter, got {policy!r}, which remembers what '
+                'it was asked; use scope="model"'
+            )
         if not 0 <= decay < 1:
             raise ValueError(f"Reweighted: decay must lie in [0, 1), got {decay}; 0 keeps the last step only")
         if apply == "next_step" and weighs_of(policy) != "tasks":
@@ -109,6 +106,11 @@ class Reweighted(torch.optim.Optimizer):
             self.meter = model_or_meter
         else:
             self.meter = Meter(model_or_meter, **meter_options)
+        if scope == "layer" and self.meter.modules is not None:
+            raise ValueError(
+                f'Reweighted: scope="layer" weighs each parameter by its own norms, got modules={self.meter.modules!r}, '
+                'which leaves some unmeasured; measure all, or use scope="model"'
+            )
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in stepped for p in self.meter.model.parameters()):
             raise ValueError(
@@ -116,11 +118,16 @@ class Reweighted(torch.optim.Optimizer):
                 "model.parameters()"
             )
         self.optimizer, self.policy, self.apply, self.decay = optimizer, policy, apply, decay
+        self.passes, self.scope = passes, scope
         self.gradient_budget, self.unobserved = gradient_budget, unobserved
         self.skipped_steps = 0
         self.weights: Tensor | None = None
-        self._running = {name: _Running.of(len(self.meter.task_names)) for name in ("sqnorm", "sqnorm_unbiased")}
-        self._observed: list[Tensor] = []  # of each block since the last step: whether it was finite
+        self.layer_weights: dict[str, Tensor] = {}
+        self._block: Block | None = None  # that is open
+        self.history = History(decay, self.meter.task_names)
+        self._next_weights = torch.ones(len(self.meter.task_names))
+        self._usable = torch.ones((), dtype=torch.bool)  # whether the last weights were finite
+        self._observed: list[Tensor] = []  # of each block since the last step: whether it and its weights were finite
         self._buffers: dict[str, Tensor] = {}
         self._share_hooks()
 
@@ -128,33 +135,50 @@ class Reweighted(torch.optim.Optimizer):
     def observe(self, **batch: Unpack[Given]) -> Iterator[None]:
         """As :meth:`Meter.observe`; when it closes, ``.grad`` holds the reweighted gradient."""
         _refuse_several_processes()
-        same_step = self.apply == "same_step"
-        if same_step:
+        self._usable = torch.ones((), dtype=torch.bool)
+        plan = self._plan()
+        if plan.keep or plan.layer_weights is not None:
             self._refuse_early_gradients()
-        plan = (
-            Plan(
-                keep=True,
-                by_task=weighs_of(self.policy) == "tasks",
-                budget=self.gradient_budget,
-                buffers=self._buffers,
-            )
-            if same_step
-            else Plan(task_weights=self._next_weights())
-        )
-        with self.meter.block("Reweighted", plan, batch) as observation:
-            yield
+        try:
+            with self.meter.block("Reweighted", plan, batch) as self._block:
+                yield
+            block = self._block
+        finally:
+            self._block = None
         stats = self.stats
-        if same_step:
-            weights = self._weights(stats)
-            weights = torch.where(stats.finite, weights, torch.ones_like(weights))  # such a step is skipped anyway
+        if plan.keep:
+            weights = self.weights = self._usable_weights(stats)
             by_task = weights if plan.by_task else None
-            observation.accumulate_weighted(weights if by_task is None else by_task[stats.tasks], by_task)
-            self.weights = weights
-        else:
-            self.weights = plan.task_weights
-            self._remember(stats)
-        observation.forget()
-        self._observed.append(stats.finite)
+            block.observation.accumulate_weighted(self._of_examples(weights, stats), by_task)
+        elif self.apply == "next_step":
+            self.weights = self._next_weights
+        self.history.append(stats, self.weights, weighs_of(self.policy))
+        if self.apply == "next_step":
+            following = self._weights(self.history.smoothed(stats))
+            self._usable = following.isfinite().all()
+            self._next_weights = torch.where(stats.finite & self._usable, following, self._next_weights.to(following))
+        block.observation.forget()
+        self._observed.append(torch.stack([stats.finite, self._usable.to(stats.finite.device)]))
+
+    def backward(self, loss: Tensor) -> None:
+        """``loss.backward()``; with ``passes=2`` the two of them. Inside an observe block, in place of it.
+
+        Raises:
+            RuntimeError: no block is open.
+        """
+        if self._block is None:
+            raise RuntimeError(
+                "Reweighted: backward must be called inside an observe block, got no open one; use it in "
+                "`with optimizer.observe(...):`"
+            )
+        if self.passes == 1:
+            loss.backward()
+            return
+        observation = self._block.observation
+        observation.norms_pass(loss)
+        stats = self._block.measure()
+        self.weights = self._usable_weights(stats)
+        observation.weighted_pass(loss, self._of_examples(self.weights, stats))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The wrapped optimizer's step along what the observe blocks since the last one left in ``.grad``.
@@ -163,7 +187,8 @@ class Reweighted(torch.optim.Optimizer):
             closure: runs an observed forward and backward and returns the loss; called once.
 
         Raises:
-            RuntimeError: nothing was observed since the last step.
+            RuntimeError: nothing was observed since the last step; the policy's weights were not finite, though what was
+                measured was.
         """
         loss = None
         if closure is not None:
@@ -174,9 +199,14 @@ class Reweighted(torch.optim.Optimizer):
                 "Reweighted: step needs an observe block since the last step, got none, so nothing was measured; wrap "
                 'forward and backward in `with optimizer.observe(...)`, or pass unobserved="plain"'
             )
-        finite = all(bool(block) for block in self._observed)
+        blocks: list[list[bool]] = [block.tolist() for block in self._observed]
         self._observed.clear()
-        if finite:
+        if any(finite and not usable for finite, usable in blocks):
+            raise RuntimeError(
+                f"Reweighted: the policy must return finite weights for finite statistics, got others from {self.policy!r}; "
+                "no step was taken: have it return 1 where it divides by a norm of 0"
+            )
+        if all(finite for finite, _ in blocks):
             self.optimizer.step()
         else:
             self.skipped_steps += 1
@@ -195,25 +225,37 @@ class Reweighted(torch.optim.Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, and under "gradnorm" the running means and the count of skipped steps."""
-        running = {name: {"total": one.total, "mass": one.mass} for name, one in self._running.items()}
-        return {**self.optimizer.state_dict(), "gradnorm": {"running": running, "skipped_steps": self.skipped_steps}}
+        """The wrapped optimizer's; under "gradnorm" running means, the next weights, the policy's state, skipped steps."""
+        own = {
+            "history": self.history.state_dict(),
+            "next_weights": self._next_weights,
+            "skipped_steps": self.skipped_steps,
+        }
+        if hasattr(self.policy, "load_state_dict"):
+            own["policy"] = {"type": type(self.policy).__name__, "state": self.policy.state_dict()}  # type: ignore[attr-defined]
+        return {**self.optimizer.state_dict(), "gradnorm": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load one of ours, or the wrapped optimizer's own (the running means then start afresh)."""
+        """Load one of ours, or the wrapped optimizer's own (the running means and the policy then start afresh)."""
         own = state_dict.get("gradnorm")
-        if own is not None:
-            running = {
-                name: _Running(one["total"].clone(), one["mass"].clone()) for name, one in own["running"].items()
-            }
-            if any(len(one.total) != len(self.meter.task_names) for one in running.values()):
-                raise ValueError(
-                    f"Reweighted: the state must be of {len(self.meter.task_names)} tasks, got one of "
-                    f"{len(running['sqnorm'].total)}; make the optimizer with the same tasks"
-                )
+        if own is not None and len(own["next_weights"]) != len(self.meter.task_names):
+            raise ValueError(
+                f"Reweighted: the state must be of {len(self.meter.task_names)} tasks, got one of "
+                f"{len(own['next_weights'])}; make the optimizer with the same tasks"
+            )
+        remembered = (own or {}).get("policy")
+        if remembered is not None and remembered["type"] != type(self.policy).__name__:
+            raise ValueError(
+                f"Reweighted: the state must be of this policy, {type(self.policy).__name__}, got one of "
+                f"{remembered['type']}; make the optimizer with the same policy, or leave the state's "
+                '["gradnorm"]["policy"] out'
+            )
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "gradnorm"})
         if own is not None:
-            self._running, self.skipped_steps = running, own["skipped_steps"]
+            self.history.load_state_dict(own["history"])
+            self._next_weights, self.skipped_steps = own["next_weights"].clone(), own["skipped_steps"]
+        if remembered is not None:
+            self.policy.load_state_dict(remembered["state"])  # type: ignore[attr-defined]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -228,11 +270,12 @@ class Reweighted(torch.optim.Optimizer):
         return self.optimizer.defaults
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "meter", "policy", "apply", "decay", "gradient_budget", "unobserved", "skipped_steps")
-        return {name: getattr(self, name) for name in (*names, "weights", "_running", "_observed")}
+        names = ("optimizer", "meter", "policy", "apply", "passes", "scope", "decay", "gradient_budget", "unobserved")
+        more = ("skipped_steps", "weights", "layer_weights", "history", "_next_weights", "_usable", "_observed")
+        return {name: getattr(self, name) for name in (*names, *more)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _buffers={})
+        self.__dict__.update(state, _buffers={}, _block=None)
         self._share_hooks()
 
     def _share_hooks(self) -> None:
@@ -240,6 +283,35 @@ class Reweighted(torch.optim.Optimizer):
         self.__dict__.update(
             {name: hooks for name, hooks in vars(self.optimizer).items() if name.startswith("_optimizer_")}
         )
+
+    def _plan(self) -> Plan:
+        if self.apply == "next_step":
+            return Plan(task_weights=self._next_weights)
+        if self.passes == 2:
+            return Plan(passes=2)
+        if self.scope == "layer":
+            self.layer_weights = {}
+            return Plan(layer_weights=self._weigh_layer)
+        by_task = weighs_of(self.policy) == "tasks"
+        return Plan(keep=True, by_task=by_task, budget=self.gradient_budget, buffers=self._buffers)
+
+    def _weigh_layer(self, name: str, sqnorms: Tensor) -> Tensor:
+        """``[B]``: each example's weight in one parameter's gradient, by that parameter's squared norms."""
+        assert self._block is not None
+        stats = self._block.stats_of(sqnorms[None])
+        usable_so_far = self._usable
+        self.layer_weights[name] = self._usable_weights(stats)
+        self._usable = self._usable & usable_so_far.to(self._usable.device)
+        return self._of_examples(self.layer_weights[name], stats)
+
+    def _of_examples(self, weights: Tensor, stats: Stats) -> Tensor:
+        return weights[stats.tasks] if weighs_of(self.policy) == "tasks" else weights
+
+    def _usable_weights(self, stats: Stats) -> Tensor:
+        """The policy's weights; 1 where they or the statistics are not finite, since such a step is not taken anyway."""
+        weights = self._weights(stats)
+        self._usable = weights.isfinite().all()
+        return torch.where(stats.finite & self._usable, weights, 1)
 
     def _weights(self, stats: Stats) -> Tensor:
         weighs = weighs_of(self.policy)
@@ -250,31 +322,7 @@ class Reweighted(torch.optim.Optimizer):
                 f"Reweighted: the policy must return one weight for each of its {weighs}, {expected}, got "
                 f"{list(weights.shape)} from {self.policy!r}; set its attribute `weighs` to what it returns"
             )
-        return weights
-
-    def _next_weights(self) -> Tensor:
-        """The policy's weights of the running means; 1 before the first step."""
-        sqnorm = self._running["sqnorm"]
-        if not bool((sqnorm.mass > 0).any()):
-            return torch.ones(len(self.meter.task_names))
-        mean = sqnorm.mean.nan_to_num()
-        last = self.stats if self.meter._stats is not None else None
-        tasks = torch.empty(0, dtype=torch.int64, device=mean.device)
-        smoothed = dataclasses.replace(
-            last if last is not None else _bare_stats(self.meter.task_names, tasks),
-            task_norm=mean.sqrt(),
-            task_sqnorm_unbiased=self._running["sqnorm_unbiased"].mean,
-            task_count=(sqnorm.mass > 0).long(),
-        )
-        weights = self._weights(smoothed)
-        return torch.where(torch.isfinite(weights), weights, torch.ones_like(weights))
-
-    def _remember(self, stats: Stats) -> None:
-        assert stats.task_norm is not None
-        absent = (stats.task_count == 0) | ~stats.finite
-        nan = torch.full_like(stats.task_norm, torch.nan)
-        self._running["sqnorm"].update(torch.where(absent, nan, stats.task_norm.square()), self.decay)
-        self._running["sqnorm_unbiased"].update(torch.where(absent, nan, stats.task_sqnorm_unbiased), self.decay)
+        return weights if weighs == "examples" else torch.where(stats.task_count > 0, weights, 1)  # 1 / norm may be inf
 
     def _refuse_early_gradients(self) -> None:
         """Whatever acts on ``.grad`` as soon as backward writes it would act before the weights are known."""
@@ -293,17 +341,3 @@ def _refuse_several_processes() -> None:
             "Reweighted: weights are of one process's examples, got a process group of "
             f"{torch.distributed.get_world_size()}, whose processes would weigh differently; measure with a Meter"
         )
-
-
-def _bare_stats(task_names: tuple[str, ...], tasks: Tensor) -> Stats:
-    """Statistics of no batch: what a policy of tasks sees beside the running means right after loading a state."""
-    nothing = torch.empty(0, dtype=torch.float64, device=tasks.device)
-    return Stats.of(
-        torch.cat([nothing, torch.zeros(len(task_names), dtype=torch.float64)]),
-        tasks=tasks,
-        prompts=None,
-        task_of_prompt=None,
-        n_prompts=0,
-        task_names=task_names,
-        has_tasks=True,
-    )

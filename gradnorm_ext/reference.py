@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from gradnorm_ext.segments import Segments
 
 _BLOCK = 1 << 24  # elements of per-segment weight gradients held at once
+_LOGITS = 1 << 20  # exponentials of logits held at once
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -150,3 +153,44 @@ def segment_std(values: Tensor, ids: Tensor, count: int, *, ddof: int) -> tuple[
     low = values.new_full((count,), torch.inf).scatter_reduce_(0, ids, values, "amin")
     high = values.new_full((count,), -torch.inf).scatter_reduce_(0, ids, values, "amax")
     return mean.to(values.dtype), std.to(values.dtype), n, low, high
+
+
+def logit_scores(logits: Tensor, labels: Tensor, *, ignore_index: int) -> tuple[Tensor, Tensor]:
+    figures = logits.new_zeros(2, len(logits), dtype=accumulator(logits.dtype))
+    for rows, _, kept, log_probability, total, others in _softmax_blocks(logits, labels, ignore_index):
+        w = ((others.sum(1) / total) ** 2 + others.square().sum(1) / total**2).masked_fill(~kept, 0)
+        figures[:, rows] = torch.stack([log_probability.masked_fill(~kept, 0), w])
+    return figures[0], figures[1]
+
+
+def logit_gradient_rates(logits: Tensor, labels: Tensor, *, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    count = labels.new_zeros(logits.shape[1])
+    up, down = logits.new_zeros(2, logits.shape[1], dtype=torch.float64)
+    for _, label, kept, _, total, others in _softmax_blocks(logits, labels, ignore_index):
+        count.index_add_(0, label, kept.long())
+        up.index_add_(0, label, (others.sum(1) / total).masked_fill(~kept, 0).double())
+        down += (others / total[:, None]).masked_fill(~kept[:, None], 0).sum(0, dtype=torch.float64)
+    dtype = accumulator(logits.dtype)
+    return count, up.to(dtype), down.to(dtype)
+
+
+def _softmax_blocks(
+    logits: Tensor, labels: Tensor, ignore_index: int
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Blocks of rows: which, their labels (0 where ignored), which are kept, their labels' log-probabilities, the sums of
+    the exponentials, and the exponentials of all but the labels' logits."""
+    block = max(1, _LOGITS // max(1, logits.shape[1]))
+    for first in range(0, len(logits), block):
+        rows = slice(first, min(first + block, len(logits)))
+        given = labels[rows]
+        kept = given != ignore_index
+        label = torch.where(kept, given, 0)
+        part = logits[rows].to(accumulator(logits.dtype))
+        top = part.amax(1)
+        exponentials = (part - top[:, None]).exp_()
+        at_label = exponentials.gather(1, label[:, None])[:, 0]
+        others = exponentials.scatter_(1, label[:, None], 0)
+        total = others.sum(1) + at_label
+        below = part.gather(1, label[:, None])[:, 0] - top
+        log_probability = torch.where(below == 0, -others.sum(1).log1p(), below - total.log())
+        yield rows, label, kept, log_probability, total, others

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, NoReturn, overload
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ class RewardStats(Generic[Array]):
 
     Attributes:
         prompt_of: the position in ``prompt`` of each example's prompt, int64.
+        rewards: what came, floating.
 
     Per task, ``[K]``; a share is a fraction from 0 to 1, and a task without prompts has NaN but for its two shares of
     the prompts, which are 0:
@@ -91,6 +93,8 @@ class RewardStats(Generic[Array]):
     task_all_worst_share: Array
     task_share: Array
     task_realised_share: Array
+    rewards: Array
+    ddof: int
 
     @property
     def vanished(self) -> Array:
@@ -98,10 +102,85 @@ class RewardStats(Generic[Array]):
         ids: Array = self.prompt[self.zero_std]
         return ids
 
+    def signal(self, score_norm: Array) -> Array:
+        """How strong a policy gradient each prompt can have, ``[P]``, in the rewards' units times the score's.
+
+            signal[p] = std[p] · sqrt( mean_{i of p} score_norm[i]² )
+
+        It bounds the norm of the gradient of the prompt's expected reward, by Cauchy-Schwarz: derived for this package,
+        tighter than the bounds by the standard deviation alone of Razin et al. (arXiv 2503.15477). 0 where all rewards
+        are equal, NaN where ``std`` or all of the prompt's scores are unknown.
+
+        Args:
+            score_norm: ``[N]``: ‖∇ log π‖ of each example, or a bound: sqrt of its W-score, times a bound of the
+                logits' Jacobian. Of the rewards' kind; NaN where unknown.
+
+        Raises:
+            ValueError: another shape.
+
+        Example:
+            >>> reward_stats(torch.tensor([2., 0.]), torch.tensor([0, 0])).signal(torch.tensor([3., 4.]))
+            tensor([5.])
+        """
+        if score_norm.shape != self.prompt_of.shape:
+            raise ValueError(
+                f"RewardStats.signal: score_norm must be [{len(self.prompt_of)}], one per example, got "
+                f"{list(score_norm.shape)}; pass ‖∇ log π‖ of each"
+            )
+        score = torch.as_tensor(score_norm).double()
+        std, zero_std, prompt_of = (
+            torch.as_tensor(each).to(score.device, non_blocking=True)
+            for each in (self.std, self.zero_std, self.prompt_of)
+        )
+        known = (~score.isnan()).double()
+        square = score.new_zeros(2, len(std)).index_add_(
+            1, prompt_of, torch.stack([score.nan_to_num().square(), known])
+        )
+        signal = torch.where(zero_std, 0.0, std * (square[0] / square[1]).sqrt()).to(std.dtype)
+        return signal.numpy() if isinstance(score_norm, np.ndarray) else signal
+
+    @staticmethod
+    def merged(blocks: Sequence[RewardStats[Array]]) -> RewardStats[Array]:
+        """The figures of all blocks' rewards together, as if they had come as one batch.
+
+        Args:
+            blocks: at least one, of one kind and ``ddof``; a task's number is the same in all.
+
+        Raises:
+            ValueError: examples of one prompt in several blocks.
+
+        Example:
+            >>> blocks = [reward_stats(torch.tensor([1., 0.]), torch.tensor([p, p])) for p in (0, 1)]
+            >>> RewardStats.merged(blocks).prompt
+            tensor([0, 1])
+        """
+        first_seen: dict[int, int] = {}
+        for block, stats in enumerate(blocks):
+            for prompt in stats.prompt.tolist():
+                if first_seen.setdefault(prompt, block) != block:
+                    raise ValueError(
+                        f"RewardStats.merged: a prompt's examples must lie in one block, got prompt {prompt} in blocks "
+                        f"{first_seen[prompt]} and {block}; keep groups together, or number prompts across blocks"
+                    )
+        join = np.concatenate if isinstance(blocks[0].rewards, np.ndarray) else torch.cat
+        return reward_stats(
+            join([stats.rewards for stats in blocks]),
+            join([stats.prompt[stats.prompt_of] for stats in blocks]),
+            join([stats.task[stats.prompt_of] for stats in blocks]),
+            ddof=blocks[0].ddof,
+            n_tasks=max(len(stats.task_mean) for stats in blocks),
+        )
+
 
 @overload
 def reward_stats(
-    rewards: Tensor, prompts: Tensor, tasks: Tensor | None = None, *, ddof: int = 1, n_tasks: int | None = None
+    rewards: Tensor,
+    prompts: Tensor,
+    tasks: Tensor | None = None,
+    *,
+    ddof: int = 1,
+    n_tasks: int | None = None,
+    group_size: int | None = None,
 ) -> RewardStats[Tensor]: ...
 @overload
 def reward_stats(
@@ -111,9 +190,16 @@ def reward_stats(
     *,
     ddof: int = 1,
     n_tasks: int | None = None,
+    group_size: int | None = None,
 ) -> RewardStats[NDArray[Any]]: ...
 def reward_stats(
-    rewards: Any, prompts: Any, tasks: Any = None, *, ddof: int = 1, n_tasks: int | None = None
+    rewards: Any,
+    prompts: Any,
+    tasks: Any = None,
+    *,
+    ddof: int = 1,
+    n_tasks: int | None = None,
+    group_size: int | None = None,
 ) -> RewardStats[Any]:
     """The spread of the rewards of every prompt's examples, and what it says about each task.
 
@@ -128,6 +214,8 @@ def reward_stats(
         tasks: ``[N]`` integers from 0, one task per prompt, or None: everything is one task.
         ddof: 1 for the sample's standard deviation, 0 for the population's.
         n_tasks: how many tasks there are, where the batch may lack some; None: the largest one given, plus 1.
+        group_size: how many examples every prompt must have, so that a group that was split across micro-batches is
+            found out: its parts have other means and deviations than the whole. None: any number.
 
     Returns:
         :class:`RewardStats` of what came: tensors on the rewards' device, or arrays. Floating figures are float64 for
@@ -135,7 +223,8 @@ def reward_stats(
 
     Raises:
         TypeError: neither all tensors nor all arrays, or a dtype other than those above.
-        ValueError: no examples, sizes or devices that differ, a task out of range, a prompt in two tasks.
+        ValueError: no examples, sizes or devices that differ, a task out of range, a prompt in two tasks, a group of
+            another size than ``group_size``.
 
     On a GPU this waits for the device: how many prompts there are is read back.
 
@@ -152,25 +241,21 @@ def reward_stats(
         raise ValueError(f"reward_stats: ddof must be 0 or 1, got {ddof!r}; pass 1 for the sample's standard deviation")
     n_tasks = _task_count(tasks, n_tasks)
 
-    groups = _native_groups(rewards.numpy(), prompts.numpy()) if arrays and _has_native() else _groups(rewards, prompts)
-    task = torch.zeros_like(groups.prompt)
-    if tasks is not None:
-        task.scatter_reduce_(0, groups.prompt_of, tasks, "amin", include_self=False)
-        differs = task[groups.prompt_of] != tasks
-        if bool(differs.any()):
-            where = int(differs.nonzero()[0])
-            members = f"{int(task[groups.prompt_of[where]])} and {int(tasks[where])}"
-            raise ValueError(
-                f"reward_stats: a prompt must lie in one task, got prompt {int(prompts[where])} in tasks {members}; "
-                "give each task's prompts ids of their own"
-            )
-    stats = _stats_of(rewards, groups, task, n_tasks, int(ddof))
+    rewards = rewards.detach()
+    native = rewards.device.type == "cpu" and _has_native()
+    stats = (_native_stats if native else _stats)(rewards, prompts, tasks, n_tasks, int(ddof))
+    _check_group_size("reward_stats", stats.prompt, stats.count, group_size)
     return _numpy(stats) if arrays else stats
 
 
 @overload
 def group_advantages(
-    rewards: Tensor, prompts: Tensor, *, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-6
+    rewards: Tensor,
+    prompts: Tensor,
+    *,
+    scale: Literal["group", "batch", "none"] = "group",
+    eps: float = 1e-6,
+    group_size: int | None = None,
 ) -> Tensor: ...
 @overload
 def group_advantages(
@@ -179,9 +264,15 @@ def group_advantages(
     *,
     scale: Literal["group", "batch", "none"] = "group",
     eps: float = 1e-6,
+    group_size: int | None = None,
 ) -> NDArray[Any]: ...
 def group_advantages(
-    rewards: Any, prompts: Any, *, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-6
+    rewards: Any,
+    prompts: Any,
+    *,
+    scale: Literal["group", "batch", "none"] = "group",
+    eps: float = 1e-6,
+    group_size: int | None = None,
 ) -> Any:
     """Advantage of every example over the others of its prompt.
 
@@ -202,6 +293,7 @@ def group_advantages(
         prompts: ``[N]`` integers, of the same kind: examples with equal ids were sampled from one prompt.
         scale: what to divide by.
         eps: added to the standard deviation, in the rewards' units.
+        group_size: as of :func:`reward_stats`: a group of which a part is missing has another mean.
 
     Returns:
         ``[N]``, of the rewards' kind: float64 for float64, integer and bool rewards, else float32. No gradient flows.
@@ -226,6 +318,7 @@ def group_advantages(
     exact = rewards.detach().double()
     prompt, prompt_of = torch.unique(prompts, return_inverse=True)
     group = ops.segment_std(exact, prompt_of, len(prompt), ddof=1)
+    _check_group_size("group_advantages", prompt, group.count, group_size)
     advantages = exact - group.mean[prompt_of]
     if scale == "group":
         advantages = advantages / (group.std[prompt_of] + eps)
@@ -234,6 +327,20 @@ def group_advantages(
     advantages = torch.where((group.low == group.high)[prompt_of], 0.0, advantages)
     advantages = advantages.to(_figures(rewards.dtype))
     return advantages.numpy() if arrays else advantages
+
+
+def _check_group_size(who: str, prompt: Tensor, count: Tensor, group_size: int | None) -> None:
+    if group_size is None:
+        return
+    if isinstance(group_size, bool) or not isinstance(group_size, numbers.Integral) or group_size < 1:
+        raise ValueError(f"{who}: group_size must be an integer >= 1, got {group_size!r}; pass the samples per prompt")
+    wrong = (count != int(group_size)).nonzero()
+    if len(wrong):
+        p = int(wrong[0])
+        raise ValueError(
+            f"{who}: every prompt must have {group_size} examples, got {int(count[p])} of prompt {int(prompt[p])}; "
+            "its group was split across micro-batches: call this on whole groups"
+        )
 
 
 class _Groups(NamedTuple):
@@ -265,16 +372,41 @@ def _has_native() -> bool:
     return backends.choose("auto") in ("auto", "native") and not isinstance(backends.load("native"), str)
 
 
-def _native_groups(rewards: NDArray[Any], prompts: NDArray[Any]) -> _Groups:
+def _native_stats(rewards: Tensor, prompts: Tensor, tasks: Tensor | None, n_tasks: int, ddof: int) -> RewardStats:
     from gradnorm_ext import _C  # here, not above: it may not have been built
 
-    group = _C.reward_stats(rewards, prompts, ddof=1)
-    prompt_of = np.searchsorted(group["prompt"], prompts)
-    reward = np.empty(len(group["prompt"]))
-    reward[prompt_of] = rewards
-    mean = np.where(group["zero_std"], reward, group["mean"])
-    arrays = (group["prompt"], prompt_of, group["count"], mean, group["std"], group["std_error"], group["zero_std"])
-    return _Groups(*(torch.from_numpy(array) for array in arrays))
+    double = rewards.double()
+    of_task = None if tasks is None else tasks.numpy()
+    figures = _C.reward_stats(double.numpy(), prompts.numpy(), of_task, n_tasks=n_tasks, ddof=ddof)
+    torn = figures.pop("torn")
+    if tasks is not None and torn >= 0:
+        others = tasks[prompts == prompts[torn]]
+        _refuse_torn(int(prompts[torn]), int(others.min()), int(others.max()))
+    dtype = _figures(rewards.dtype)
+    tensors = {name: torch.from_numpy(array) for name, array in figures.items()}
+    shown = {name: one.to(dtype) if one.dtype == torch.float64 else one for name, one in tensors.items()}
+    return RewardStats(**shown, rewards=rewards.clone(), ddof=ddof)
+
+
+def _stats(rewards: Tensor, prompts: Tensor, tasks: Tensor | None, n_tasks: int, ddof: int) -> RewardStats:
+    """The definition, and what runs on a GPU."""
+    groups = _groups(rewards, prompts)
+    task = torch.zeros_like(groups.prompt)
+    if tasks is not None:
+        task.scatter_reduce_(0, groups.prompt_of, tasks, "amin", include_self=False)
+        differs = task[groups.prompt_of] != tasks
+        if bool(differs.any()):
+            where = differs.nonzero()[0, 0]
+            others = tasks[prompts == prompts[where]]
+            _refuse_torn(int(prompts[where]), int(others.min()), int(others.max()))
+    return _stats_of(rewards, groups, task, n_tasks, ddof)
+
+
+def _refuse_torn(prompt: int, one: int, other: int) -> NoReturn:
+    raise ValueError(
+        f"reward_stats: a prompt must lie in one task, got prompt {prompt} in tasks {one} and {other}; "
+        "give each task's prompts ids of their own"
+    )
 
 
 def _stats_of(rewards: Tensor, groups: _Groups, task: Tensor, n_tasks: int, ddof: int) -> RewardStats:
@@ -321,6 +453,8 @@ def _stats_of(rewards: Tensor, groups: _Groups, task: Tensor, n_tasks: int, ddof
         task_all_worst_share=figure(_total(all_worst, task, n_tasks) / size),
         task_share=(size / len(prompt)).to(dtype),
         task_realised_share=torch.where(spoiled.any(), torch.nan, live / live.sum()).to(dtype),
+        rewards=rewards.clone(),
+        ddof=ddof,
     )
 
 
@@ -389,17 +523,21 @@ def _tensors(who: str, rewards: Any, prompts: Any, tasks: Any) -> tuple[bool, Te
 
 
 def _from_numpy(who: str, name: str, array: NDArray[Any]) -> Tensor:
-    """A copy: torch would warn of an array that must not be written, and has no unsigned or foreign byte orders."""
+    """A copy where it must be: torch warns of an array that is read-only, and has no unsigned or foreign byte orders."""
     ids = name != "rewards"
     if array.dtype.kind not in ("iu" if ids else "fiub") or (ids and not np.can_cast(array.dtype, np.int64)):
         allowed = "integers that fit int64" if ids else "floating, integer or bool"
         raise TypeError(f"{who}: {name} must be {allowed}, got {array.dtype}; cast them")
     single = array.dtype.kind == "f" and array.dtype.itemsize <= 4
-    return torch.from_numpy(array.astype(np.int64 if ids else np.float32 if single else np.float64))
+    wanted = array.astype(np.int64 if ids else np.float32 if single else np.float64, copy=False)
+    usable = wanted.flags.writeable and wanted.flags.c_contiguous
+    return torch.from_numpy(wanted if usable else wanted.copy())
 
 
 def _numpy(stats: RewardStats) -> RewardStats[NDArray[Any]]:
-    return RewardStats(**{field.name: getattr(stats, field.name).numpy() for field in fields(stats)})
+    figures = {field.name: getattr(stats, field.name) for field in fields(stats)}
+    arrays: dict[str, Any] = {name: one.numpy() if isinstance(one, Tensor) else one for name, one in figures.items()}
+    return RewardStats(**arrays)
 
 
 def _task_count(tasks: Tensor | None, n_tasks: int | None) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +29,9 @@ class Stats:
         task_sqnorm_unbiased: ``[K]``: the squared norm of a unit's *expected* gradient,
             ``(‖Σ u‖² - Σ ‖u‖²) / (n (n - 1))`` over the task's n independent units u: its prompts where given, else its
             examples. The raw ``task_norm² / n²`` is too large by the variance over n. May be negative; NaN below two units.
-        noise_scale: ``[K]``: ``tr Σ / ‖E u‖²``, the number of units at which noise and signal are equal (McCandlish et
-            al., arXiv 1812.06162, with single units as the small batch); NaN where the denominator is not positive.
+        task_variance: ``[K]``: the total variance of a unit's gradient, ``tr Σ``, likewise without bias:
+            ``(Σ ‖u‖² - ‖Σ u‖² / n) / (n - 1)``; NaN below two units.
+        task_units: ``[K]``, int64: n, how many units each task had.
         task_count: ``[K]``, examples per task in the batch.
         tasks: ``[B]``, the task of each example.
         prompts: ``[B]``, each example's index into ``prompt_norm``; None where no prompts were given.
@@ -36,13 +39,16 @@ class Stats:
         layers: with ``per_layer=True``, the same figures for each module that owns parameters.
         reward: the reward statistics, where rewards were given.
         finite: a boolean scalar: all norms (and rewards) are finite.
+        task_gram: ``[K, K]``: the inner products of the tasks' gradients, whose diagonal is ``task_norm²``; None until
+            measured.
     """
 
     example_norm: Tensor
     prompt_norm: Tensor | None
     task_norm: Tensor | None
     task_sqnorm_unbiased: Tensor
-    noise_scale: Tensor
+    task_variance: Tensor
+    task_units: Tensor
     task_count: Tensor
     tasks: Tensor
     prompts: Tensor | None
@@ -50,6 +56,42 @@ class Stats:
     layers: Mapping[str, Stats] = field(default_factory=dict)
     reward: RewardStats | None = None
     finite: Tensor = field(default_factory=lambda: torch.tensor(True))
+    task_gram: Tensor | None = None
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """``[K]``: ``tr Σ / ‖E u‖²``, the number of units at which noise and signal are equal.
+
+        McCandlish et al., arXiv 1812.06162, with single units as the small batch. NaN where the estimate of the
+        denominator is not positive. A ratio of two noisy figures: average both over steps, then divide, as
+        :class:`~gradnorm_ext.History` and :meth:`merged` do.
+        """
+        signal = self.task_sqnorm_unbiased
+        return torch.where(signal > 0, self.task_variance / signal, torch.nan)
+
+    @property
+    def task_norm_ratio(self) -> Tensor | None:
+        """The largest task norm over the smallest, of the tasks that are present: a scalar; None without task norms.
+
+        Infinite where a task that is present has no gradient, NaN where none is present or a norm is NaN.
+        """
+        if self.task_norm is None:
+            return None
+        present = self.task_count > 0
+        largest = torch.where(present, self.task_norm, -torch.inf).max()
+        ratio = largest / torch.where(present, self.task_norm, torch.inf).min()
+        return torch.where(present.any(), ratio, torch.nan)
+
+    @property
+    def task_cosine(self) -> Tensor | None:
+        """``[K, K]``: the cosines between the tasks' gradients, ``G_jk / sqrt(G_jj G_kk)``; None until G was measured.
+
+        NaN for a task without gradient.
+        """
+        if self.task_gram is None:
+            return None
+        norm = self.task_gram.diagonal().sqrt()
+        return (self.task_gram / norm / norm[:, None]).clamp(-1, 1)
 
     @staticmethod
     def of(
@@ -63,6 +105,7 @@ class Stats:
         has_tasks: bool,
         layers: Mapping[str, Stats] | None = None,
         reward: RewardStats | None = None,
+        task_gram: Tensor | None = None,
     ) -> Stats:
         """From one vector of squared norms: examples, then prompts where given, then tasks where ``has_tasks``."""
         n_tasks = len(task_names)
@@ -82,7 +125,8 @@ class Stats:
             prompt_norm=of_prompts.sqrt() if prompts is not None else None,
             task_norm=of_tasks.sqrt() if has_tasks else None,
             task_sqnorm_unbiased=unbiased,
-            noise_scale=torch.where(unbiased > 0, variance / unbiased, nan),
+            task_variance=variance,
+            task_units=n.long(),
             task_count=torch.zeros(n_tasks, dtype=torch.int64, device=tasks.device).index_add_(
                 0, tasks, torch.ones_like(tasks)
             ),
@@ -92,10 +136,158 @@ class Stats:
             layers=layers or {},
             reward=reward,
             finite=finite,
+            task_gram=task_gram,
         )
 
+    @staticmethod
+    def merged(blocks: Sequence[Stats]) -> Stats:
+        """The statistics of several blocks as those of one: of the micro-batches of a step.
+
+        Examples and prompts are put one after the other, and reward figures formed anew over all of them. The unbiased
+        figures stay unbiased, averaged over blocks i with n_i units in the proportions in which they are known best
+        where noise prevails, the numerator and the denominator of ``noise_scale`` apart:
+
+            task_sqnorm_unbiased = Σ n_i (n_i - 1) a_i / Σ n_i (n_i - 1)      a_i, v_i: the blocks' own figures
+            task_variance        = Σ (n_i - 1) v_i / Σ (n_i - 1)
+
+        The loss must weigh a unit alike in every block. ``task_norm`` and ``task_gram`` are None: the norm of a sum over
+        blocks is no function of the blocks' norms.
+
+        Args:
+            blocks: of one meter, at least one. No prompt's examples may be spread over several blocks: they share a
+                baseline, so that its parts are no independent units. This is checked where rewards were given.
+
+        Raises:
+            ValueError: no block, other tasks, prompts, rewards or layers in some blocks only, a prompt in two blocks.
+
+        Example:
+            >>> import torch, gradnorm_ext
+            >>> model, blocks = torch.nn.Linear(1, 1, bias=False), []
+            >>> meter = gradnorm_ext.Meter(model)
+            >>> for x in (torch.tensor([[1.], [3.]]), torch.tensor([[2.], [2.], [2.]])):
+            ...     with meter.observe():
+            ...         model(x).sum().backward()
+            ...     blocks.append(meter.stats)
+            >>> Stats.merged(blocks).task_sqnorm_unbiased       # (2·3 + 6·4) / (2 + 6)
+            tensor([3.7500])
+        """
+        if not blocks:
+            raise ValueError("Stats.merged: at least one block must be given, got none; append stats after each block")
+        first = blocks[0]
+        for block in blocks:
+            for (name, one), other in zip(first._kind().items(), block._kind().values(), strict=True):
+                if one != other:
+                    raise ValueError(
+                        f"Stats.merged: all blocks must have the same {name}, got {one} and {other}; observe all blocks "
+                        "with one meter and the same arguments"
+                    )
+        units = torch.stack([block.task_units for block in blocks])
+        rewards = [block.reward for block in blocks if block.reward is not None]
+        offsets = [0]
+        for block in blocks:
+            offsets.append(offsets[-1] + (0 if block.prompt_norm is None else len(block.prompt_norm)))
+        return Stats(
+            example_norm=torch.cat([block.example_norm for block in blocks]),
+            prompt_norm=_joined([block.prompt_norm for block in blocks]),
+            task_norm=None,
+            task_sqnorm_unbiased=_average([block.task_sqnorm_unbiased for block in blocks], units * (units - 1)),
+            task_variance=_average([block.task_variance for block in blocks], (units - 1).clamp(min=0)),
+            task_units=units.sum(0),
+            task_count=torch.stack([block.task_count for block in blocks]).sum(0),
+            tasks=torch.cat([block.tasks for block in blocks]),
+            prompts=_joined(
+                [None if b.prompts is None else b.prompts + o for b, o in zip(blocks, offsets, strict=False)]
+            ),
+            task_names=first.task_names,
+            layers={name: Stats.merged([block.layers[name] for block in blocks]) for name in first.layers},
+            reward=RewardStats.merged(rewards) if rewards else None,
+            finite=torch.stack([block.finite for block in blocks]).all(),
+        )
+
+    def weighted(self, weights: Tensor, of: Literal["tasks", "examples"]) -> Stats:
+        """What would have been measured if the gradients of the ``of`` ("tasks" or "examples") had these weights.
+
+        Exact for weights of tasks. Under weights of examples the norm of a sum is another one, and what depends on it is
+        gone: prompt and task norms and G are None, the unbiased figures NaN. Rewards stay; layers are left out.
+
+        Args:
+            weights: ``[K]`` for tasks, ``[B]`` for examples.
+
+        Example:
+            >>> import torch, gradnorm_ext
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> with gradnorm_ext.Meter(model, tasks=2) as meter, meter.observe(tasks=[0, 1]):
+            ...     model(torch.tensor([[3.], [1.]])).sum().backward()
+            >>> meter.stats.weighted(torch.tensor([0.5, 1.5]), "tasks").task_norm
+            tensor([1.5000, 1.5000])
+        """
+        size = weights.abs()
+        if of == "examples":
+            nan = torch.full_like(self.task_sqnorm_unbiased, torch.nan)
+            return dataclasses.replace(
+                self,
+                example_norm=size * self.example_norm,
+                prompt_norm=None,
+                prompts=None,
+                task_norm=None,
+                task_sqnorm_unbiased=nan,
+                task_variance=nan,
+                task_gram=None,
+                layers={},
+            )
+        prompt_norm = None
+        if self.prompt_norm is not None and self.prompts is not None:
+            task_of_prompt = torch.zeros(len(self.prompt_norm), dtype=torch.int64, device=self.tasks.device)
+            task_of_prompt.scatter_(0, self.prompts, self.tasks)
+            prompt_norm = size[task_of_prompt] * self.prompt_norm
+        return dataclasses.replace(
+            self,
+            example_norm=size[self.tasks] * self.example_norm,
+            prompt_norm=prompt_norm,
+            task_norm=None if self.task_norm is None else size * self.task_norm,
+            task_sqnorm_unbiased=size.square() * self.task_sqnorm_unbiased,
+            task_variance=size.square() * self.task_variance,
+            task_gram=None if self.task_gram is None else weights * weights[:, None] * self.task_gram,
+            layers={},
+        )
+
+    def prompt_signal(self, factor: Tensor) -> Tensor:
+        """How strong a policy gradient each prompt can have: ``std · sqrt(mean over its examples of ‖∇ log π‖²)``, ``[P]``.
+
+        Bounds the norm of the gradient of the prompt's expected reward (Cauchy-Schwarz, derived for this package). An
+        example's ‖∇ log π‖ is its gradient's norm without the factor that the loss has before ``log π``; where that
+        factor is 0 it is unknown and left out. 0 for prompts whose rewards are all equal; NaN where nothing is known.
+
+        Args:
+            factor: ``[B]``: what the loss multiplies each example's ``log π`` with, of either sign: in GRPO its
+                advantage over the number of tokens or examples that the loss is a mean of.
+
+        Raises:
+            ValueError: statistics without rewards, a factor of another shape.
+
+        Example:
+            >>> import torch, gradnorm_ext
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> advantage = torch.tensor([1., -1.])
+            >>> with gradnorm_ext.Meter(model) as meter, meter.observe(prompts=[0, 0], rewards=[2., 0.]):
+            ...     (advantage[:, None] * model(torch.tensor([[3.], [4.]]))).sum().backward()
+            >>> meter.stats.prompt_signal(advantage)            # sqrt(2) · sqrt((3² + 4²) / 2)
+            tensor([5.])
+        """
+        if self.reward is None:
+            raise ValueError(
+                "Stats.prompt_signal: the statistics must hold rewards, got None; pass rewards= and prompts= to observe"
+            )
+        if factor.shape != self.example_norm.shape:
+            raise ValueError(
+                f"Stats.prompt_signal: factor must be [{len(self.example_norm)}], one per example, got "
+                f"{list(factor.shape)}; pass what the loss multiplies each example's log-probability with"
+            )
+        size = factor.detach().abs().to(self.example_norm)
+        return self.reward.signal(torch.where(size > 0, self.example_norm / size, torch.nan))
+
     def log_dict(self, prefix: str = "gradnorm/") -> dict[str, float]:
-        """Plain floats for a logger; waits for the device. Keys: ``<prefix>task/<name>/norm`` and so on.
+        """Plain floats for a logger; waits for the device, once. Keys: ``<prefix>task/<name>/norm`` and so on.
 
         Figures that were not measured are left out.
 
@@ -108,17 +300,56 @@ class Stats:
             >>> meter.stats.log_dict()["gradnorm/example_norm/max"]
             5.0
         """
-        logged = {
-            f"{prefix}example_norm/mean": float(self.example_norm.mean()),
-            f"{prefix}example_norm/max": float(self.example_norm.max()),
+        scalars = {"example_norm/mean": self.example_norm.mean(), "example_norm/max": self.example_norm.max()}
+        if self.task_norm_ratio is not None and len(self.task_names) > 1:
+            scalars["task_norm_ratio"] = self.task_norm_ratio
+        of_tasks: dict[str, Tensor | None] = {
+            "norm": self.task_norm,
+            "sqnorm_unbiased": self.task_sqnorm_unbiased,
+            "variance": self.task_variance,
+            "noise_scale": self.noise_scale,
+            "examples": self.task_count,
         }
-        for k, name in enumerate(self.task_names):
-            if self.task_norm is not None:
-                logged[f"{prefix}task/{name}/norm"] = float(self.task_norm[k])
-                logged[f"{prefix}task/{name}/sqnorm_unbiased"] = float(self.task_sqnorm_unbiased[k])
-                logged[f"{prefix}task/{name}/noise_scale"] = float(self.noise_scale[k])
-            logged[f"{prefix}task/{name}/examples"] = float(self.task_count[k])
-            if self.reward is not None and self.reward.task_std_mean is not None:
-                logged[f"{prefix}task/{name}/reward_std"] = float(self.reward.task_std_mean[k])
-                logged[f"{prefix}task/{name}/zero_std_share"] = float(self.reward.task_zero_std_share[k])
-        return logged
+        if self.reward is not None:
+            of_tasks |= {
+                "reward": self.reward.task_mean,
+                "reward_std": self.reward.task_std_mean,
+                "zero_std_share": self.reward.task_zero_std_share,
+                "realised_share": self.reward.task_realised_share,
+            }
+        for figure, values in of_tasks.items():
+            if values is not None:
+                scalars |= {f"task/{name}/{figure}": values[k] for k, name in enumerate(self.task_names)}
+        if (cosine := self.task_cosine) is not None:
+            for j, one in enumerate(self.task_names):
+                scalars |= {f"cosine/{one}/{other}": cosine[j, k] for k, other in enumerate(self.task_names) if k > j}
+        return {prefix + name: value for name, value in zip(scalars, _floats(list(scalars.values())), strict=True)}
+
+    def _kind(self) -> dict[str, object]:
+        """What all blocks must have in common to be merged."""
+        given = {"prompts": self.prompts, "rewards": self.reward}
+        return {
+            "tasks": list(self.task_names),
+            **{name: "none" if value is None else "some" for name, value in given.items()},
+            "layers": list(self.layers),
+        }
+
+
+def _average(values: Sequence[Tensor], shares: Tensor) -> Tensor:
+    """Σ shares · values / Σ shares, where a value without a share may be NaN."""
+    total = torch.where(shares > 0, shares * torch.stack(list(values)), 0).sum(0)
+    return total / shares.sum(0)
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    return torch.cat([part for part in parts if part is not None]) if parts[0] is not None else None
+
+
+def _floats(scalars: Sequence[Tensor]) -> list[float]:
+    """Scalars as floats, with one transfer from each device: rewards may lie on the host."""
+    floats = [0.0] * len(scalars)
+    for device in {scalar.device for scalar in scalars}:
+        there = [i for i, scalar in enumerate(scalars) if scalar.device == device]
+        for i, value in zip(there, torch.stack([scalars[i].double() for i in there]).tolist(), strict=True):
+            floats[i] = value
+    return floats

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,6 +133,14 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
         "lookup_wgrad": (ids, g, offsets, walk, columns, None, weight, -1, torch.zeros(1, 7, 4), torch.zeros(5)),
         "product_sums": (x, torch.randn(10, 6), torch.rand(10), None, offsets, torch.empty(3, 6)),
         "sum_sums": (g, offsets, torch.empty(3, 4)),
+        "logit_scores": (x, ids % 6, -100, torch.empty(10), torch.empty(10)),
+        "logit_gradient_rates": (
+            x,
+            ids % 6,
+            -100,
+            torch.zeros(6, dtype=torch.int64),
+            *torch.zeros(2, 6, dtype=torch.float64),
+        ),
         "segment_std": (
             torch.randn(10),
             ids,
@@ -177,7 +186,7 @@ def test_reward_stats_of_arrays() -> None:
     variance, fourth = group.var(ddof=1), ((group - group.mean()) ** 4).mean()
     assert stats["prompt"].tolist() == [-7, 8, 30]
     assert stats["count"].tolist() == [2, 1, 4]
-    assert stats["zero_std"].tolist() == [True, True, False]
+    assert stats["zero_std"].tolist() == [True, False, False]  # the spread of one is unknown
     np.testing.assert_allclose(stats["mean"], [5, 9, 1])
     np.testing.assert_allclose(stats["std"], [0, np.nan, np.sqrt(variance)])
     error = np.sqrt((fourth - variance**2 / 3) / 4) / (2 * np.sqrt(variance))
@@ -206,6 +215,24 @@ def test_reward_stats_keep_a_nan_to_its_prompt() -> None:
 def test_reward_stats_say_what_is_wrong(rewards: np.ndarray, prompts: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _C.reward_stats(rewards, prompts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": np.zeros(2, int)}, r"reward_stats: tasks must be an integer array \[3\].* got int64 \[2\]"),
+        (
+            {"tasks": np.array([0, 1, 2]), "n_tasks": 2},
+            r"reward_stats: tasks must lie in \[0, 2\); pass a larger n_tasks",
+        ),
+        ({"tasks": np.array([0, -1, 0])}, r"reward_stats: tasks must lie in \[0, 1\); pass a larger n_tasks"),
+        ({"n_tasks": 0}, "reward_stats: n_tasks must be at least 1, got 0; pass the number of tasks"),
+        ({"ddof": 2}, "reward_stats: ddof must be 0 or 1, got 2; pass 1 for the sample's deviation"),
+    ],
+)
+def test_reward_stats_stay_inside_their_arrays(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _C.reward_stats(np.ones(3), np.arange(3), **options)
 
 
 def test_the_module_says_what_it_was_built_with() -> None:

@@ -263,7 +263,7 @@ def test_a_use_that_no_rule_knows_is_refused_by_name(use, name):
     model = Model()
     meter = refused(model, torch.randn(4, 7), RuntimeError, "Meter: no rule for ")
     with (
-        pytest.raises(RuntimeError, match=rf"no rule for {name} of odd .*, which is trainable; freeze it with"),
+        pytest.raises(RuntimeError, match=rf"no rule for {name} of odd .*, which is trainable; make the Meter with"),
         meter.observe(),
     ):
         model(torch.randn(4, 7)).sum().backward()
@@ -282,7 +282,7 @@ def test_embedding_options_that_change_the_gradient_are_refused(option):
 def test_lstm_is_refused_by_name():
     model = nn.LSTM(3, 4, batch_first=True)
     x = torch.randn(2, 5, 3)
-    refused(model, x, RuntimeError, "no rule for lstm of weight_ih_l0", lambda: model(x)[0].sum().backward())
+    refused(model, x, RuntimeError, "no rule for LSTM of weight_ih_l0", lambda: model(x)[0].sum().backward())
 
 
 def test_one_block_at_a_time_on_a_model():

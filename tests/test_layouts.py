@@ -216,6 +216,25 @@ def test_a_bias_per_pair_of_positions_is_not_taken_for_a_batch_of_as_many():
         agrees(meter.stats, gradients, torch.zeros(4, dtype=torch.long))
 
 
+def test_positions_prove_nothing_where_there_are_as_many_as_examples():
+    """Found by the fuzz: with nothing else upstream, a table of positions made a batch look sequence-first."""
+
+    class OnlyPositions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lift, self.norm, self.positions = nn.Linear(3, 1), nn.LayerNorm(1), nn.Embedding(2, 1)
+            self.head = nn.Linear(1, 2)
+
+        def forward(self, x):
+            return self.head(self.norm(self.lift(x)) + self.positions(torch.arange(2))).flatten(1)
+
+    torch.manual_seed(0)
+    case = oracle.Case(OnlyPositions(), torch.randn(2, 2, 3), torch.zeros(2, 4), oracle.square_loss).to(torch.float64)
+    meter = Meter(case.model)
+    with pytest.raises(RuntimeError, match="in which order they are"), meter.observe():
+        case.run().backward()
+
+
 PACKED = [
     ({"cu_seqlens": [0, 3, 3, 6]}, "cu_seqlens must rise from 0, every example having a row, got [0, 3, 3, 6]"),
     ({"cu_seqlens": [1, 3]}, "cu_seqlens must rise from 0, every example having a row, got [1, 3]"),

@@ -3,13 +3,28 @@
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from gradnorm_ext import ClipExamples, Equal, InverseNorm, Meter, RewardStd, Reweighted
+from gradnorm_ext import (
+    MTGRPO,
+    Chain,
+    ClipExamples,
+    Equal,
+    GradNorm,
+    InverseNorm,
+    Meter,
+    PairBalance,
+    PiKE,
+    RewardStd,
+    Reweighted,
+)
+from gradnorm_ext.layers.contributions import Outer, Sums
 
 K = 3
 
@@ -71,6 +86,128 @@ def test_same_step_is_the_weighted_sum_of_separate_backwards(name, policy, backe
         examples = getattr(policy, "weighs", "tasks") == "examples"
         weights = optimizer.weights if examples else optimizer.weights[ids(case)]
         assert_close(gradients(case), weighted(case, weights))
+
+
+@pytest.mark.parametrize("policy", [by_example, by_task, InverseNorm()], ids=["by_example", "by_task", "inverse"])
+@pytest.mark.parametrize("name", [name for name in oracle.MAKERS if name != "llama"])
+def test_two_passes_give_what_one_gives(name, policy):
+    case = oracle.make(name).to(torch.float64)
+    optimizer = wrap(case, policy, passes=2)
+    examples = getattr(policy, "weighs", "tasks") == "examples"
+    for _ in range(2):
+        optimizer.zero_grad()
+        with optimizer.observe(tasks=ids(case)):
+            optimizer.backward(case.run())
+        truth = oracle.group_norms(oracle.per_example_gradients(case), ids(case), K)
+        torch.testing.assert_close(optimizer.stats.task_norm, truth)
+        weights = optimizer.weights if examples else optimizer.weights[ids(case)]
+        expected = policy(optimizer.stats)
+        expected = expected if examples else torch.where(optimizer.stats.task_count > 0, expected, 1)
+        torch.testing.assert_close(optimizer.weights, expected)
+        assert_close(gradients(case), weighted(case, weights))
+
+
+def test_two_passes_keep_what_checkpointing_saves_and_form_no_weight_gradient_twice(monkeypatch):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner, self.head = nn.Linear(7, 9), nn.Linear(9, 9), nn.Linear(9, 3)
+
+        def forward(self, x):
+            h = torch.tanh(self.first(x))
+            return self.head(checkpoint(lambda h: torch.tanh(self.inner(h)), h, use_reentrant=False))
+
+    case = oracle.make("mlp")
+    case = oracle.Case(Checkpointed(), case.x, case.y, case.loss).to(torch.float64)
+    optimizer = wrap(case, by_task, passes=2)
+    formed = []
+    for form in (Outer, Sums):
+        for name in ("wgrad", "total", "sqnorm"):
+            method = getattr(form, name)
+
+            def counted(self, *args, name=name, method=method):
+                formed.append(name)
+                return method(self, *args)
+
+            monkeypatch.setattr(form, name, counted)
+    for _ in range(2):
+        formed.clear()
+        optimizer.zero_grad()
+        with optimizer.observe(tasks=ids(case)):
+            optimizer.backward(case.run())
+        assert formed == ["sqnorm"] * 6 + ["total"] * 6
+    assert_close(gradients(case), weighted(case, by_task(optimizer.stats)[ids(case)]))
+
+
+def test_two_passes_need_the_optimizers_backward():
+    case = oracle.make("mlp")
+    optimizer = wrap(case, by_task, passes=2)
+    with pytest.raises(RuntimeError, match=r"call optimizer.backward\(loss\) in place of loss.backward\(\)"):
+        block(optimizer, case)
+    with pytest.raises(RuntimeError, match="backward must be called inside an observe block"):
+        optimizer.backward(case.run())
+    for _ in range(2):
+        optimizer.zero_grad()
+        with optimizer.observe(tasks=ids(case)):
+            optimizer.backward(case.run())
+        optimizer.step()
+
+
+@pytest.mark.parametrize("policy", [ClipExamples(0.3), InverseNorm()], ids=["clip", "inverse"])
+@pytest.mark.parametrize("name", [name for name in oracle.MAKERS if name != "llama"])
+def test_by_layer_every_parameter_is_weighed_by_its_own_norms(name, policy):
+    case = oracle.make(name).to(torch.float64)
+    optimizer = wrap(case, policy, scope="layer")
+    examples = torch.arange(len(case.x))
+    for _ in range(2):
+        optimizer.zero_grad()
+        block(optimizer, case)
+        alone = oracle.per_example_gradients(case)
+        expected = {}
+        for parameter in alone[0]:
+            one = [{parameter: gradient[parameter]} for gradient in alone]
+            if policy.weighs == "examples":
+                norms = oracle.group_norms(one, examples, len(examples))
+                weights = policy(SimpleNamespace(example_norm=norms))
+            else:
+                norms = oracle.group_norms(one, ids(case), K)
+                weights = policy(SimpleNamespace(task_norm=norms, task_count=torch.ones(K)))[ids(case)]
+            expected[parameter] = sum(w * g[parameter] for w, g in zip(weights, one, strict=True))
+        assert_close(gradients(case), expected)
+        truth = oracle.group_norms(alone, ids(case), K)
+        torch.testing.assert_close(optimizer.stats.task_norm, truth)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"passes": 2, "scope": "layer"}, {"passes": 2, "apply": "next_step"}, {"scope": "layer", "apply": "next_step"}],
+)
+def test_timings_that_exclude_each_other_are_refused(options):
+    with pytest.raises(ValueError, match=r'passes=2 and scope="layer" are two ways of apply="same_step"'):
+        wrap(oracle.make("mlp"), InverseNorm(), **options)
+
+
+def test_by_layer_policies_with_a_memory_are_refused():
+    with pytest.raises(ValueError, match='scope="layer" asks the policy once for every parameter, got GradNorm'):
+        wrap(oracle.make("mlp"), GradNorm(), scope="layer")
+
+
+@pytest.mark.parametrize("options", [{"passes": 3}, {"scope": "all"}])
+def test_other_timings_are_refused(options):
+    with pytest.raises(ValueError, match='passes must be 1 or 2, and scope "model" or "layer"'):
+        wrap(oracle.make("mlp"), InverseNorm(), **options)
+
+
+def test_a_derived_parameter_of_two_has_no_weight_of_each():
+    layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(7, 3))
+    optimizer = Reweighted(
+        torch.optim.SGD(layer.parameters()), layer, InverseNorm(), scope="layer", on_unsupported="vmap"
+    )
+    with (
+        pytest.raises(RuntimeError, match='with scope="layer" each parameter has a weight of its own'),
+        optimizer.observe(),
+    ):
+        layer(torch.randn(4, 7)).square().sum().backward()
 
 
 @pytest.mark.parametrize("name", ["mlp", "transformer, tied head", "free parameters"])
@@ -179,31 +316,113 @@ def test_hooks_run_around_the_step():
     assert seen == ["before", "after", "state"]
 
 
+POLICIES = {
+    "InverseNorm": InverseNorm,
+    "PiKE": lambda: PiKE(zeta1=1.0, zeta2=1.0),
+    "GradNorm": lambda: GradNorm(best=2.0, rate=0.2),
+    "Chain": lambda: Chain(MTGRPO(rate=2.0, level=0.5), InverseNorm(0.5)),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("apply", ["same_step", "next_step"])
-def test_a_run_continues_from_its_state_as_if_it_had_not_stopped(apply):
-    def steps(optimizer, case, count):
-        for _ in range(count):
+def test_a_run_continues_from_its_state_as_if_it_had_not_stopped(apply, name):
+    def steps(optimizer, case, first, count):
+        for step in range(first, first + count):
             optimizer.zero_grad()
-            block(optimizer, case)
+            rewards = torch.linspace(0, 1, len(case.x)) ** (1 + step)
+            block(optimizer, case, prompts=torch.arange(len(case.x)), rewards=rewards)
             optimizer.step()
 
     case = oracle.make("transformer")
-    optimizer = wrap(case, InverseNorm(), apply=apply)
-    steps(optimizer, case, 2)
+    optimizer = wrap(case, POLICIES[name](), apply=apply)
+    steps(optimizer, case, 0, 2)
     stored = io.BytesIO()
     torch.save({"model": case.model.state_dict(), "optimizer": optimizer.state_dict()}, stored)
-    steps(optimizer, case, 2)
+    steps(optimizer, case, 2, 2)
 
     stored.seek(0)
     loaded = torch.load(stored, weights_only=True)
     again = oracle.make("transformer")
-    resumed = wrap(again, InverseNorm(), apply=apply)
+    resumed = wrap(again, POLICIES[name](), apply=apply)
     again.model.load_state_dict(loaded["model"])
     resumed.load_state_dict(loaded["optimizer"])
-    steps(resumed, again, 2)
+    steps(resumed, again, 2, 2)
     for a, b in zip(case.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
     torch.testing.assert_close(resumed.weights, optimizer.weights, rtol=0, atol=0)
+    assert float((optimizer.weights - 1).abs().max()) > 1e-3
+    assert resumed.history.steps == optimizer.history.steps == 4
+    assert torch.equal(resumed.history.mean("sqnorm"), optimizer.history.mean("sqnorm"))
+
+
+def test_a_state_of_another_policy_is_refused():
+    case = oracle.make("mlp")
+    state = wrap(case, PiKE(1.0, 1.0)).state_dict()
+    message = (
+        "Reweighted: the state must be of this policy, GradNorm, got one of PiKE; make the optimizer with the same"
+    )
+    with pytest.raises(ValueError, match=f"^{message}"):
+        wrap(case, GradNorm()).load_state_dict(state)
+    wrap(case, PiKE(1.0, 1.0)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("apply", ["same_step", "next_step"])
+def test_weights_that_are_not_finite_stop_the_run_before_they_do_harm(apply):
+    def nonsense(stats):
+        return stats.task_norm * float("nan")
+
+    case = oracle.make("mlp")
+    optimizer = wrap(case, nonsense, apply=apply)
+    before = copy.deepcopy(case.model.state_dict())
+    block(optimizer, case)
+    message = "Reweighted: the policy must return finite weights for finite statistics, got others from "
+    with pytest.raises(RuntimeError, match=f"^{message}"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), case.model.state_dict().values(), strict=True))
+    assert all(p.grad.isfinite().all() for p in case.model.parameters()) and optimizer.skipped_steps == 0
+
+
+def test_an_absent_task_spoils_no_weight():
+    case = oracle.make("mlp").to(torch.float64)
+    optimizer = wrap(case, lambda stats: 1 / stats.task_norm, tasks=K + 1)  # infinite for the task without examples
+    block(optimizer, case)
+    assert optimizer.weights[K] == 1 and optimizer.weights.isfinite().all()
+    assert_close(gradients(case), weighted(case, optimizer.weights[ids(case)]))
+    optimizer.step()
+
+
+def test_weights_of_zero_leave_no_gradient_and_negative_ones_turn_it_around():
+    case = oracle.make("mlp").to(torch.float64)
+    block(wrap(case, lambda stats: torch.zeros(K)), case)
+    assert all(p.grad.count_nonzero() == 0 for p in case.model.parameters())
+    case.model.zero_grad()
+    block(wrap(case, lambda stats: -torch.ones(K)), case)
+    assert_close(gradients(case), weighted(case, -torch.ones(len(case.x))))
+
+
+def test_balanced_pairs_contribute_gradients_of_one_norm():
+    case = oracle.make("transformer").to(torch.float64)
+    optimizer = wrap(case, PairBalance("parameter", clip=1e6))
+    block(optimizer, case)
+    found = oracle.per_example_gradients(case)
+    norms = torch.stack([torch.cat([g.flatten() for g in of.values()]).norm() for of in found])
+    chosen, rejected = (optimizer.weights * norms).chunk(2)
+    torch.testing.assert_close(chosen, rejected)
+    assert_close(gradients(case), weighted(case, optimizer.weights))
+
+
+def test_keeps_the_history_of_its_blocks():
+    case = oracle.make("mlp")
+    optimizer = wrap(case, InverseNorm())
+    for _ in range(2):
+        optimizer.zero_grad()
+        block(optimizer, case)
+        optimizer.step()
+    rows = optimizer.history.rows()
+    assert [row["step"] for row in rows] == [0] * K + [1] * K
+    assert [row["weight"] for row in rows[K:]] == optimizer.weights.tolist()
+    assert [row["norm"] for row in rows[K:]] == optimizer.stats.task_norm.tolist()
 
 
 def test_takes_over_a_plain_optimizers_state():
@@ -280,9 +499,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(bad, apply):
     assert all(torch.equal(a, b) for a, b in zip(weights.values(), case.model.state_dict().values(), strict=True))
     for parameter, before in state["state"].items():
         assert all(torch.equal(before[k], optimizer.state_dict()["state"][parameter][k]) for k in before)
-    assert state["gradnorm"]["running"]["sqnorm"]["total"].equal(
-        optimizer.state_dict()["gradnorm"]["running"]["sqnorm"]["total"]
-    )
+    assert state["gradnorm"]["history"]["sums"].equal(optimizer.state_dict()["gradnorm"]["history"]["sums"])
+    assert state["gradnorm"]["next_weights"].equal(optimizer.state_dict()["gradnorm"]["next_weights"])
     optimizer.zero_grad()
     block(optimizer, case)
     optimizer.step()

@@ -1,13 +1,24 @@
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from gradients import stats_of as measured
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gradnorm_ext.policies import ClipExamples, Equal, InverseNorm, RewardStd, weighs_of
+from gradnorm_ext.policies import (
+    Chain,
+    ClipExamples,
+    Equal,
+    InverseNorm,
+    NormalizeExamples,
+    PairBalance,
+    RewardStd,
+    weighs_of,
+)
 from gradnorm_ext.rewards import reward_stats
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -123,6 +134,103 @@ def test_clipping_gives_one_to_norms_of_zero_and_to_those_not_finite():
     assert ClipExamples(torch.inf)(stats).tolist() == [1.0, 1.0, 1.0, 1.0]
 
 
+LIVE = st.lists(st.one_of(st.just(0.0), st.floats(2.0**-20, 2.0**20, width=32)), min_size=1, max_size=8)
+
+
+@given(LIVE, st.sampled_from([0.01, 1.0]), DTYPES)
+def test_normalised_examples_follow_the_formula_and_are_bounded(norms, stability, dtype):
+    weights = NormalizeExamples(stability)(stats_of(example_norm=norms, dtype=dtype))
+    assert weights.dtype == dtype and weights.isfinite().all()
+    norm = torch.tensor(norms, dtype=torch.float64)
+    assert (weights[norm == 0] == 1).all() and (weights <= (1 + 1 / stability) * (1 + tolerance(dtype))).all()
+    if norm.any():
+        mean = norm[norm > 0].mean()
+        expected = mean * (1 + stability) / (norm[norm > 0] + stability * mean)
+        close(weights[norm > 0].double(), expected, 2 * tolerance(dtype))
+
+
+@given(LIVE, st.sampled_from([2.0**-30, 4.0]), st.randoms())
+def test_normalising_permutes_with_the_examples_and_does_not_change_when_all_norms_scale(norms, scale, random):
+    weights = NormalizeExamples()(stats_of(example_norm=norms))
+    assert torch.equal(NormalizeExamples()(stats_of(example_norm=[norm * scale for norm in norms])), weights)
+    order = list(range(len(norms)))
+    random.shuffle(order)
+    permuted = NormalizeExamples()(stats_of(example_norm=[norms[i] for i in order]))
+    close(permuted, weights[order], 2 * tolerance(torch.float64))
+
+
+def test_normalising_evens_out_the_contributions_and_leaves_odd_norms_alone():
+    stats = stats_of(example_norm=[1.0, 100.0, 0.0, torch.nan, torch.inf])
+    weights = NormalizeExamples(stability=1e-9)(stats)
+    close((weights * stats.example_norm)[:2], torch.tensor([50.5, 50.5]).double(), 1e-6)
+    assert weights[2:].tolist() == [1.0] * 3
+
+
+PAIRS = st.lists(st.tuples(st.floats(2.0**-20, 2.0**20), st.floats(2.0**-20, 2.0**20)), min_size=1, max_size=5)
+
+
+@given(PAIRS, st.sampled_from([1.0, 2.0, 2.0**41]))
+def test_balanced_pairs_have_one_norm_within_the_clip_and_weights_of_mean_one(pairs, clip):
+    chosen, rejected = torch.tensor(pairs, dtype=torch.float64).t()
+    stats = stats_of(example_norm=[*chosen.tolist(), *rejected.tolist()])
+    first, second = PairBalance("parameter", clip)(stats).chunk(2)
+    close(first + second, torch.full_like(first, 2), tolerance(torch.float64))
+    ratio = (rejected / chosen).clamp(1 / clip, clip)
+    close(first / second, ratio, 2 * tolerance(torch.float64))
+    if clip > 2.0**40:
+        close(first * chosen, second * rejected, 2 * tolerance(torch.float64))
+
+
+@given(st.lists(st.tuples(st.floats(-100, 0), st.floats(-100, 0)), min_size=1, max_size=5))
+def test_balanced_probabilities_undo_the_ratio_of_the_plain_loss(pairs):
+    chosen, rejected = torch.tensor(pairs, dtype=torch.float64).t()
+    policy, stats = PairBalance("probability", clip=1e100), stats_of(example_norm=[1.0] * 2 * len(pairs))
+    policy.feed(torch.cat([chosen, rejected]))
+    first, second = policy(stats).chunk(2)
+    # d loss / d π = weight / π: equal for both
+    close(first / second, (chosen - rejected).exp(), 2 * tolerance(torch.float64))
+    clipped = PairBalance("probability")
+    clipped.feed(torch.cat([chosen, rejected]))
+    weights = clipped(stats)
+    assert (weights >= 2 / 3 * (1 - 1e-12)).all() and (weights <= 4 / 3 * (1 + 1e-12)).all()
+
+
+def test_pairs_of_which_something_is_unknown_are_left_alone():
+    norms = [0.0, 1.0, torch.nan, 1.0, 2.0, 1.0, 1.0, torch.inf]
+    assert PairBalance("parameter")(stats_of(example_norm=norms)).tolist() == [1.0] * 8
+    policy = PairBalance("probability")
+    policy.feed(torch.tensor([torch.nan, -torch.inf, -1.0, -1.0]))
+    assert policy(stats_of(example_norm=[1.0] * 4)).tolist() == [1.0] * 4
+
+
+def test_a_chain_multiplies_and_shows_each_policy_the_gradients_as_weighted_so_far():
+    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tasks = torch.tensor([0, 0, 0, 1, 1, 1])
+    stats = measured(rows, tasks)
+    first = InverseNorm()(stats)
+    weighted = measured(rows * first[tasks][:, None], tasks)
+    bound = float(weighted.example_norm.median())
+    chain = Chain(InverseNorm(), ClipExamples(bound))
+    assert weighs_of(chain) == "examples"
+    close(chain(stats), first[tasks] * ClipExamples(bound)(weighted), 1e-12)
+    assert (chain(stats) * stats.example_norm).max() <= bound * (1 + 1e-12)
+    assert float((chain(stats) < first[tasks]).sum()) == 3  # three are clipped
+
+    of_tasks = Chain(InverseNorm(0.5), InverseNorm(1.0), lambda stats: stats.task_norm)
+    assert weighs_of(of_tasks) == "tasks"
+    evened = InverseNorm(0.5)(stats) * stats.task_norm
+    second = InverseNorm()(measured(rows * InverseNorm(0.5)(stats)[tasks][:, None], tasks))
+    close(of_tasks(stats), InverseNorm(0.5)(stats) * second * (second * evened), 1e-12)
+
+
+@given(LIVE)
+def test_a_chain_of_equal_weights_and_one_policy_is_that_policy(norms):
+    rows = torch.tensor(norms, dtype=torch.float64)[:, None]
+    stats = measured(rows, torch.zeros(len(rows), dtype=torch.int64))
+    assert torch.equal(Chain(Equal(), ClipExamples(1.0))(stats), ClipExamples(1.0)(stats))
+    assert torch.equal(Chain(Equal(), Equal())(stats), Equal()(stats))
+
+
 @st.composite
 def rewards_and_prompts(draw):
     n = draw(st.integers(1, 16))
@@ -183,6 +291,15 @@ def test_reward_std_leaves_the_step_as_it_was_bit_for_bit_where_all_prompts_vary
     assert (RewardStd()(rewarded([0.0, 0.3, 0.9] * 41, [i // 3 for i in range(123)], dtype)) == 1).all()
 
 
+def constant(stats):
+    return torch.ones(3)
+
+
+def fed(policy, *figures):
+    policy.feed(*figures)
+    return policy
+
+
 class Sees:
     weighs = "prompts"
 
@@ -235,6 +352,50 @@ class Sees:
             'let the policy weigh "tasks", or give the meter more than one task',
         ),
         (
+            lambda: NormalizeExamples(0),
+            ValueError,
+            "NormalizeExamples: stability must be a finite number > 0, got 0; 0.01 bounds weights by 101",
+        ),
+        (
+            lambda: PairBalance("log"),
+            ValueError,
+            "PairBalance: space must be one of probability, parameter, got 'log'",
+        ),
+        (
+            lambda: PairBalance("parameter", clip=0.5),
+            ValueError,
+            "PairBalance: clip must be a number >= 1, got 0.5; 2 lets ρ be 1/2 to 2",
+        ),
+        (
+            lambda: PairBalance("parameter")(stats_of(example_norm=[1.0] * 3)),
+            ValueError,
+            "PairBalance: the batch must be pairs, the chosen examples and then the rejected, got 3 examples; "
+            "leave no example without its other",
+        ),
+        (
+            lambda: fed(PairBalance("probability"), torch.zeros(3))(stats_of(example_norm=[1.0] * 2)),
+            ValueError,
+            "PairBalance: log_probability must be [2], one per example, got [3]; "
+            "feed the mean over each example's tokens",
+        ),
+        (
+            lambda: Chain(),
+            ValueError,
+            "Chain: at least one policy must be given, got none; Equal() weighs all alike",
+        ),
+        (
+            lambda: Chain(ClipExamples(1.0), InverseNorm())(measured([[1.0], [2.0]], [0, 1])),
+            ValueError,
+            "InverseNorm: stats.task_norm must have been measured, got None; "
+            'let the policy weigh "tasks", or give the meter more than one task',
+        ),
+        (
+            lambda: Chain(constant)(measured([[1.0], [2.0]], [0, 1])),
+            ValueError,
+            "Chain: a policy must return one weight for each of its tasks, [2], got [3] from "
+            f"{constant!r}; set its attribute `weighs` to what it returns",
+        ),
+        (
             lambda: weighs_of(InverseNorm),
             TypeError,
             "policy: must be an object that can be called, got the class InverseNorm; write InverseNorm(...)",
@@ -269,7 +430,10 @@ def test_every_policy_says_what_it_weighs():
     assert weighs_of(by_example) == "examples"
 
 
-@pytest.mark.parametrize("policy", [Equal(), InverseNorm(), ClipExamples(1.0), RewardStd()])
+VALUES = [Equal(), InverseNorm(), ClipExamples(1.0), NormalizeExamples(), RewardStd(), PairBalance("parameter")]
+
+
+@pytest.mark.parametrize("policy", VALUES)
 def test_never_reads_a_tensor_back(policy):
     """Under FakeTensorMode any .item(), bool() or data-dependent shape raises, as it would wait for a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -280,8 +444,8 @@ def test_never_reads_a_tensor_back(policy):
     assert weights.shape == ((2,) if weighs_of(policy) == "tasks" else (4,))
 
 
-@pytest.mark.parametrize("policy", [Equal(), InverseNorm(), ClipExamples(1.0), RewardStd()])
+@pytest.mark.parametrize("policy", VALUES)
 def test_policies_are_values_that_cannot_be_changed(policy):
-    assert policy == type(policy)(**vars(policy)) and hash(policy) == hash(type(policy)(**vars(policy)))
+    assert policy == replace(policy) and hash(policy) == hash(replace(policy))
     with pytest.raises(AttributeError):
         policy.power = 3.0

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gradnorm_ext import backends
-from gradnorm_ext.rewards import group_advantages, reward_stats
+from gradnorm_ext.rewards import RewardStats, group_advantages, reward_stats
 
 PER_PROMPT = ("prompt", "task", "count", "mean", "std", "std_error", "zero_std", "all_best", "all_worst")
 PER_TASK = (
@@ -238,6 +238,40 @@ def test_no_gradient_flows_into_the_figures():
     assert not group_advantages(rewards, prompts).requires_grad
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_signal_is_the_deviation_times_the_root_mean_square_of_the_known_scores(kind):
+    rewards, prompts = np.array([0.0, 2, 4, 1, 1, 3, 5]), np.array([8, 8, 8, 1, 1, 4, 4])
+    score = np.array([3.0, np.nan, 4.0, 9.0, 9.0, np.nan, np.nan])
+    signal = reward_stats(kind(rewards), kind(prompts)).signal(kind(score))
+    assert type(signal) is type(kind(rewards))
+    np.testing.assert_allclose(signal, [0, np.nan, 2 * np.sqrt(12.5)], rtol=4 * FLOAT64)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_merged_blocks_have_the_figures_of_one_batch(kind):
+    rewards, prompts = np.array([0.0, 1, 1, 1, 0, 0, 0.5, 1]), np.array([7, 7, 3, 3, 5, 5, 9, 9])
+    tasks = np.array([0, 0, 1, 1, 0, 0, 2, 2])
+    given = [(kind(rewards[part]), kind(prompts[part]), kind(tasks[part])) for part in (slice(4), slice(4, 8))]
+    merged = RewardStats.merged([reward_stats(*block, ddof=0, n_tasks=3) for block in given])
+    whole = reward_stats(kind(rewards), kind(prompts), kind(tasks), ddof=0)
+    assert merged.ddof == 0 and type(merged.std) is type(whole.std)
+    for name, value in as_arrays(whole).items():
+        np.testing.assert_array_equal(np.asarray(getattr(merged, name)), value, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_a_group_of_which_a_part_is_elsewhere_is_found_out(kind):
+    rewards, prompts = kind(np.array([0.0, 1, 1, 0, 1])), kind(np.array([7, 7, 3, 3, 3]))
+    message = (
+        "every prompt must have 3 examples, got 2 of prompt 7; "
+        "its group was split across micro-batches: call this on whole groups"
+    )
+    for call in (reward_stats, group_advantages):
+        with pytest.raises(ValueError, match=f"^{call.__name__}: {re.escape(message)}$"):
+            call(rewards, prompts, group_size=3)
+        call(rewards[2:], prompts[2:], group_size=3)
+
+
 ONE, IDS = torch.ones(2), torch.zeros(2, dtype=torch.int64)
 
 
@@ -326,6 +360,16 @@ ONE, IDS = torch.ones(2), torch.zeros(2, dtype=torch.int64)
             "reward_stats: ddof must be 0 or 1, got 2; pass 1 for the sample's standard deviation",
         ),
         (
+            lambda: reward_stats(ONE, IDS, group_size=0),
+            ValueError,
+            "reward_stats: group_size must be an integer >= 1, got 0; pass the samples per prompt",
+        ),
+        (
+            lambda: reward_stats(ONE, IDS).signal(torch.ones(3)),
+            ValueError,
+            "RewardStats.signal: score_norm must be [2], one per example, got [3]; pass ‖∇ log π‖ of each",
+        ),
+        (
             lambda: group_advantages(ONE, IDS, scale="std"),
             ValueError,
             "group_advantages: scale must be one of group, batch, none, got 'std'; pass none for Dr. GRPO's",
@@ -407,7 +451,7 @@ def test_advantages_keep_the_rewards_kind_and_precision():
     assert isinstance(of_array, np.ndarray) and of_array.dtype == np.float32
 
 
-def test_arrays_take_the_native_way_where_it_is_built(monkeypatch):
+def test_arrays_and_tensors_take_the_native_way_where_it_is_built(monkeypatch):
     if isinstance(backends.load("native"), str):
         pytest.skip("the native extension is not built")
     from gradnorm_ext import _C
@@ -417,6 +461,8 @@ def test_arrays_take_the_native_way_where_it_is_built(monkeypatch):
     monkeypatch.setattr(backends, "DEFAULT", "auto")
     monkeypatch.setattr(_C, "reward_stats", lambda *args, **options: calls.append(args) or run(*args, **options))
     reward_stats(np.ones(2), np.zeros(2, int))
+    reward_stats(torch.ones(2), torch.zeros(2, dtype=torch.int64))
+    assert len(calls) == 2
     monkeypatch.setattr(backends, "DEFAULT", "reference")
     reward_stats(np.ones(2), np.zeros(2, int))
-    assert len(calls) == 1
+    assert len(calls) == 2

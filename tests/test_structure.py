@@ -14,17 +14,33 @@ MAY_IMPORT = {
     "segments": set(),
     "backends": set(),
     "reference": {"segments"},
-    "native": {"segments", "_C"},
+    "native": {"reference", "segments", "_C"},
     "ops": {"backends", "reference", "segments"},
     "rewards": {"_C", "backends", "ops"},
     "layers": {"backends", "layers", "reference", "segments"},
     "stats": {"rewards"},
-    "policies": {"stats"},  # for types only
+    "policies": {"ops", "policies", "stats"},  # stats for types only
+    "history": {"stats"},
+    "logits": {"ops"},
+    "report": {"history"},
+    "sampling": {"rewards"},
     "meter": {"layers", "rewards", "segments", "stats"},
-    "optimizer": {"layers", "meter", "policies", "stats"},
+    "optimizer": {"history", "layers", "meter", "policies", "stats"},
     "check": {"layers", "meter"},
     "__main__": {"backends", "native"},
-    "__init__": {"ops", "policies", "check", "meter", "optimizer", "rewards", "stats"},
+    "__init__": {
+        "check",
+        "history",
+        "logits",
+        "meter",
+        "ops",
+        "optimizer",
+        "policies",
+        "report",
+        "rewards",
+        "sampling",
+        "stats",
+    },
 }
 
 
@@ -40,7 +56,7 @@ def imported(path):
 
 
 def sources():
-    return [*PACKAGE.glob("*.py"), *PACKAGE.glob("layers/*.py")]
+    return [*PACKAGE.glob("*.py"), *PACKAGE.glob("layers/*.py"), *PACKAGE.glob("policies/*.py")]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -2,16 +2,16 @@
 // torch_ops.cpp.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <limits>
-#include <stdexcept>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "kernels/segment_std.h"
+#include "kernels/reward_stats.h"
 
 namespace py = pybind11;
 
@@ -25,62 +25,76 @@ std::string describe(const py::array& array) {
   return py::str(array.dtype()).cast<std::string>() + " [" + shape + "]";
 }
 
-py::dict reward_stats(const py::array& rewards, const py::array& prompts, int64_t ddof) {
+// An array that owns the vector's memory; `Shown` is the element type that Python sees.
+template <typename Shown, typename T>
+py::array as_array(std::vector<T>&& values) {
+  static_assert(sizeof(Shown) == sizeof(T));
+  auto* kept = new std::vector<T>(std::move(values));
+  py::capsule owner(kept, [](void* vector) { delete static_cast<std::vector<T>*>(vector); });
+  return py::array_t<Shown>(static_cast<py::ssize_t>(kept->size()),
+                            reinterpret_cast<const Shown*>(kept->data()), owner);
+}
+
+void check_ids(const char* name, const py::array& ids, const py::array& rewards) {
+  if (ids.ndim() != 1 || ids.dtype().kind() != 'i' || ids.size() != rewards.size()) {
+    throw py::value_error(std::string("reward_stats: ") + name + " must be an integer array [" +
+                          std::to_string(rewards.size()) + "], one id per reward, got " +
+                          describe(ids) + "; pass whose each reward is");
+  }
+}
+
+py::dict reward_stats(const py::array& rewards, const py::array& prompts,
+                      const std::optional<py::array>& tasks, int64_t n_tasks, int64_t ddof) {
   if (rewards.ndim() != 1 || rewards.dtype().kind() != 'f' || rewards.dtype().itemsize() < 4 ||
       rewards.dtype().itemsize() > 8) {
     throw py::value_error("reward_stats: rewards must be a float32 or float64 array [n], got " +
                           describe(rewards) + "; convert them with astype");
   }
-  if (prompts.ndim() != 1 || prompts.dtype().kind() != 'i' || prompts.size() != rewards.size()) {
-    throw py::value_error("reward_stats: prompts must be an integer array [" +
-                          std::to_string(rewards.size()) + "], one id per reward, got " +
-                          describe(prompts) + "; pass the prompt that each reward was sampled for");
-  }
-  if (ddof < 0) {
-    throw py::value_error("reward_stats: ddof must be at least 0, got " + std::to_string(ddof) +
+  check_ids("prompts", prompts, rewards);
+  if (tasks) check_ids("tasks", *tasks, rewards);
+  if (ddof != 0 && ddof != 1) {
+    throw py::value_error("reward_stats: ddof must be 0 or 1, got " + std::to_string(ddof) +
                           "; pass 1 for the sample's deviation");
   }
-  const auto value_array =
-      py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(rewards);
-  const auto prompt_array =
-      py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(prompts);
-  const double* values = value_array.data();
-  const int64_t* prompt = prompt_array.data();
+  constexpr int kContiguous = py::array::c_style | py::array::forcecast;
+  const auto values = py::array_t<double, kContiguous>::ensure(rewards);
+  const auto prompt = py::array_t<int64_t, kContiguous>::ensure(prompts);
   const int64_t n = rewards.size();
-
-  std::vector<int64_t> distinct(prompt, prompt + n);
-  std::sort(distinct.begin(), distinct.end());
-  distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
-  std::vector<int64_t> ids(n);
-  for (int64_t i = 0; i < n; ++i) {
-    ids[i] = std::lower_bound(distinct.begin(), distinct.end(), prompt[i]) - distinct.begin();
+  py::array_t<int64_t, kContiguous> task;
+  if (tasks) {
+    task = py::array_t<int64_t, kContiguous>::ensure(*tasks);
+    const int64_t* ids = task.data();
+    if (!std::all_of(ids, ids + n, [=](int64_t k) { return 0 <= k && k < n_tasks; })) {
+      throw py::value_error("reward_stats: tasks must lie in [0, " + std::to_string(n_tasks) +
+                            "); pass a larger n_tasks");
+    }
+  } else if (n_tasks < 1) {
+    throw py::value_error("reward_stats: n_tasks must be at least 1, got " +
+                          std::to_string(n_tasks) + "; pass the number of tasks");
   }
-
-  const auto groups = static_cast<int64_t>(distinct.size());
-  py::array_t<double> mean(groups), std(groups), std_error(groups);
-  py::array_t<int64_t> count(groups);
-  py::array_t<bool> zero_std(groups);
-  std::vector<double> low(groups), high(groups), fourth(groups);
-  gradnorm::segment_std_cpu<double>(
-      values, ids.data(), n, groups, ddof,
-      {mean.mutable_data(), std.mutable_data(), count.mutable_data(), low.data(), high.data()});
-  for (int64_t i = 0; i < n; ++i) fourth[ids[i]] += std::pow(values[i] - mean.at(ids[i]), 4);
-  for (int64_t p = 0; p < groups; ++p) {
-    const double size = double(count.at(p)), s = std.at(p);
-    const double variance_of_square =
-        (fourth[p] / size - std::pow(s, 4) * (size - 3) / (size - 1)) / size;
-    std_error.mutable_at(p) = size < 2 || !(s > 0)
-                                  ? std::numeric_limits<double>::quiet_NaN()
-                                  : std::sqrt(std::max(variance_of_square, 0.0)) / (2 * s);
-    zero_std.mutable_at(p) = low[p] == high[p];
-  }
+  auto found = gradnorm::reward_stats_cpu(values.data(), prompt.data(),
+                                          tasks ? task.data() : nullptr, n, n_tasks, ddof);
   py::dict stats;
-  stats["prompt"] = py::array_t<int64_t>(groups, distinct.data());
-  stats["mean"] = mean;
-  stats["std"] = std;
-  stats["std_error"] = std_error;
-  stats["count"] = count;
-  stats["zero_std"] = zero_std;
+  stats["torn"] = found.torn;
+  if (found.torn >= 0) return stats;
+  stats["prompt"] = as_array<int64_t>(std::move(found.prompt));
+  stats["task"] = as_array<int64_t>(std::move(found.task));
+  stats["count"] = as_array<int64_t>(std::move(found.count));
+  stats["prompt_of"] = as_array<int64_t>(std::move(found.prompt_of));
+  stats["zero_std"] = as_array<bool>(std::move(found.zero_std));
+  stats["all_best"] = as_array<bool>(std::move(found.all_best));
+  stats["all_worst"] = as_array<bool>(std::move(found.all_worst));
+  stats["mean"] = as_array<double>(std::move(found.mean));
+  stats["std"] = as_array<double>(std::move(found.std));
+  stats["std_error"] = as_array<double>(std::move(found.std_error));
+  stats["task_mean"] = as_array<double>(std::move(found.task_mean));
+  stats["task_std_mean"] = as_array<double>(std::move(found.task_std_mean));
+  stats["task_std_p10"] = as_array<double>(std::move(found.task_std_p10));
+  stats["task_zero_std_share"] = as_array<double>(std::move(found.task_zero_std_share));
+  stats["task_all_best_share"] = as_array<double>(std::move(found.task_all_best_share));
+  stats["task_all_worst_share"] = as_array<double>(std::move(found.task_all_worst_share));
+  stats["task_share"] = as_array<double>(std::move(found.task_share));
+  stats["task_realised_share"] = as_array<double>(std::move(found.task_realised_share));
   return stats;
 }
 
@@ -97,20 +111,20 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_compiler") = GRADNORM_CUDA_COMPILER;
   m.attr("compiler") = GRADNORM_COMPILER;
   m.attr("torch_version") = GRADNORM_TORCH_VERSION;
-  m.def("reward_stats", &reward_stats, py::arg("rewards"), py::arg("prompts"), py::arg("ddof") = 1,
-        R"(Spread of the rewards of every prompt, from NumPy arrays.
-
-    mean, std (with ddof), count    of the rewards of each prompt
-    std_error = sqrt((m4 - std^4 (n - 3) / (n - 1)) / n) / (2 std)    m4: the fourth central moment
+  m.def("reward_stats", &reward_stats, py::arg("rewards"), py::arg("prompts"),
+        py::arg("tasks") = py::none(), py::arg("n_tasks") = 1, py::arg("ddof") = 1,
+        R"(The figures of gradnorm_ext.RewardStats, from NumPy arrays, all in float64.
 
 Args:
-    rewards: [n], float32 or float64. A NaN makes its prompt's figures NaN.
+    rewards: [n], float32 or float64. A NaN makes its prompt's figures NaN, and its task's.
     prompts: [n], integers of any value: the prompt of each reward.
+    tasks: [n], integers in [0, n_tasks), or None: one task.
+    n_tasks: how many tasks there are.
     ddof: 1 for the sample's deviation, 0 for the population's.
 
 Returns:
-    A dict of arrays [prompts]: prompt (the distinct ids, sorted), mean, std, std_error (NaN for a
-    single reward or a zero std), count, zero_std (all rewards equal).
+    A dict of arrays: RewardStats' figures by name, and under "torn" -1; or "torn" alone, an example
+    whose prompt has an example in another task.
 
 Raises:
     ValueError: arrays of another dtype or shape.)");

@@ -12,6 +12,8 @@
 #include <optional>
 
 #include "kernels/host.h"
+#include "kernels/logit_gradient_rates.h"
+#include "kernels/logit_scores.h"
 #include "kernels/lookup_wgrad.h"
 #include "kernels/outer_sqnorm.h"
 #include "kernels/outer_wgrad.h"
@@ -257,6 +259,39 @@ void segment_std_cpu(const Tensor& values, const Tensor& ids, int64_t ddof, Tens
   });
 }
 
+const int64_t* labels_of(const Tensor& labels, int64_t rows, int64_t vocabulary, int64_t ignored) {
+  const int64_t* label = vector_of<int64_t>(labels, rows, ScalarType::Long);
+  STD_TORCH_CHECK(
+      std::all_of(label, label + rows,
+                  [=](int64_t y) { return y == ignored || (0 <= y && y < vocabulary); }),
+      "gradnorm: labels out of range");
+  return label;
+}
+
+void logit_scores_cpu(const Tensor& logits, const Tensor& labels, int64_t ignored,
+                      Tensor& log_probability, Tensor& w) {
+  for_type(logits, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = logits.size(0), vocabulary = logits.size(1);
+    gradnorm::logit_scores_cpu(rows_of<T>(logits, rows), logits.stride(0),
+                               labels_of(labels, rows, vocabulary, ignored), rows, vocabulary,
+                               ignored, out_of<T>(log_probability, rows), out_of<T>(w, rows),
+                               torch_host<T>());
+  });
+}
+
+void logit_gradient_rates_cpu(const Tensor& logits, const Tensor& labels, int64_t ignored,
+                              Tensor& count, Tensor& up, Tensor& down) {
+  for_type(logits, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = logits.size(0), vocabulary = logits.size(1);
+    gradnorm::logit_gradient_rates_cpu(
+        rows_of<T>(logits, rows), logits.stride(0), labels_of(labels, rows, vocabulary, ignored),
+        rows, vocabulary, ignored, out_of<int64_t>(count, vocabulary, ScalarType::Long),
+        out_of<double>(up, vocabulary), out_of<double>(down, vocabulary), torch_host<T>());
+  });
+}
+
 #ifdef GRADNORM_WITH_CUDA
 void segment_std_cuda(const Tensor& values, const Tensor& ids, int64_t ddof, Tensor& mean,
                       Tensor& std, Tensor& count, Tensor& low, Tensor& high) {
@@ -284,6 +319,8 @@ STABLE_TORCH_LIBRARY_IMPL(gradnorm, CPU, m) {
   m.impl("sum_sums", TORCH_BOX(&sum_sums_cpu));
   m.impl("sums_wgrad", TORCH_BOX(&sums_wgrad_cpu));
   m.impl("segment_std", TORCH_BOX(&segment_std_cpu));
+  m.impl("logit_scores", TORCH_BOX(&logit_scores_cpu));
+  m.impl("logit_gradient_rates", TORCH_BOX(&logit_gradient_rates_cpu));
 }
 
 #ifdef GRADNORM_WITH_CUDA

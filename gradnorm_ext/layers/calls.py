@@ -7,11 +7,12 @@ and shows it to `Backward.tag`, and hands `Backward.deliver` what the use adds t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from gradnorm_ext.backends import find
 from gradnorm_ext.layers.contributions import Contribution, Sums
@@ -75,17 +76,21 @@ class Backward:
         use = self.call.uses[which]
         if use is not None and self.measures:
             return self.call.observation.deliver(use, make(), needed)
-        if needed and self.call.observation.tagging is None:
+        if needed:
             return make().total(), None
         return None, None
 
-    def tag(self, dx: Tensor) -> None:
-        """Test what lies upstream of the function's input, its first tensor argument."""
+    def tag(self, *inputs: Tensor) -> None:
+        """Test what lies upstream of the function's first tensor arguments, whose gradients these are."""
+        self.tag_all([(place, dx, self.call.layout) for place, dx in enumerate(inputs)])
+
+    def tag_all(self, inputs: Sequence[tuple[int, Tensor, Layout]]) -> None:
+        """The same for tensor arguments anywhere among them, by their places, each with a layout of its own."""
         observation = self.call.observation
-        if observation.verify and self.measures:
-            node, output = self.ctx.next_functions[0]
+        if inputs and observation.verify and self.measures:
             uses = [use for use in self.call.uses if use is not None]
-            observation.run_tagging(torch.autograd.graph.GradientEdge(node, output), dx, uses)
+            tested = [(GradientEdge(*self.ctx.next_functions[place]), dx, layout) for place, dx, layout in inputs]
+            observation.run_tagging(tested, uses)
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

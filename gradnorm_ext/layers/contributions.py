@@ -1,8 +1,10 @@
 """What one use of a parameter adds to its gradient, per example: kept as rows, as images, or as small sums.
 
-Every contribution offers the same: `sqnorm` (squared norms per segment and group), `wgrad` (the gradient,
-optionally weighted, and the norms from the same pass), `total` (the weighted gradient alone), and `kept` (what must
-not change until it is used). `combined_sqnorm` squares the *sum* of several contributions.
+Where no form fits, a gradient is what a backward pass of its own
+gives (pulled). Every contribution offers the same: `sqnorm` (squared norms per segment and group), `wgrad` (the gradient,
+optionally weighted, and the norms from the same pass), `total` (the weighted gradient alone), `gram` (the inner products
+of the gradients of the coarsest groups, the tasks), and `kept` (what must not change until it is used).
+`combined_sqnorm` squares the *sum* of several contributions.
 """
 
 from __future__ import annotations
@@ -60,6 +62,15 @@ class Outer:
             return self.g.t() @ (self.x * of_row)
         return (self.g * of_row).t() @ self.x
 
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """The gradient of each group of the coarsest level, and the norms."""
+        shape = self.segments.groups.counts[-1], self.g.shape[1], self.x.shape[1]
+        out = self.x.new_empty(shape, dtype=accumulator(self.x.dtype))
+        return out, self.by_group(out)
+
+    def gram(self) -> Tensor:
+        return gram_of(self.by_new_group()[0])
+
     def transposed(self) -> Outer:
         return Outer(self.g, self.x, self.segments, self.backend, not self.swapped)
 
@@ -99,6 +110,14 @@ class Lookup:
         if weight is not None:
             g = g * per_row(weight.to(g.dtype), self.segments)[:, None]
         return g.new_zeros(self.vocabulary, g.shape[1]).index_add_(0, self.ids, g)
+
+    def gram(self) -> Tensor:
+        """Only the entries that were looked up have a gradient."""
+        looked_up, ids = torch.unique(self.ids, return_inverse=True)
+        run = find("lookup_wgrad", self.g.device.type, self.backend)
+        tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
+        rows = ids, self.live_g, len(looked_up), self.segments
+        return gram_of(run(*rows, outputs=tasks, n_outputs=count)[0])
 
     def of_column(self, rows: Tensor) -> Tensor:
         g = self.live_g[rows]
@@ -144,6 +163,10 @@ class Sums:
     def total(self, weight: Tensor | None = None) -> Tensor:
         total = self.sums.sum(0) if weight is None else torch.tensordot(weight.to(self.sums.dtype), self.sums, 1)
         return total.view(self.sums.shape[1:])
+
+    def gram(self) -> Tensor:
+        tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
+        return gram_of(self.flat.new_zeros(count, self.flat.shape[1]).index_add_(0, tasks, self.flat))
 
     def of_segments(self, segments: Tensor) -> Tensor:
         return self.sums[segments].sum(0)
@@ -236,6 +259,15 @@ class Convolved:
             sqnorms.append(part.sqnorm())
         return functools.reduce(torch.add, sqnorms)
 
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        count = self.segments.groups.counts[-1]
+        out = self.x.new_empty(count, *self.shape, dtype=accumulator(self.x.dtype))
+        return out, self.by_group(out)
+
+    def gram(self) -> Tensor:
+        return gram_of(self.by_new_group()[0])
+
     def total(self, weight: Tensor | None = None) -> Tensor:
         g = self.g
         if weight is not None:
@@ -245,8 +277,7 @@ class Convolved:
         return gradients[1]  # type: ignore[no-any-return]
 
     def of_segments(self, segments: Tensor) -> Tensor:
-        chosen = torch.zeros(self.segments.count, device=self.g.device).index_fill_(0, segments, 1)
-        return self.total(chosen)
+        return self.total(chosen(segments, self.segments))
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
@@ -353,7 +384,49 @@ class Convolved:
         return Sums(sums.view(examples, -1, entries), self.segments, self.backend)
 
 
-Contribution = Outer | Lookup | Sums | Convolved
+@dataclass(frozen=True)
+class Pulled:
+    """A gradient that only a backward pass knows: one pass for each sum of examples that is asked for.
+
+    ``pull(weight [B] or None)`` gives the gradient of the weighted sum of the examples; ``norms()`` all squared norms, in
+    one sweep for all parameters of the function; ``sizes [B]``: how large each example's output gradient is.
+    """
+
+    pull: Callable[[Tensor | None], Tensor]
+    norms: Callable[[], Tensor]
+    sizes: Callable[[], Tensor]
+    segments: Segments
+
+    def sqnorm(self) -> Tensor:
+        return self.norms()
+
+    def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.pull(weight), self.norms()
+
+    def total(self, weight: Tensor | None = None) -> Tensor:
+        return self.pull(weight)
+
+    def gram(self) -> Tensor:
+        count = self.segments.groups.counts[-1]
+        return gram_of(torch.stack([self.of_segments(task) for task in members_of_columns(self.segments)[-count:]]))
+
+    def of_segments(self, segments: Tensor) -> Tensor:
+        return self.pull(chosen(segments, self.segments))
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def fingerprint(self) -> Tensor:
+        return self.sizes()
+
+
+Contribution = Outer | Lookup | Sums | Convolved | Pulled
+
+
+def chosen(members: Tensor, segments: Segments) -> Tensor:
+    """``[S]``: 1 for the segments that are meant, else 0."""
+    return torch.zeros(segments.count, device=members.device).index_fill_(0, members, 1)
 
 
 def _size_of_rows(g: Tensor) -> Tensor:
@@ -431,7 +504,7 @@ def _overlapping_sqnorm(placed: Sequence[Placed]) -> Tensor:
     if len({one.place for one in placed}) == len({type(one.contribution) for one in placed}) == 1 and placed[0].place:
         placed = [Placed(one.contribution, (), lambda gradient: gradient) for one in placed]  # all of the same entries
     uses = [one.in_parameter_space() for one in placed]
-    if all(not one.views for one in uses):
+    if all(not one.views and not isinstance(one.contribution, Pulled) for one in uses):
         outers = [one.contribution for one in uses if isinstance(one.contribution, Outer)]
         lookups = [one.contribution for one in uses if isinstance(one.contribution, Lookup)]
         sums = [one.contribution for one in uses if isinstance(one.contribution, Sums)]
@@ -483,13 +556,18 @@ def _rows_of(members: Tensor, segments: Segments) -> Tensor:
     return torch.isin(of_row, members).nonzero()[:, 0]
 
 
-def _columns(segments: Segments) -> list[tuple[Tensor, Tensor]]:
-    """Of every entry of a sqnorm vector: its segments and its rows."""
+def members_of_columns(segments: Segments) -> list[Tensor]:
+    """Of every entry of a sqnorm vector: its segments."""
     device = segments.offsets.device
     columns = [torch.tensor([s], device=device) for s in range(segments.count)]
     for ids, count in zip(segments.groups.levels, segments.groups.counts, strict=True):
         columns += [(ids == group).nonzero()[:, 0] for group in range(count)]
-    return [(members, _rows_of(members, segments)) for members in columns]
+    return columns
+
+
+def _columns(segments: Segments) -> list[tuple[Tensor, Tensor]]:
+    """Of every entry of a sqnorm vector: its segments and its rows."""
+    return [(members, _rows_of(members, segments)) for members in members_of_columns(segments)]
 
 
 @dataclass(frozen=True)
@@ -526,14 +604,39 @@ def tied_sqnorm(head: TiedOuter, lookups: Sequence[Lookup]) -> Tensor:
 
 def _dense_sqnorm(uses: Sequence[Placed]) -> Tensor:
     """The general case, exact and slow: every column's gradient is formed, one after the other."""
-    norms = []
-    columns = [_columns(use.contribution.segments) for use in uses]
-    for of_uses in zip(*columns, strict=True):
-        total: Tensor | None = None
-        for use, (members, rows) in zip(uses, of_uses, strict=True):
-            one = use.contribution
-            part = use.adjoint(one.of_column(rows) if isinstance(one, (Outer, Lookup)) else one.of_segments(members))
-            total = part if total is None else total + part
-        assert total is not None
-        norms.append(total.square().sum())
-    return torch.stack(norms)
+    members = members_of_columns(uses[0].contribution.segments)
+    return torch.stack([_dense_gradient(uses, column).square().sum() for column in members])
+
+
+def _dense_gradient(uses: Sequence[Placed], members: Tensor) -> Tensor:
+    total: Tensor | None = None
+    for use in uses:
+        one = use.contribution
+        of_rows = isinstance(one, (Outer, Lookup))
+        part = use.adjoint(
+            one.of_column(_rows_of(members, one.segments)) if of_rows else one.of_segments(members)  # type: ignore[union-attr]
+        )
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def combined_gram(placed: Sequence[Placed]) -> Tensor:
+    """Inner products of the tasks' gradients, each the sum of several contributions to one parameter."""
+    uses = [one.in_parameter_space() for one in placed]
+    if len(uses) == 1 and not uses[0].views:
+        return uses[0].contribution.gram()
+    segments = uses[0].contribution.segments
+    tasks = members_of_columns(segments)[-segments.groups.counts[-1] :]
+    return gram_of(torch.stack([_dense_gradient(uses, task) for task in tasks]))
+
+
+def gram_of(gradients: Tensor) -> Tensor:
+    """``[K, K]``: the inner products of ``gradients [K, ...]``, summed in runs that lose no digits."""
+    run = 4096
+    flat = gradients.flatten(1)
+    whole = flat.shape[1] // run * run
+    runs = flat[:, :whole].unflatten(1, (-1, run)).transpose(0, 1)
+    rest = flat[:, whole:]
+    gram: Tensor = (runs @ runs.mT).double().sum(0) + rest @ rest.T
+    return gram.to(flat.dtype)

@@ -138,10 +138,13 @@ class Layout:
         """Whether a count of rows is all the sizes show."""
         return self.kind in ("flat", "flat, second")
 
-    @property
-    def proves(self) -> bool:
-        """Whether the sizes leave no other choice."""
-        return not self.is_flat and self.alternative is None
+    def proves(self, rows_per_example: set[int]) -> bool:
+        """Whether the sizes leave no other choice: ``[B]`` alone may be positions, where some example has B of them."""
+        if self.is_flat or self.alternative is not None:
+            return False
+        return (
+            self.anchored or self.kind == "packed" or len(self.shape) > 1 or self.examples.count not in rows_per_example
+        )
 
     def correct(self) -> None:
         """Take the alternative."""

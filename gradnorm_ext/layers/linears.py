@@ -65,7 +65,7 @@ def multiply_rows(
     if isinstance(x, Tap) or weight.dim() != 2 or (isinstance(bias, Tensor) and bias.dim() != 1):
         return NotImplemented
     taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
-    if any(tap.looked_up for tap in taps):
+    if any(tap.looked_up or (tap.is_derived and not tap.observation.is_data(x)) for tap in taps):
         return NotImplemented
     observation = taps[0].observation
     layout = layout or observation.layout(x, 1, taps[0].name, function)

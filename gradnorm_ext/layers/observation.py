@@ -13,13 +13,15 @@ what the uses delivered: a use that was not seen is an error, not a missing summ
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from gradnorm_ext.backends import choose
@@ -31,7 +33,9 @@ from gradnorm_ext.layers.contributions import (
     Place,
     Placed,
     TiedOuter,
+    combined_gram,
     combined_sqnorm,
+    gram_of,
     per_row,
     tied_sqnorm,
 )
@@ -39,17 +43,21 @@ from gradnorm_ext.layers.layouts import Examples, Kind, Layout
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
+Input = tuple[GradientEdge, Tensor, Layout]  # of a use: where its gradient goes, the gradient, and whose its rows are
+
 
 class Slot:
     """A trainable parameter in one block: its place in the probe, and what its uses left to be combined."""
 
-    def __init__(self, index: int, name: str, parameter: nn.Parameter) -> None:
+    def __init__(self, index: int, name: str, parameter: nn.Parameter, wanted: bool) -> None:
         self.index, self.name, self.parameter = index, name, parameter
+        self.wanted = wanted  # measured, not only weighed
         self.uses: list[Use] = []
         self.arrived = 0  # backward passes of uses
         self.measured = False  # by a single use, through the probe
         self.deferred: list[tuple[Use, Contribution | TiedOuter]] = []  # several uses: combined when the block closes
         self.kept: list[tuple[Use, Contribution | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
+        self.weights: Tensor | None = None  # per example, where the parameter has its own
         self.hooked = False  # audited in this block
         self.delivered: Tensor | None = None  # audit: the sum of what the rules gave
 
@@ -67,6 +75,8 @@ class Use:
     lookup_ids: tuple[Tensor, Segments] | None = None  # of a lookup: what a tied head needs to know beforehand
     lookup_dim: int = 0  # of a lookup: the dimensions of its ids
     shared: bool = False  # looked-up rows that all examples share
+    followers: tuple[Use, ...] = ()  # the same use, of the other parameters that ``value`` was derived from
+    needs_proof: bool = False  # what it meets may have no batch dimension: the tagging test has to pass through it
     fingerprint: Tensor | None = field(default=None, repr=False)
     tagged: bool = False  # the tagging test has passed through it, or has started from it
     confirmed: bool = True  # the test started from it: something upstream proves its layout, where that is needed
@@ -76,9 +86,15 @@ class Use:
         return self.slot.name, self.function, "shared" if self.shared else self.layout.kind, self.views
 
     @property
+    def is_derived(self) -> bool:
+        """Whether the value is a function of parameters, in place of a parameter or its view."""
+        return "derived" in self.views
+
+    @property
     def operand(self) -> Tensor:
         """What the function computes with: cut off from the parameter where its gradient is formed at the block's end."""
-        return self.value.detach() if self.observation.plan.keep and not self.slot.hooked else self.value
+        late = self.is_derived or (self.observation.plan.keep and not self.slot.hooked)
+        return self.value.detach() if late else self.value
 
     @property
     def place(self) -> Place | None:
@@ -96,7 +112,11 @@ class Use:
         self.observation.placing = True  # the audit's hooks on the parameter are not meant by this
         try:
             (placed,) = torch.autograd.grad(
-                self.value, self.slot.parameter, gradient.to(self.value.dtype), retain_graph=True
+                self.value,
+                self.slot.parameter,
+                gradient.view_as(self.value).to(self.value.dtype),
+                retain_graph=True,
+                materialize_grads=True,
             )
         finally:
             self.observation.placing = False
@@ -108,6 +128,10 @@ class Plan:
     """What the block does besides measuring.
 
     Attributes:
+        gram: also the inner products of the gradients of the coarsest groups, the tasks.
+        passes: 2: one backward for the norms and, once the weights are known, one for the gradients.
+        layer_weights: from a parameter's name and its figures to weights per example, ``[B]``: each parameter is
+            weighed by its own.
         task_weights: ``[K]``, known beforehand (``apply="next_step"``): weight gradients are formed with them.
         keep: the weights come when the block closes (``apply="same_step"``): nothing reaches ``.grad`` before.
         by_task: with ``keep``: form one gradient per task where that is smaller than the rows and within ``budget`` bytes.
@@ -115,11 +139,18 @@ class Plan:
             as filling it.
     """
 
+    gram: bool = False
+    passes: Literal[1, 2] = 1
+    layer_weights: Callable[[str, Tensor], Tensor] | None = None
     task_weights: Tensor | None = None
     keep: bool = False
     by_task: bool = False
     budget: int = 0
     buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def reweights(self) -> bool:
+        return self.keep or self.passes == 2 or self.task_weights is not None or self.layer_weights is not None
 
 
 @dataclass
@@ -152,16 +183,24 @@ class Observation:
         *,
         batch_dim: int = 0,
         backwards: int = 1,
+        wanted: Collection[str] | None = None,
+        derives: bool = False,
+        constants: Callable[[], frozenset[int]] = frozenset,
         always_verify: bool = False,
     ) -> None:
         self.who, self.memory, self.plan, self.backend = who, memory, plan, choose(backend)
         self.start = start  # calls `begin`, once the number of examples is known
-        self.slots = {id(p): Slot(i, name, p) for i, (name, p) in enumerate(parameters)}
+        self.slots = {
+            id(p): Slot(i, name, p, wanted is None or name in wanted) for i, (name, p) in enumerate(parameters)
+        }
         self.batch_dim, self.backwards = batch_dim, backwards
+        self.derives = derives  # uses without a rule are differentiated one example at a time
+        self.constants = functools.cache(constants)  # where the model's buffers and frozen parameters lie
         self.examples: int | None = None
         self.batch: Examples | None = None
         self.weights: Tensor | None = None  # per example
         self.verify = always_verify or memory.due
+        self.phase: Literal["norms", "weigh"] | None = None  # of two passes
         self.tagging: Literal["base", "scaled"] | None = None
         self.tag_factor: Tensor | None = None
         self.placing = False
@@ -170,7 +209,8 @@ class Observation:
         self.proven = False  # in the running test, a use has passed whose sizes leave no choice
         self.refuted_lookups: list[Use] = []  # taken for batched, and not
         self.rows_per_example: set[int] = set()  # of tensors that show the batch
-        self.inputs: set[int] = set()  # where the model's inputs lie
+        self.inputs: set[int] = set()  # where the model's inputs lie that show the batch
+        self.data: set[int] = set()  # where the arguments of modules lie that carry no gradient
         self.budget = plan.budget
         self.measured_uses = 0
         self._hooks: list[Any] = []
@@ -183,6 +223,7 @@ class Observation:
         parameters = [slot.parameter for slot in self.slots.values()]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         columns = batch.count + sum(batch.groups.counts)
+        columns += batch.groups.counts[-1] ** 2 if self.plan.gram else 0
         self.probe = torch.zeros(
             len(parameters), columns + 1, dtype=dtype, device=parameters[0].device, requires_grad=True
         )
@@ -195,7 +236,15 @@ class Observation:
                 self._audit(slot)
 
     def look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What the model's inputs say: how many examples there are, where nothing else does, and how many rows each."""
+        """What a module's arguments say; the first ones are the model's inputs."""
+        for one in args:
+            if isinstance(one, Tensor) and not one.requires_grad:
+                self.data.add(one.untyped_storage().data_ptr())
+        if not self.rows_per_example:
+            self._look_at_inputs(args, kwargs)
+
+    def _look_at_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """How many examples there are, where nothing else says so, and how many rows each."""
         inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
         if self.examples is None:
             self._begin_with([t.shape[self.batch_dim] for t in inputs if t.dim() > self.batch_dim])
@@ -228,13 +277,25 @@ class Observation:
         kind = self.batch.kind_of(shape, self.rows_per_example)
         if kind is None or (kind == "second" and self.batch_dim == 0 and not self.inputs):
             raise self._unexplained(shape, name)
-        layout = Layout(kind, shape, self.batch, anchored=tensor.untyped_storage().data_ptr() in self.inputs)
+        layout = Layout(kind, shape, self.batch, anchored=not tensor.requires_grad and self.is_input(tensor))
         corrected = self.memory.corrected.get((name, function, len(shape)))
         if corrected is not None and corrected == layout.alternative:
             layout.correct()
         if kind == "leading" or kind == "second":
             self.rows_per_example.add(layout.rows // self.batch.count)
         return layout
+
+    def is_input(self, tensor: Tensor) -> bool:
+        """Whether this is an input of the model that shows the batch, or a view of one."""
+        return tensor.untyped_storage().data_ptr() in self.inputs
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether this is a buffer of the model, which has no batch dimension whatever its sizes."""
+        return tensor.untyped_storage().data_ptr() in self.constants()
+
+    def is_data(self, tensor: Tensor) -> bool:
+        """Whether this is known to be no constant: an activation, or an argument of the model or one of its modules."""
+        return tensor.requires_grad or tensor.untyped_storage().data_ptr() in self.data
 
     def _unexplained(self, shape: Sequence[int], name: str) -> ValueError:
         assert self.batch is not None
@@ -249,10 +310,22 @@ class Observation:
         )
 
     def use(
-        self, slot: Slot, value: Tensor, views: tuple[str, ...], function: str, layout: Layout, shared: bool = False
+        self,
+        slot: Slot,
+        value: Tensor,
+        views: tuple[str, ...],
+        function: str,
+        layout: Layout,
+        *,
+        shared: bool = False,
+        others: Sequence[Slot] = (),
     ) -> Use:
-        """Write down that ``function`` consumed a parameter. Called once per forward, not for a recomputation of it."""
-        use = Use(slot, value, views, function, layout, self, shared=shared)
+        """Write down that ``function`` consumed a parameter. Called once per forward, not for a recomputation of it.
+
+        ``others``: the other parameters that the value was derived from.
+        """
+        followers = tuple(self.use(other, value, views, function, layout) for other in others)
+        use = Use(slot, value, views, function, layout, self, shared=shared, followers=followers)
         recomputed = torch._C._current_graph_task_id() != -1 and slot.uses
         if not recomputed:
             slot.uses.append(use)
@@ -268,9 +341,15 @@ class Observation:
         if self.tagging is not None:
             self._tag(use, contribution)
             return None, None
-        slot, keep = use.slot, self.plan.keep
+        slot = use.slot
+        if self.phase == "weigh":
+            return self._audited(use, contribution.total(self.weights) if needs_gradient else None), None
+        if self.plan.passes == 2 and self.phase is None:
+            raise RuntimeError(
+                f"{self.who}: with passes=2 the backward must be the optimizer's, got another one; call "
+                "optimizer.backward(loss) in place of loss.backward()"
+            )
         slot.arrived += 1
-        several = len(slot.uses) > 1 or self.backwards > 1
         if slot.measured or (slot.arrived > len(slot.uses) * self.backwards):
             raise RuntimeError(
                 f"{self.who}: the backward of {slot.name} must run once per use and after all of its uses in the block, "
@@ -278,46 +357,80 @@ class Observation:
                 f"backward passes there are with observe(backwards={self.backwards + 1}), or open one observe block for "
                 "each"
             )
-        gradient: Tensor | None = None
-        norms: Tensor | None = None
-        if (
-            keep
-            and not several
-            and isinstance(contribution, (Outer, Convolved))
-            and (out := self._buffer(slot, contribution)) is not None
-        ):
-            norms = contribution.by_group(out)
-            slot.kept.append((use, out, ()))
-            if needs_gradient:
-                gradient = out.sum(0)
-        elif keep:
-            slot.kept.append((use, contribution, tuple(kept._version for kept in contribution.kept)))
-            if not several:
-                norms = contribution.sqnorm()
-            if needs_gradient:
-                gradient = contribution.total()
-        elif not several and needs_gradient:
-            gradient, norms = contribution.wgrad(self.weights)
-        elif not several:
-            norms = contribution.sqnorm()
-        elif needs_gradient:
-            gradient = contribution.total(self.weights)
-        if several:
+        several = len(slot.uses) > 1 or self.backwards > 1 or use.is_derived
+        apart = several or not slot.wanted  # its norm is not taken here
+        gradient, norms = self._formed(use, contribution, needs_gradient and self.phase is None, apart)
+        if several and slot.wanted:
             slot.deferred.append((use, self._thinned(slot, use, contribution)))
-        else:
-            slot.measured = True
+        slot.measured = not several
+        for follower in use.followers:
+            if follower.slot.wanted:
+                follower.slot.deferred.append((follower, contribution))
         self.measured_uses += 1
-        if gradient is not None:
-            if gradient.shape != use.value.shape or gradient.dtype != use.value.dtype:
-                gradient = gradient.view_as(use.value).to(use.value.dtype)
-            if slot.hooked:
-                placed = use.adjoint(gradient)
-                slot.delivered = placed if slot.delivered is None else slot.delivered + placed
+        gradient = self._audited(use, gradient)
         if norms is None:
             return gradient, self._unmeasured
         if norms.dtype != self._one.dtype or norms.device != self._one.device:
             norms = norms.to(self._one)
         return gradient, torch.cat([norms, self._one])
+
+    def _formed(
+        self, use: Use, contribution: Contribution, needs_gradient: bool, apart: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """A use's gradient, or what it is formed of at the block's end, and its norms unless they are taken apart."""
+        slot, by_layer = use.slot, self.plan.layer_weights
+        if by_layer is not None and use.followers:
+            together = ", ".join(follower.slot.name for follower in use.followers)
+            raise RuntimeError(
+                f'{self.who}: with scope="layer" each parameter has a weight of its own, got {slot.name}, which is used '
+                f'only together with {together}; use scope="model"'
+            )
+        keep = self.plan.keep or use.is_derived or (by_layer is not None and apart)
+        if (
+            self.plan.keep
+            and not apart
+            and isinstance(contribution, (Outer, Convolved))
+            and (out := self._buffer(slot, contribution)) is not None
+        ):
+            norms = self._with_gram(contribution.by_group(out), functools.partial(gram_of, out))
+            slot.kept.append((use, out, ()))
+            return out.sum(0) if needs_gradient else None, norms
+        if keep:
+            slot.kept.append((use, contribution, tuple(kept._version for kept in contribution.kept)))
+            audited = self.plan.keep or slot.hooked
+            unweighted = contribution.total() if needs_gradient and audited else None
+            return unweighted, None if apart else self._with_gram(contribution.sqnorm(), contribution.gram)
+        if apart:
+            return contribution.total(self.weights) if needs_gradient else None, None
+        if not needs_gradient or by_layer is not None:
+            norms = self._with_gram(contribution.sqnorm(), contribution.gram)
+            if not needs_gradient or by_layer is None:
+                return None, norms
+            return contribution.total(by_layer(slot.name, norms)), norms
+        if self.plan.gram and isinstance(
+            contribution, (Outer, Convolved)
+        ):  # the tasks' gradients first: one product for all
+            out, norms = contribution.by_new_group()
+            weights = self.plan.task_weights
+            total = out.sum(0) if weights is None else torch.tensordot(weights.to(out), out, 1)
+            return total, self._with_gram(norms, functools.partial(gram_of, out))
+        total, norms = contribution.wgrad(self.weights)
+        return total, self._with_gram(norms, contribution.gram)
+
+    def _with_gram(self, norms: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+        return torch.cat([norms, gram().flatten().to(norms)]) if self.plan.gram else norms
+
+    def _audited(self, use: Use, gradient: Tensor | None) -> Tensor | None:
+        """The gradient in the shape of what was used, written down where the parameter is audited."""
+        if gradient is None:
+            return None
+        if gradient.shape != use.value.shape or gradient.dtype != use.value.dtype:
+            gradient = gradient.view_as(use.value).to(use.value.dtype)
+        slot = use.slot
+        if slot.hooked:
+            placed = use.adjoint(gradient)
+            slot.delivered = placed if slot.delivered is None else slot.delivered + placed
+        return gradient
 
     def _buffer(self, slot: Slot, contribution: Outer | Convolved) -> Tensor | None:
         """Where a parameter's gradients per task go, as far as the budget reaches."""
@@ -327,7 +440,7 @@ class Observation:
         dtype = accumulator(contribution.x.dtype)
         size = math.prod(shape) * dtype.itemsize
         kept = sum(tensor.nbytes for tensor in contribution.kept)
-        if size > min(self.budget, kept):  # whichever is smaller is kept
+        if size > (self.budget if self.plan.gram else min(self.budget, kept)):  # whichever is smaller is kept
             return None
         self.budget -= size
         buffer = self.plan.buffers.get(slot.name)
@@ -338,7 +451,7 @@ class Observation:
     def _thinned(self, slot: Slot, use: Use, contribution: Contribution) -> Contribution | TiedOuter:
         """Of a head tied to embeddings, what their cross term needs, so that its rows can go; else the contribution."""
         lookups = [other.lookup_ids for other in slot.uses if other.lookup_ids is not None]
-        whole = self.plan.keep or self.backwards > 1
+        whole = self.plan.keep or self.plan.gram or self.backwards > 1
         if len(lookups) != len(slot.uses) - 1 or not isinstance(contribution, Outer) or whole:
             return contribution
         placed = Placed(contribution, use.views, use.adjoint).in_parameter_space()
@@ -371,18 +484,19 @@ class Observation:
                     torch.isfinite(scale)
                 ):
                     self.failures.append(f"{slot.name} got a gradient that its seen uses account for only in part")
-            return torch.zeros_like(total) if self.plan.keep else None
+            waits = self.plan.keep or (self.plan.layer_weights is not None and len(slot.uses) > 1)
+            return torch.zeros_like(total) if waits else None
 
         return compare
 
-    def run_tagging(self, edge: torch.autograd.graph.GradientEdge, dx: Tensor, uses: Sequence[Use]) -> None:
-        """The tagging test of everything upstream of a use: called in its backward, with the gradient of its input."""
+    def run_tagging(self, inputs: Sequence[Input], uses: Sequence[Use]) -> None:
+        """The tagging test of everything upstream of a use: called in its backward, with the gradients of its inputs."""
         if self.examples == 1 or self.tagging is not None or all(use.tagged for use in uses):
             return
         root = uses[0].layout
         tried: set[Layout] = set()
         while True:
-            self._run_tagging_once(edge, dx, root)
+            self._run_tagging_once(inputs)
             again = {use.layout for use in self.refuted if use.layout.alternative is not None} - tried
             if not again and self.refuted and not self.proven and root.alternative is not None and root not in tried:
                 for layout in tried:  # they were judged by a root that was not right
@@ -405,22 +519,24 @@ class Observation:
             "example each, or not to the example their place says"
         )
 
-    def _run_tagging_once(self, edge: torch.autograd.graph.GradientEdge, dx: Tensor, root: Layout) -> None:
+    def _run_tagging_once(self, inputs: Sequence[Input]) -> None:
         assert self.examples is not None
-        example = torch.arange(self.examples, device=dx.device)
+        edges, gradients, layouts = zip(*inputs, strict=True)
+        example = torch.arange(self.examples, device=gradients[0].device)
         self.refuted, self.proven = [], False
         try:
             self.tagging = "base"
-            self._backward_to_probe(edge, dx)
+            self._backward_to_probe(edges, gradients)
             self.tagging = "scaled"
             for digit in range(max(1, math.ceil(math.log(self.examples, 8)))):
-                self.tag_factor = 2.0 ** ((example // 8**digit) % 8).to(dx.dtype)
-                self._backward_to_probe(edge, root.scaled(dx, self.tag_factor))
+                self.tag_factor = 2.0 ** ((example // 8**digit) % 8).to(gradients[0].dtype)
+                scaled = [layout.scaled(g, self.tag_factor) for g, layout in zip(gradients, layouts, strict=True)]
+                self._backward_to_probe(edges, scaled)
         finally:
             self.tagging = None
 
-    def _backward_to_probe(self, edge: torch.autograd.graph.GradientEdge, gradient: Tensor) -> None:
-        torch.autograd.grad((edge,), (self.probe,), (gradient,), retain_graph=True, allow_unused=True)
+    def _backward_to_probe(self, edges: Sequence[GradientEdge], gradients: Sequence[Tensor]) -> None:
+        torch.autograd.grad(edges, (self.probe,), gradients, retain_graph=True, allow_unused=True)
 
     def _tag(self, use: Use, contribution: Contribution) -> None:
         fingerprint = contribution.fingerprint()
@@ -434,13 +550,26 @@ class Observation:
         expected = use.fingerprint * factor
         use.tagged = True
         if torch.equal(fingerprint, expected):
-            self.proven |= use.layout.proves and bool((fingerprint > 0).any())
+            proves = use.layout.proves(self.rows_per_example) and (use.layout.anchored or not use.needs_proof)
+            self.proven |= proves and bool((fingerprint > 0).any())
         elif bool(torch.isfinite(fingerprint).all()) and use not in self.refuted:
             self.refuted.append(use)
 
-    def close(self) -> Tensor:
-        """Check that the block was measured whole, and return the squared norms, ``[parameters, columns]``."""
-        self.release()
+    def norms_pass(self, loss: Tensor) -> None:
+        """The first of two backward passes: norms only, no weight gradient."""
+        self.phase = "norms"
+        torch.autograd.backward((loss,), inputs=(self.probe,), retain_graph=True)
+
+    def weighted_pass(self, loss: Tensor, weights: Tensor) -> None:
+        """The second: weight gradients with a weight per example, ``[B]``."""
+        self.phase, self.weights = "weigh", weights
+        loss.backward()
+
+    def norms(self) -> Tensor:
+        """Check that the block was measured whole, and return its figures.
+
+        ``[parameters, columns]``: squared norms, then with ``Plan.gram`` the entries of the tasks' Gram matrix.
+        """
         used = [use for slot in self.slots.values() for use in slot.uses]
         if self.examples is None or not used:
             raise RuntimeError(
@@ -454,21 +583,30 @@ class Observation:
             )
         assert self.probe.grad is not None
         self._refuse_unproven(used)
-        sqnorms: Tensor = self.probe.grad[:, :-1].clone()
+        figures: Tensor = self.probe.grad[:, :-1].clone()
         self._check_use_counts(self.probe.grad[:, -1])
         for slot in self.slots.values():
             if slot.deferred:
-                sqnorms[slot.index] = self._combined(slot).to(sqnorms).clamp(min=0)
+                figures[slot.index] = self._combined(slot).to(figures)
+            if slot.kept and self.plan.layer_weights is not None:
+                slot.weights = self.plan.layer_weights(slot.name, figures[slot.index])
         self._learn()
-        return sqnorms
+        return figures
+
+    def close(self) -> None:
+        """Refuse what came to light after the norms were taken, and form the gradients that waited for the end."""
+        self.release()
+        self._refuse_unproven([])
+        if not self.plan.keep:
+            self.accumulate_weighted(self.weights)
 
     def _refuse_unproven(self, used: Sequence[Use]) -> None:
         if self.verify and self.examples != 1:
             for use in used:
-                # Ids that are no input of the model may be positions, of a table that all examples share.
-                if use.lookup_dim and use.slot.arrived and not (use.shared or use.tagged or use.layout.anchored):
+                if use.needs_proof and use.slot.arrived and not (use.tagged or use.layout.anchored):
                     self.failures.append(self._not_per_example(use))
-                    self.refuted_lookups.append(use)
+                    if use.lookup_dim:
+                        self.refuted_lookups.append(use)
             self.failures += [
                 f"{use.slot.name} ({use.function}, rows {list(use.layout.shape)}) was used with rows whose sizes do not say "
                 "in which order they are, and nothing before it whose sizes say so proves it"
@@ -499,22 +637,22 @@ class Observation:
                 )
 
     def _combined(self, slot: Slot) -> Tensor:
+        """The figures of a parameter with several uses."""
         parts = [part for _, part in slot.deferred]
         heads = [part for part in parts if isinstance(part, TiedOuter)]
         if heads:
             lookups = [part for part in parts if isinstance(part, Lookup)]
-            return tied_sqnorm(heads[0], lookups) if lookups else heads[0].norms
-        return combined_sqnorm(
-            [
-                Placed(part, use.views, use.adjoint, use.place)
-                for use, part in slot.deferred
-                if not isinstance(part, TiedOuter)
-            ]
-        )
+            return tied_sqnorm(heads[0], lookups).clamp(min=0) if lookups else heads[0].norms
+        placed = [
+            Placed(part, use.views, use.adjoint, use.place)
+            for use, part in slot.deferred
+            if not isinstance(part, TiedOuter)
+        ]
+        return self._with_gram(combined_sqnorm(placed).clamp(min=0), functools.partial(combined_gram, placed))
 
     def _learn(self) -> None:
         self.memory.blocks += 1
-        seen = [slot for slot in self.slots.values() if slot.arrived]
+        seen = [slot for slot in self.slots.values() if slot.arrived or slot.deferred]
         self.memory.audited |= {slot.name for slot in seen}
         if self.examples != 1:
             self.memory.verified |= {use.key for slot in seen for use in slot.uses}
@@ -526,11 +664,11 @@ class Observation:
                     self.memory.corrected[slot.name, use.function, len(use.layout.shape)] = use.layout.kind
 
     @torch.no_grad()
-    def accumulate_weighted(self, weights: Tensor, by_task: Tensor | None) -> None:
+    def accumulate_weighted(self, weights: Tensor | None, by_task: Tensor | None = None) -> None:
         """Form the weighted gradient of everything that was kept, and add it to ``.grad``.
 
         Args:
-            weights: ``[B]``.
+            weights: ``[B]``; None: all are 1.
             by_task: ``[K]`` where the weights are the tasks'.
         """
         for slot in self.slots.values():
@@ -545,14 +683,17 @@ class Observation:
                             "closes, got an in-place change; avoid in-place operations on gradients and activations, "
                             'or use apply="next_step"'
                         )
-                    gradient = kept.total(weights)
+                    gradient = kept.total(weights if slot.weights is None else slot.weights)
                 self._accumulate(use, gradient.view_as(use.value).to(use.value.dtype))
             slot.kept.clear()
 
     def _accumulate(self, use: Use, gradient: Tensor) -> None:
         parameter = use.slot.parameter
         if use.value is not parameter or parameter._backward_hooks:
-            torch.autograd.backward((use.value,), (gradient,))  # through views, past hooks
+            with torch.enable_grad():
+                torch.autograd.backward(
+                    (use.value,), (gradient,), retain_graph=use.is_derived
+                )  # through views, past hooks
         elif parameter.grad is None:
             parameter.grad = gradient
         else:

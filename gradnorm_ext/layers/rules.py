@@ -80,6 +80,7 @@ def embedding(
     layout = observation.layout(input, 0, weight.name, "embedding")
     use = weight.use("embedding", layout)
     use.lookup_ids, use.lookup_dim = (layout.ids_of(input), layout.segments), input.dim()
+    use.needs_proof = True  # these may be positions, of a table that all examples share
     call = Call(observation, layout, use)
     return _Embedding.apply(call, input, use.operand, padding_idx, *call.probes)
 
@@ -93,6 +94,8 @@ def _is_shared(observation: Observation, weight: Tap, ids: Tensor) -> bool:
     if (weight.name, ids.dim()) in observation.memory.shared_lookups:
         return True
     if batch.packing is not None and ids.numel() == batch.packing.rows:
+        return False
+    if observation.is_input(ids) and batch.kind_of(ids.shape, observation.rows_per_example) is not None:
         return False
     return ids.dim() <= batch.batch_dim or ids.shape[batch.batch_dim] != batch.count
 
@@ -176,16 +179,19 @@ def _shared_lookup(per_example: Tensor, looked_up: LookedUp, vocabulary: int, ca
 
 def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
     """The call of an elementwise function of a parameter and a batched tensor, or None where they do not meet so."""
-    if not isinstance(other, Tensor) or isinstance(other, Tap):
+    observation = tap.observation
+    if not isinstance(other, Tensor) or isinstance(other, Tap) or observation.is_constant(other):
+        return None
+    if tap.is_derived and not observation.is_data(other):
         return None
     shape = torch.broadcast_shapes(tap.shape, other.shape)
-    observation = tap.observation
     if observation.examples != 1 and (other.dim() != len(shape) or not shape):
         return None
     layout = observation.layout(other.expand(shape), 1 if len(shape) > 1 else 0, tap.name, function)
     if observation.examples != 1 and not layout.meets(tap.shape, len(shape)):
         return None
     use = tap.use(function, layout)
+    use.needs_proof = not other.requires_grad  # that may be no data, but a constant with a size of B
     if tap.looked_up is not None:
         ids = tap.looked_up.ids.reshape(-1).repeat(observation.examples or 1)
         use.lookup_ids = ids, observation.segments(len(ids))

@@ -2,7 +2,8 @@
 
 A tap is a tensor subclass that stands for the parameter (or a view of it). Every torch function that consumes one comes
 to `Tap.__torch_function__`, which hands it to that function's rule. A function without a rule runs as it is where its
-result carries no gradient (sizes, dtypes, comparisons), and is refused by name where it does.
+result carries no gradient (sizes, dtypes, comparisons); where it does, it is refused by name, or, where the Meter was
+made with ``on_unsupported="vmap"``, left to `gradnorm_ext.layers.unruled`.
 
 A module is observed by giving it, for the time of one block, a subclass of its own class with another `__getattr__`
 (and a `__call__` that shows the block the model's inputs).
@@ -43,16 +44,30 @@ class Tap(Tensor):
     slot: Slot
     value: Tensor
     views: tuple[str, ...]
+    others: tuple[Slot, ...]  # further parameters that the value was derived from
     looked_up: LookedUp | None
     rules: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}  # filled by `rules`, as is the next
     modules: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}  # forwards of modules that need no taps
+    unruled: ClassVar[Callable[..., Any]]  # what becomes of a function without a rule
 
     @staticmethod
-    def of(observation: Observation, slot: Slot, value: Tensor, views: tuple[str, ...] = ()) -> Tap:
+    def of(
+        observation: Observation,
+        slot: Slot,
+        value: Tensor,
+        views: tuple[str, ...] = (),
+        others: tuple[Slot, ...] = (),
+    ) -> Tap:
         with torch._C.DisableTorchFunctionSubclass():
             tap = value.as_subclass(Tap)
         tap.observation, tap.slot, tap.value, tap.views, tap.looked_up = observation, slot, value, views, None
+        tap.others = others
         return tap
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether this is a function of parameters, in place of a parameter or its view."""
+        return "derived" in self.views
 
     @property
     def name(self) -> str:
@@ -60,7 +75,7 @@ class Tap(Tensor):
 
     def viewed(self, value: Tensor, view: str) -> Tap:
         """The tap of a view of this one, or of a cast or a shift, whose gradient has the same norm."""
-        tap = Tap.of(self.observation, self.slot, value, self.views)
+        tap = Tap.of(self.observation, self.slot, value, self.views, self.others)
         if self.looked_up is not None:
             tap.looked_up = LookedUp(
                 self.looked_up.ids, self.looked_up.padding_idx, value.detach(), self.looked_up.table
@@ -71,7 +86,7 @@ class Tap(Tensor):
 
     def looked_up_rows(self, rows: Tensor, ids: Tensor, padding_idx: int | None) -> Tap:
         """The tap of rows looked up in this table, the same ones for every example."""
-        tap = Tap.of(self.observation, self.slot, rows, self.views)
+        tap = Tap.of(self.observation, self.slot, rows, self.views, self.others)
         tap.looked_up = LookedUp(ids, padding_idx, rows.detach(), self.value)
         return tap
 
@@ -79,14 +94,15 @@ class Tap(Tensor):
         """Write down that a function consumes this tap."""
         shared = self.looked_up is not None
         value = self.looked_up.table if self.looked_up is not None else self.value
-        return self.observation.use(self.slot, value, self.views, function, layout, shared)
+        return self.observation.use(self.slot, value, self.views, function, layout, shared=shared, others=self.others)
 
     def refusal(self, function: str) -> RuntimeError:
         """The error for a function that no rule knows."""
         return RuntimeError(
             f"{self.observation.who}: no rule for {function} of {self.name} {list(self.shape)}, which is trainable; "
-            "freeze it with requires_grad_(False), or write the layer with linear, embedding, layer_norm, rms_norm, "
-            "addmm, matmul, mul, add or expand of the parameter and a tensor whose first dimension is the batch"
+            'make the Meter with on_unsupported="vmap" to have such uses differentiated one example at a time, freeze it '
+            "with requires_grad_(False), or write the layer with linear, embedding, layer_norm, rms_norm, addmm, matmul, "
+            "mul, add or expand of the parameter and a tensor whose first dimension is the batch"
         )
 
     @classmethod
@@ -101,14 +117,17 @@ class Tap(Tensor):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         taps = [leaf for leaf in leaves if isinstance(leaf, Tap)]
         values = [leaf.value if isinstance(leaf, Tap) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(values, spec)
+        plain_args, plain_kwargs = pytree.tree_unflatten(values, spec)
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        if torch.is_grad_enabled() and any(
-            isinstance(leaf, Tensor) and leaf.requires_grad and not any(leaf is value for value in values)
-            for leaf in pytree.tree_leaves(result)
-        ):
-            raise taps[0].refusal(getattr(func, "__name__", str(func)))
+            result = func(*plain_args, **plain_kwargs)
+            if torch.is_grad_enabled() and any(
+                isinstance(leaf, Tensor) and leaf.requires_grad and not any(leaf is value for value in values)
+                for leaf in pytree.tree_leaves(result)
+            ):
+                name = getattr(func, "__name__", str(func))
+                if not taps[0].observation.derives or any(tap.looked_up is not None for tap in taps):
+                    raise taps[0].refusal(name)
+                return cls.unruled(func, name, leaves, spec, result)
         return result
 
 
@@ -124,7 +143,7 @@ def _observed_class(base: Any) -> type:
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         observation: Observation | None = self.__dict__.get(_SESSION)
-        if observation is not None and not observation.rows_per_example and torch.is_grad_enabled():
+        if observation is not None and torch.is_grad_enabled():
             observation.look_at_call(args, kwargs)
         return base.__call__(self, *args, **kwargs)
 

@@ -35,6 +35,23 @@ void add_product(const float* g, const float* x, float shift, float scale, float
 void add_product(const double* g, const double* x, double shift, double scale, double* to,
                  int64_t n);
 
+// The largest of x[0], ..., x[n - 1]; NaN may be missed. -infinity where n is 0.
+float largest(const float* x, int64_t n);
+double largest(const double* x, int64_t n);
+
+struct ExpSums {
+  double sum, squares;
+};
+
+// sum_i exp(x[i] - top) and sum_i exp(x[i] - top)^2, for x[i] <= top; NaN where any x[i] is. Exact
+// to a rounding or two of T; what is below its smallest normal number counts as 0.
+ExpSums exp_sums(const float* x, float top, int64_t n);
+ExpSums exp_sums(const double* x, double top, int64_t n);
+
+// exp_sums, and on the way to[i] = exp(x[i] - top)
+ExpSums exp_into(const float* x, float top, float* to, int64_t n);
+ExpSums exp_into(const double* x, double top, double* to, int64_t n);
+
 constexpr int64_t kColumns = 256;  // a block of columns whose sums stay in L1
 
 // Sums of the columns of a block: rows are added to `run`, and every 64 rows the run to the total.

@@ -1,0 +1,25 @@
+// The spread of the rewards of every prompt's examples, and what it says about each task.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace gradnorm {
+
+// Per prompt (in ascending order of the ids), per example, and per task; what each figure means is
+// written in gradnorm_ext/rewards.py.
+struct RewardStats {
+  std::vector<int64_t> prompt, task, count;
+  std::vector<double> mean, std, std_error;
+  std::vector<uint8_t> zero_std, all_best, all_worst;  // 0 or 1
+  std::vector<int64_t> prompt_of;                      // per example
+  std::vector<double> task_mean, task_std_mean, task_std_p10, task_zero_std_share,
+      task_all_best_share, task_all_worst_share, task_share, task_realised_share;
+  int64_t torn = -1;  // an example whose prompt has an example in another task, or -1
+};
+
+// rewards, prompts  [n]; tasks  [n] in [0, n_tasks), or null for one task; ddof  0 or 1
+RewardStats reward_stats_cpu(const double* rewards, const int64_t* prompts, const int64_t* tasks,
+                             int64_t n, int64_t n_tasks, int64_t ddof);
+
+}  // namespace gradnorm
