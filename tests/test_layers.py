@@ -5,15 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 from gradnorm_ext import Meter
 
 EXACT = 1e3 * torch.finfo(torch.float64).eps
 
 
-def agrees(case, blocks=2):
-    meter = Meter(case.model)
+def agrees(case, blocks=2, **options):
+    meter = Meter(case.model, **options)
     for _ in range(blocks):
         with meter.observe():
             case.run().backward()
@@ -114,25 +114,40 @@ def test_pieces_of_one_parameter(pieces):
 
 
 @pytest.mark.parametrize("examples", [1, 3, 4, 5])
-def test_pruning_is_refused_or_right(examples):
+def test_pruned_layers_are_refused_or_derived(examples):
+    """A mask is no activation, though one of its sizes be that of the batch."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     for layer in (model[0], model[2], model[4]):
         prune.random_unstructured(layer, "weight", amount=0.4)
         prune.random_unstructured(layer, "bias", amount=1)
-    model.double()
-    x, meter = torch.randn(examples, 4, dtype=torch.float64), Meter(model)
-
-    def measure():
-        with meter.observe():
-            model(x).square().sum().backward()
-
-    if examples == 1:  # whatever meets a parameter is this example's
-        measure()
-        model.zero_grad()
+    x = torch.randn(examples, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"no rule for mul of 0.(weight|bias)_orig"), Meter(model).observe():
         model(x).square().sum().backward()
-        expected = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
-        torch.testing.assert_close(meter.stats.example_norm, expected[None])
-    else:
-        with pytest.raises((RuntimeError, ValueError), match=r"0\.(weight|bias)_orig"):
-            measure()
+    expected = []
+    for one in x.split(1):
+        model.zero_grad()
+        model(one).square().sum().backward()
+        expected.append(torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt())
+    meter = Meter(model, on_unsupported="vmap")
+    with meter.observe():
+        model(x).square().sum().backward()
+    torch.testing.assert_close(meter.stats.example_norm, torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: parametrizations.weight_norm(nn.Conv1d(3, 4, 2)),
+        lambda: parametrizations.weight_norm(nn.ConvTranspose1d(3, 4, 2), dim=1),
+        lambda: parametrizations.spectral_norm(nn.Conv1d(3, 40, 2)).eval(),
+        lambda: parametrizations.orthogonal(nn.Conv1d(3, 4, 2)),
+        lambda: parametrizations.weight_norm(nn.GroupNorm(3, 3), dim=None),
+    ],
+)
+def test_parametrized_layers_are_measured_where_derived_parameters_are(layer):
+    torch.manual_seed(0)
+    model = oracle.Convolutions(nn.Conv1d(3, 3, 1), layer())
+    outputs = model(torch.randn(1, 3, 5)).shape[1]
+    case = oracle.Case(model, torch.randn(3, 3, 5), torch.randn(3, outputs), oracle.square_loss)
+    agrees(case.to(torch.float64), on_unsupported="vmap")

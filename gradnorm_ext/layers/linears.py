@@ -65,7 +65,7 @@ def multiply_rows(
     if isinstance(x, Tap) or weight.dim() != 2 or (isinstance(bias, Tensor) and bias.dim() != 1):
         return NotImplemented
     taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
-    if any(tap.looked_up or (tap.is_derived and not tap.observation.is_data(x)) for tap in taps):
+    if any(tap.looked_up or tap.is_met_by_constant(x) for tap in taps):
         return NotImplemented
     observation = taps[0].observation
     layout = layout or observation.layout(x, 1, taps[0].name, function)
@@ -138,6 +138,8 @@ class _Bilinear(torch.autograd.Function):
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
     if isinstance(input1, Tap) or isinstance(input2, Tap) or any(tap.looked_up for tap in taps):
+        return NotImplemented
+    if any(tap.is_met_by_constant(input1) and tap.is_met_by_constant(input2) for tap in taps):
         return NotImplemented
     both = torch.cat([input1, input2], -1)  # the tagging test goes up through one input
     if torch.is_autocast_enabled(both.device.type):

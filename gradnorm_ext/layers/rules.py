@@ -182,7 +182,7 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
     observation = tap.observation
     if not isinstance(other, Tensor) or isinstance(other, Tap) or observation.is_constant(other):
         return None
-    if tap.is_derived and not observation.is_data(other):
+    if tap.is_met_by_constant(other):
         return None
     shape = torch.broadcast_shapes(tap.shape, other.shape)
     if observation.examples != 1 and (other.dim() != len(shape) or not shape):
@@ -261,8 +261,13 @@ class _Quotient(torch.autograd.Function):
         return None, dx, dw, of_weight
 
 
-def divide(first: Any, second: Any) -> Any:
-    if isinstance(first, Tap) or second.looked_up is not None or (meeting := _meet(second, first, "div")) is None:
+def divide(first: Any, second: Any, **rounding: Any) -> Any:
+    if (
+        rounding
+        or isinstance(first, Tap)
+        or second.looked_up is not None
+        or (meeting := _meet(second, first, "div")) is None
+    ):
         return NotImplemented
     call, use = meeting
     return _Quotient.apply(call, first, use.operand, *call.probes)
