@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from gradnorm_ext import PromptSampler, TaskSampler, reward_stats
+from gradnorm_ext import PiKE, PromptSampler, TaskSampler, reward_stats
 from gradnorm_ext.sampling import shares_by_size
 
 NAN = float("nan")
@@ -79,6 +79,20 @@ def test_shares_may_be_set_between_batches():
     assert counts(next(batches)).tolist() == [5, 3, 2]
     sampler.shares = torch.tensor([0.0, 2.0, 2.0])
     assert counts(next(batches)).tolist() == [0, 5, 5]
+
+
+def test_a_policys_weights_are_the_shares_of_what_is_drawn():
+    policy, sampler = PiKE(zeta1=1.0, zeta2=0.0), TaskSampler(TASKS, 6, shares=[1, 1, 1], batches=2)
+    stats = SimpleNamespace(
+        task_sqnorm_unbiased=torch.tensor([1.0, 2.0, 3.0]).log(),  # whose exponentials the weights are multiplied by
+        task_variance=torch.ones(3),
+        task_units=torch.ones(3),
+        finite=torch.tensor(True),
+    )
+    batches = iter(sampler)
+    assert counts(next(batches)).tolist() == [2, 2, 2]
+    sampler.shares = policy(stats)
+    assert counts(next(batches)).tolist() == [1, 2, 3]
 
 
 def test_the_shares_hold_among_the_prompts_that_are_kept():

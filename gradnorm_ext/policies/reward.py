@@ -69,7 +69,8 @@ class MTGRPO(Stateful):
         s_k = I_k + level · J_k        J_k = stats.reward.task_mean,  I_k = J_k - J_k of the last step
         ξ_k ← ξ_k - rate · z_k (s_k - z·s)        z = softmax ξ,  w = K z
 
-    The reweighting of MT-GRPO (arXiv 2602.05547). The paper pairs it with a sampler that keeps the tasks' shares after
+    The reweighting of MT-GRPO (arXiv 2602.05547); its I is the improvement of a task, of which the change since the last
+    step is this package's reading. The paper pairs it with a sampler that keeps the tasks' shares after
     prompts with equal rewards are dropped: :class:`~gradnorm_ext.sampling.TaskSampler`. A task without a reward in a
     step keeps its ξ and the reward it had. No weight depends on an offset of all rewards.
 
