@@ -261,6 +261,25 @@ class Attending(nn.Module):
         return self.head(torch.tanh(y).mean(1))
 
 
+class AttendingFrames(nn.Module):
+    """Videos ``[B, T, S, E]`` whose frames attend to themselves, B·T at a time, and whose places do, B·S at a time."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.space, self.time = (nn.MultiheadAttention(4, 2, batch_first=batch_first) for _ in range(2))
+
+    def attend(self, attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1) if attention.batch_first else x.flatten(0, 1).transpose(0, 1)
+        y = attention(rows, rows, rows.sin(), need_weights=False)[0]
+        return (y if attention.batch_first else y.transpose(0, 1)).unflatten(0, x.shape[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.attend(self.space, self.mix(x))
+        h = h + self.attend(self.time, h.transpose(1, 2)).transpose(1, 2)
+        return self.head(torch.tanh(h).mean((1, 2)))
+
+
 class Layered(nn.Module):
     """Torch's transformer layers: an encoder's, and a decoder's that looks at what it made."""
 
@@ -522,6 +541,8 @@ LAYERS: dict[str, Callable[[], Case]] = {
     "attention with more keys, batch first": lambda: _floats(
         Attending(batch_first=True, causal=True, add_bias_kv=True, weights=True), 3, 4, 6, outputs=2
     ),
+    "attention in frames": lambda: _floats(AttendingFrames(batch_first=True), 3, 2, 5, 4, outputs=2),
+    "attention in frames, sequence first": lambda: _floats(AttendingFrames(batch_first=False), 3, 2, 3, 4, outputs=2),
     "transformer layers": lambda: _floats(Layered(batch_first=True), 3, 5, 4, outputs=2),
     "transformer layers, sequence first": lambda: _floats(Layered(batch_first=False), 3, 3, 4, outputs=2),
     "bilinear": lambda: _floats(Bilinear(), 4, 4, outputs=2),

@@ -437,3 +437,16 @@ def test_bags_of_something_else_than_examples_are_refused():
     refused(
         Words(), torch.randint(0, 11, (2, 3, 5)), RuntimeError, "embedding_bag of 6 bags, where there are 2 examples"
     )
+
+
+def test_a_module_called_twice_with_rows_of_other_examples():
+    class Rolled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            twice = torch.tanh(self.inner(torch.tanh(self.inner(x.roll(1, 0)))))
+            return self.head(twice.roll(-1, 0))
+
+    refused(Rolled(), torch.randn(4, 3), RuntimeError, "inner.weight (linear, rows [4]) was used with rows that do not")
