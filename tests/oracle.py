@@ -261,6 +261,25 @@ class Attending(nn.Module):
         return self.head(torch.tanh(y).mean(1))
 
 
+class AttendingFrames(nn.Module):
+    """Videos ``[B, T, S, E]`` whose frames attend to themselves, B·T at a time, and whose places do, B·S at a time."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.space, self.time = (nn.MultiheadAttention(4, 2, batch_first=batch_first) for _ in range(2))
+
+    def attend(self, attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1) if attention.batch_first else x.flatten(0, 1).transpose(0, 1)
+        y = attention(rows, rows, rows.sin(), need_weights=False)[0]
+        return (y if attention.batch_first else y.transpose(0, 1)).unflatten(0, x.shape[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.attend(self.space, self.mix(x))
+        h = h + self.attend(self.time, h.transpose(1, 2)).transpose(1, 2)
+        return self.head(torch.tanh(h).mean((1, 2)))
+
+
 class Layered(nn.Module):
     """Torch's transformer layers: an encoder's, and a decoder's that looks at what it made."""
 
@@ -275,6 +294,103 @@ class Layered(nn.Module):
         h = x if self.batch_first else x.transpose(0, 1)
         y = self.decoder(h.sin(), self.encoder(h))
         return self.head(y.mean(1 if self.batch_first else 0))
+
+
+class Bilinear(nn.Module):
+    """Two maps of the input meet in a bilinear layer, which is called twice."""
+
+    def __init__(self, outputs: int = 2, bias: bool = True) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 3), nn.Linear(4, 5)
+        self.meet = nn.Bilinear(3, 5, outputs, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = torch.tanh(self.one(x)), torch.tanh(self.other(x))
+        y = self.meet(one, other) * self.meet(one.cos(), other.sin())
+        return y if y.dim() == 2 else y.mean(1)
+
+
+class Activations(nn.Module):
+    """`nn.PReLU` with one slope and with one for each channel, the latter twice."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mix, self.one = nn.Linear(channels, channels), nn.PReLU()
+        self.each, self.head = nn.PReLU(channels, 0.7), nn.Linear(channels, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(self.mix(x.movedim(1, -1)).movedim(-1, 1) - 0.1)
+        h = self.each(self.each(h.sin()) - h.cos())
+        return self.head(h.flatten(2).mean(2) if h.dim() > 2 else h)
+
+
+class Bags(nn.Module):
+    """Bags of embeddings: ids as rows, or flat with offsets, which come as the input."""
+
+    def __init__(self, tied: bool = False, weighted: bool = False, **options) -> None:
+        super().__init__()
+        self.bags = nn.EmbeddingBag(11, 4, **options)
+        self.head, self.tied, self.weighted = nn.Linear(4, 2), tied, weighted
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = x.to(self.head.weight.dtype).cos() if self.weighted else None
+        if self.tied:  # the same ids as one row of flat bags
+            h = self.bags(x.flatten(), torch.arange(0, x.numel(), x.shape[1]))
+            return self.head(torch.tanh(h)) + F.linear(h, self.bags.weight)[:, :2]
+        return self.head(torch.tanh(self.bags(x, per_sample_weights=weights)))
+
+
+class Elementwise(nn.Module):
+    """Scales, shifts and temperatures on images ``[B, C, H, W]``, some of them written in place."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.centre, self.gamma = (
+            nn.Parameter(torch.randn(channels, 1, 1)),
+            nn.Parameter(torch.rand(channels, 1, 1) + 1),
+        )
+        self.temperature, self.floor = nn.Parameter(torch.tensor(1.7)), nn.Parameter(torch.randn(1))
+        self.token, self.scale = nn.Parameter(torch.randn(1, 1, channels)), nn.Parameter(torch.randn(channels))
+        self.experts = nn.Parameter(torch.randn(2, channels, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(x - self.centre) * self.gamma
+        h = (self.centre - h) / self.temperature
+        h.mul_(self.gamma)
+        h -= self.floor
+        h = torch.cat([self.token.repeat(len(x), 1, 1), h.flatten(2).mT], 1) / (2 + self.scale)
+        h += -self.scale
+        return sum(torch.tanh(h.mean(1) @ expert) for expert in self.experts) + h[:, 0] @ self.experts[0]
+
+
+class Adapted(nn.Linear):
+    """LoRA as a subclass of the frozen layer that it adapts; its up-projection starts at zero no more."""
+
+    def __init__(self, width: int, rank: int = 2) -> None:
+        super().__init__(width, width)
+        self.requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(rank, width)), nn.Parameter(torch.randn(width, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.5 * F.linear(F.linear(x, self.down), self.up)
+
+
+class Adapters(nn.Module):
+    """LoRA as child modules beside a frozen layer, and as products of free parameters."""
+
+    def __init__(self, width: int = 4, rank: int = 2) -> None:
+        super().__init__()
+        self.base, self.subclass = nn.Linear(width, width).requires_grad_(False), Adapted(width)
+        self.adapters = nn.ModuleDict(
+            {"down": nn.Linear(width, rank, bias=False), "up": nn.Linear(rank, width, bias=False)}
+        )
+        self.a, self.b = nn.Parameter(torch.randn(rank, width)), nn.Parameter(torch.randn(width, rank))
+        self.head = nn.Linear(width, 2).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.base(x) + 2 * self.adapters["up"](self.adapters["down"](x)))
+        h = self.subclass(h) + (h @ self.a.T @ self.b.T)
+        return self.head(torch.tanh(h).mean(1))
 
 
 class Frames(nn.Module):
@@ -297,6 +413,15 @@ def _tokens(model: nn.Module, examples: int = 4, length: int = 6, vocabulary: in
     ids[:, 1::3] = ids[:, :1]  # repeated ids
     y = torch.randint(0, vocabulary, (examples, length), generator=generator)
     return Case(model, ids, y, token_loss)
+
+
+def _bags(model: nn.Module) -> Case:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 11, (4, 5), generator=generator)
+    ids[1] = ids[3] = 2  # bags of nothing but padding, where 2 is that, and of padding and one other
+    ids[3, 2] = 7
+    ids[:, -1] = torch.tensor([10, 2, 10, 2])
+    return Case(model, ids, torch.randn(4, 2, generator=generator), square_loss)
 
 
 def _floats(model: nn.Module, *shape: int, outputs: int) -> Case:
@@ -416,8 +541,22 @@ LAYERS: dict[str, Callable[[], Case]] = {
     "attention with more keys, batch first": lambda: _floats(
         Attending(batch_first=True, causal=True, add_bias_kv=True, weights=True), 3, 4, 6, outputs=2
     ),
+    "attention in frames": lambda: _floats(AttendingFrames(batch_first=True), 3, 2, 5, 4, outputs=2),
+    "attention in frames, sequence first": lambda: _floats(AttendingFrames(batch_first=False), 3, 2, 3, 4, outputs=2),
     "transformer layers": lambda: _floats(Layered(batch_first=True), 3, 5, 4, outputs=2),
     "transformer layers, sequence first": lambda: _floats(Layered(batch_first=False), 3, 3, 4, outputs=2),
+    "bilinear": lambda: _floats(Bilinear(), 4, 4, outputs=2),
+    "bilinear of sequences": lambda: _floats(Bilinear(bias=False), 3, 5, 4, outputs=2),
+    "prelu": lambda: _floats(Activations(4), 4, 4, outputs=2),
+    "prelu of images": lambda: _floats(Activations(3), 3, 3, 2, 4, outputs=2),
+    "embedding bag": lambda: _bags(Bags()),
+    "embedding bag, sums with padding": lambda: _bags(Bags(mode="sum", padding_idx=2)),
+    "embedding bag, means with padding": lambda: _bags(Bags(padding_idx=-1)),
+    "embedding bag, weighted": lambda: _bags(Bags(mode="sum", weighted=True)),
+    "embedding bag with offsets, tied": lambda: _bags(Bags(tied=True, padding_idx=2)),
+    "scales, shifts and temperatures": lambda: _floats(Elementwise(), 4, 3, 2, 3, outputs=2),
+    "scales of as many channels as examples": lambda: _floats(Elementwise(), 3, 3, 3, 3, outputs=2),
+    "adapters": lambda: _floats(Adapters(), 4, 4, 4, outputs=2),
 }
 
 MAKERS: dict[str, Callable[[], Case]] = {

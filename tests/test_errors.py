@@ -245,7 +245,7 @@ def test_examples_that_influence_each_other_are_found_by_tagging():
         (lambda x, w: torch.cdist(x, w), "cdist"),
         (lambda x, w: torch.einsum("bi,oi->bo", x, w), "einsum"),
         (lambda x, w: x @ torch.exp(w).t(), "exp"),
-        (lambda x, w: x - w[0], "sub"),
+        (lambda x, w: torch.maximum(x, w[0]), "maximum"),
         (lambda x, w: torch.cat([x, w], 0), "cat"),
         (lambda x, w: F.linear(x, w[torch.tensor([0, 0])]), "__getitem__"),
         (lambda x, w: F.linear(x, w * w), "mul"),
@@ -410,3 +410,43 @@ def test_backend_names_are_checked():
         model = mlp()
         with Meter(model, backend="fast").observe():
             model(torch.randn(4, 7)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "max"}, "no rule for embedding_bag with mode='max' of weight [11, 4]"),
+        ({"max_norm": 1.0}, "no rule for embedding_bag with max_norm=1.0 of weight [11, 4]"),
+        ({"scale_grad_by_freq": True}, "no rule for embedding_bag with scale_grad_by_freq=True of weight [11, 4]"),
+    ],
+)
+def test_bags_whose_gradient_is_no_sum_are_refused(options, message):
+    model = nn.EmbeddingBag(11, 4, **options)
+    refused(model, torch.randint(0, 11, (4, 3)), RuntimeError, message)
+
+
+def test_bags_of_something_else_than_examples_are_refused():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bags = nn.EmbeddingBag(11, 4)
+
+        def forward(self, x):
+            return self.bags(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    refused(
+        Words(), torch.randint(0, 11, (2, 3, 5)), RuntimeError, "embedding_bag of 6 bags, where there are 2 examples"
+    )
+
+
+def test_a_module_called_twice_with_rows_of_other_examples():
+    class Rolled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            twice = torch.tanh(self.inner(torch.tanh(self.inner(x.roll(1, 0)))))
+            return self.head(twice.roll(-1, 0))
+
+    refused(Rolled(), torch.randn(4, 3), RuntimeError, "inner.weight (linear, rows [4]) was used with rows that do not")

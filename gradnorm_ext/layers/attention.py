@@ -19,22 +19,28 @@ def multi_head_attention_forward(query: Tensor, *args: Any, **kwargs: Any) -> An
     """The whole function comes here at once; it is run again with taps for parameters and products of our own.
 
     Its inputs are ``[T, B, E]`` by contract, whatever the model is, and so is what it multiplies: nothing is inferred
-    from sizes. Inputs without a batch dimension, or with another one than the examples, take their chance with those.
+    from sizes. Where the second dimension is not the examples (frames of videos), the rows are taken for flat ones, with
+    that dimension in front.
     """
     taps = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tap)]
     if isinstance(query, Tap) or any(tap.looked_up for tap in taps):
         return NotImplemented
     batch = taps[0].observation.batch
     assert batch is not None
-    is_known = query.dim() == 3 and query.shape[1] == batch.count and batch.packing is None
+    attended = query.shape[1] if query.dim() == 3 else 1
+    is_known = query.dim() == 3 and attended == batch.count and batch.packing is None
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not is_known or not (isinstance(weight, Tap) or isinstance(bias, Tap)):
+        if not (isinstance(weight, Tap) or isinstance(bias, Tap)):
             return F.linear(x, weight, bias)
-        rows = x if x.dim() == 3 else x.unflatten(0, (-1, batch.count))
-        layout = Layout("second", tuple(rows.shape[:2]), batch, anchored=True)
-        with torch._C.DisableTorchFunctionSubclass():
-            y: Tensor = multiply_rows(rows, weight, bias, "linear", layout=layout)
+        rows = x if x.dim() == 3 else x.unflatten(0, (-1, attended))
+        if is_known:
+            layout = Layout("second", tuple(rows.shape[:2]), batch, anchored=True)
+            with torch._C.DisableTorchFunctionSubclass():
+                y: Tensor = multiply_rows(rows, weight, bias, "linear", layout=layout)
+        else:
+            flat = F.linear(rows.transpose(0, 1).flatten(0, 1), weight, bias)
+            y = flat.unflatten(0, (attended, -1)).transpose(0, 1).contiguous()
         return y.view(*x.shape[:-1], -1)
 
     projections = {name: _with(getattr(F, name), linear=linear) for name in ("_in_projection_packed", "_in_projection")}

@@ -114,7 +114,7 @@ def normalised_product(x: Tensor, g: Tensor, call: Call, shift: Tensor | None, s
 
 def is_row(shape: torch.Size, of: torch.Size) -> bool:
     """Whether a parameter of this shape has one entry per entry of the last dimension."""
-    return shape[-1:] == of[-1:] and shape.numel() == of[-1]
+    return len(of) > 1 and shape[-1:] == of[-1:] and shape.numel() == of[-1]
 
 
 def spread(g: Tensor, shape: torch.Size, call: Call) -> Sums:

@@ -65,7 +65,7 @@ class _Convolution(torch.autograd.Function):
 
 def _convolve(x: Any, weight: Any, bias: Any, geometry: Geometry, function: str) -> Any:
     taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
-    if isinstance(x, Tap) or any(tap.looked_up for tap in taps):
+    if isinstance(x, Tap) or any(tap.looked_up or tap.is_met_by_constant(x) for tap in taps):
         return NotImplemented
     if x.dim() != weight.dim():
         raise taps[0].refusal(f"{function} (of an input without a batch dimension)")

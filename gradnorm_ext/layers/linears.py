@@ -1,4 +1,4 @@
-"""Products with a matrix: ``linear``, ``addmm`` and ``matmul``."""
+"""Products with a matrix: ``linear``, ``addmm``, ``matmul`` and, of two inputs, ``bilinear``."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def multiply_rows(
     if isinstance(x, Tap) or weight.dim() != 2 or (isinstance(bias, Tensor) and bias.dim() != 1):
         return NotImplemented
     taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
-    if any(tap.looked_up or (tap.is_derived and not tap.observation.is_data(x)) for tap in taps):
+    if any(tap.looked_up or tap.is_met_by_constant(x) for tap in taps):
         return NotImplemented
     observation = taps[0].observation
     layout = layout or observation.layout(x, 1, taps[0].name, function)
@@ -98,3 +98,55 @@ def addmm(bias: Tensor, x: Tensor, weight: Tensor, **scaled: Any) -> Any:
 
 def matmul(x: Tensor, weight: Tensor) -> Any:
     return multiply_rows(x, weight, None, "matmul", swapped=True) if isinstance(weight, Tap) else NotImplemented
+
+
+class _Bilinear(torch.autograd.Function):
+    """``y[r, o] = Σ_ij w[o, i, j] x₁[r, i] x₂[r, j] + b[o]``, of ``x = [x₁, x₂]``."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, *probes: Tensor | None) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(x, weight)
+        first, second = x.split(weight.shape[1:], -1)
+        return F.bilinear(first, second, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        call: Call = ctx.call
+        with no_autocast(g.device):
+            run = Backward(ctx, call)
+            dx = None
+            if ctx.needs_input_grad[1]:
+                first, second = x.split(weight.shape[1:], -1)
+                between = (g @ weight.flatten(1)).unflatten(-1, weight.shape[1:])  # Σ_o g[o] w[o]
+                dx = torch.cat([(between @ second[..., None])[..., 0], (first[..., None, :] @ between)[..., 0, :]], -1)
+                run.tag(dx)
+            g_rows = call.layout.rows_of(g)
+
+            def weight_gradient() -> Outer:
+                one, other = call.layout.rows_of(x.detach()).split(weight.shape[1:], -1)
+                pairs = (one[:, :, None] * other[:, None, :]).flatten(1)
+                return Outer(pairs, g_rows, call.segments, run.backend)
+
+            dw, of_weight = run.deliver(0, 2, weight_gradient)
+            db, of_bias = run.deliver(1, 3, lambda: summed(g_rows, call.segments, run.backend))
+        return None, dx, dw, db, of_weight, of_bias
+
+
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
+    if isinstance(input1, Tap) or isinstance(input2, Tap) or any(tap.looked_up for tap in taps):
+        return NotImplemented
+    if any(tap.is_met_by_constant(input1) and tap.is_met_by_constant(input2) for tap in taps):
+        return NotImplemented
+    both = torch.cat([input1, input2], -1)  # the tagging test goes up through one input
+    if torch.is_autocast_enabled(both.device.type):
+        both = both.to(torch.result_type(both, weight))  # as autocast does on GPUs; on CPUs plain torch refuses
+    observation = taps[0].observation
+    layout = observation.layout(both, 1, taps[0].name, "bilinear")
+    uses = [tap.use("bilinear", layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
+    operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
+    call = Call(observation, layout, *uses)
+    return _Bilinear.apply(call, both, *operands, *call.probes)

@@ -190,7 +190,11 @@ def _per_channel(parameter: Tensor, of: Tensor) -> Tensor:
 def _operands(x: Any, weight: Any, bias: Any, function: str) -> tuple[Call, Tensor | None, Tensor | None] | None:
     """The call of a function that scales and shifts channels, ``[images, channels, ...]``, and what it computes with."""
     taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
-    if isinstance(x, Tap) or x.dim() < 2 or any(tap.looked_up or tap.dim() != 1 for tap in taps):
+    if (
+        isinstance(x, Tap)
+        or x.dim() < 2
+        or any(tap.looked_up or tap.dim() != 1 or tap.is_met_by_constant(x) for tap in taps)
+    ):
         return None
     observation = taps[0].observation
     layout = observation.layout(x, x.dim() - 1, taps[0].name, function)

@@ -62,7 +62,7 @@ class Slot:
         self.delivered: Tensor | None = None  # audit: the sum of what the rules gave
 
 
-@dataclass
+@dataclass(eq=False)
 class Use:
     """One function call that consumed a parameter (or a view of it)."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gradnorm_ext.layers.attention import multi_head_attention_forward
+from gradnorm_ext.layers.bags import embedding_bag
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
@@ -28,7 +29,7 @@ from gradnorm_ext.layers.calls import (
 from gradnorm_ext.layers.contributions import Contribution, Lookup
 from gradnorm_ext.layers.convolutions import convolution, transposed_convolution
 from gradnorm_ext.layers.layouts import Layout
-from gradnorm_ext.layers.linears import addmm, linear, linear_module, matmul
+from gradnorm_ext.layers.linears import addmm, bilinear, linear, linear_module, matmul
 from gradnorm_ext.layers.normalizations import batch_norm, group_norm, instance_norm, layer_norm, layer_norm_module
 from gradnorm_ext.layers.observation import Observation, Use
 from gradnorm_ext.layers.taps import LookedUp, Tap
@@ -181,7 +182,7 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
     observation = tap.observation
     if not isinstance(other, Tensor) or isinstance(other, Tap) or observation.is_constant(other):
         return None
-    if tap.is_derived and not observation.is_data(other):
+    if tap.is_met_by_constant(other):
         return None
     shape = torch.broadcast_shapes(tap.shape, other.shape)
     if observation.examples != 1 and (other.dim() != len(shape) or not shape):
@@ -216,6 +217,70 @@ def add(first: Any, second: Any, *, alpha: float = 1) -> Any:
         return NotImplemented
     call, use = meeting
     return _Sum.apply(call, other, use.operand, tap.looked_up, *call.probes)
+
+
+def negative(tap: Tap) -> Any:
+    return NotImplemented if tap.looked_up is not None else tap.viewed(-tap.value, "negative")
+
+
+def subtract(first: Any, second: Any, *, alpha: float = 1) -> Any:
+    """``x - w`` and ``w - x``: sums with what is negative."""
+    if alpha != 1 or (isinstance(first, Tap) and isinstance(second, Tap)):
+        return NotImplemented
+    if isinstance(first, Tap):
+        return add(first, -second)
+    minus = negative(second)
+    return NotImplemented if minus is NotImplemented else add(first, minus)
+
+
+def subtract_from(first: Any, second: Any) -> Any:
+    return subtract(second, first)
+
+
+class _Quotient(torch.autograd.Function):
+    """``y = x / w``, broadcast."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Tensor, weight: Tensor, probe: Tensor) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(x, weight)
+        return x / weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        call: Call = ctx.call
+        with no_autocast(g.device):
+            run = Backward(ctx, call)
+            dx = None
+            if ctx.needs_input_grad[1]:
+                dx = (g / weight).sum_to_size(x.shape).to(x.dtype)
+                run.tag(dx)
+            dw, of_weight = run.deliver(0, 2, lambda: spread(-g * ((x / weight) / weight), weight.shape, call))
+        return None, dx, dw, of_weight
+
+
+def divide(first: Any, second: Any, **rounding: Any) -> Any:
+    if (
+        rounding
+        or isinstance(first, Tap)
+        or second.looked_up is not None
+        or (meeting := _meet(second, first, "div")) is None
+    ):
+        return NotImplemented
+    call, use = meeting
+    return _Quotient.apply(call, first, use.operand, *call.probes)
+
+
+def prelu(input: Any, weight: Any) -> Any:
+    """``max(x, 0) + w min(x, 0)``, with a weight for each channel or one for all."""
+    if isinstance(input, Tap) or weight.looked_up is not None or weight.dim() > 1:
+        return NotImplemented
+    if weight.numel() > 1:
+        weight = weight.viewed(weight.value.view(-1, *[1] * (input.dim() - 2)), "reshape")
+    negative_part = multiply(input.clamp(max=0), weight)
+    return NotImplemented if negative_part is NotImplemented else F.relu(input) + negative_part
 
 
 class _Expand(torch.autograd.Function):
@@ -261,6 +326,18 @@ def repeat(tap: Tap, *sizes: Any) -> Any:
         return NotImplemented
     expanded = expand(tap, *(size * count for size, count in zip(own, times, strict=True)))
     return expanded if expanded is NotImplemented else expanded.contiguous()
+
+
+def _in_place(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of a function that writes its result into its first argument, an activation."""
+
+    def write(x: Any, other: Any, **options: Any) -> Any:
+        if isinstance(x, Tap):
+            return NotImplemented
+        result = rule(x.clone(), other, **options)  # a backward may need what x was
+        return result if result is NotImplemented else x.copy_(result)
+
+    return write
 
 
 def _view_rule(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -326,14 +403,25 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
         for n, function in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1)
     },
     F.multi_head_attention_forward: multi_head_attention_forward,
+    F.bilinear: bilinear,
     F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
     F.layer_norm: layer_norm,
     F.group_norm: group_norm,
     F.instance_norm: instance_norm,
     F.batch_norm: batch_norm,
     F.rms_norm: rms_norm,
-    **dict.fromkeys((torch.mul, _T.mul, _T.__mul__, _T.__rmul__, _T.mul_, _T.__imul__, torch.multiply), multiply),
-    **dict.fromkeys((torch.add, _T.add, _T.__add__, _T.__radd__, _T.add_, _T.__iadd__), add),
+    **dict.fromkeys((torch.mul, _T.mul, _T.__mul__, _T.__rmul__, torch.multiply), multiply),
+    **dict.fromkeys((_T.mul_, _T.__imul__), _in_place(multiply)),
+    **dict.fromkeys((torch.add, _T.add, _T.__add__, _T.__radd__), add),
+    **dict.fromkeys((_T.add_, _T.__iadd__), _in_place(add)),
+    **dict.fromkeys((torch.sub, _T.sub, _T.__sub__, torch.subtract), subtract),
+    **dict.fromkeys((_T.sub_, _T.__isub__), _in_place(subtract)),
+    **dict.fromkeys((_T.__rsub__, torch.rsub), subtract_from),
+    **dict.fromkeys((torch.neg, _T.neg, _T.__neg__, torch.negative), negative),
+    **dict.fromkeys((torch.div, _T.div, _T.__truediv__, torch.true_divide), divide),
+    **dict.fromkeys((_T.div_, _T.__itruediv__), _in_place(divide)),
+    F.prelu: prelu,
     _T.expand: expand,
     _T.repeat: repeat,
     **{function: _view_rule(function, name) for name, functions in VIEWS.items() for function in functions},

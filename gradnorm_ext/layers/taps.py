@@ -73,6 +73,10 @@ class Tap(Tensor):
     def name(self) -> str:
         return self.slot.name
 
+    def is_met_by_constant(self, x: Tensor) -> bool:
+        """Whether this is a derived parameter and ``x`` not known to be data: then the result is one, too."""
+        return self.is_derived and not self.observation.is_data(x)
+
     def viewed(self, value: Tensor, view: str) -> Tap:
         """The tap of a view of this one, or of a cast or a shift, whose gradient has the same norm."""
         tap = Tap.of(self.observation, self.slot, value, self.views, self.others)
