@@ -1,6 +1,7 @@
 """Small models drawn at random, against autograd one example at a time: right, or refused with the reason.
 
-`pytest tests/test_fuzz.py` draws 300 models; with GRADNORM_FUZZ=10000 in the environment, as many as that.
+`pytest tests/test_fuzz.py` draws 300 models, and 100 of other layouts; with GRADNORM_FUZZ=10000 in the environment, as many
+as that of each.
 """
 
 import os
@@ -156,6 +157,91 @@ def test_drawn_models_are_measured_right_or_refused_with_a_reason(case, backend,
             expected = sum(w * g[name] for w, g in zip(optimizer.weights, gradients, strict=True))
             found = torch.zeros_like(expected) if parameter.grad is None else parameter.grad
             assert float((found - expected).norm()) <= EXACT * scale * examples, name
+
+
+POINTWISE = [
+    *("linear", "linear without bias", "layer norm", "rms norm", "tanh", "scale", "gate", "product"),
+    *("twice", "norm three times", "frozen", "frozen bias"),
+]
+TIMINGS = [{}, {"passes": 2}, {"scope": "layer"}, {"gradient_budget": 0}]
+
+
+class Rows(nn.Module):
+    """Layers that work on each row by itself, so that rows may lie anywhere."""
+
+    def __init__(self, names, width):
+        super().__init__()
+        self.lift = nn.Embedding(7, width)
+        self.layers = nn.ModuleList(LAYERS[name](1, width) for name in names)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, ids):
+        h = self.lift(ids)
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(h)
+
+
+@st.composite
+def laid_out(draw):
+    """A model, its ids, what `observe` is told, and which rows are whose."""
+    lengths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    torch.manual_seed(draw(st.integers(0, 999)))
+    model = Rows(draw(st.lists(st.sampled_from(POINTWISE), max_size=4)), draw(st.integers(1, 4))).double()
+    layout = draw(st.sampled_from(["sequence first", "packed", "packed, one more dimension", "mixed"]))
+    if layout == "sequence first":
+        length, examples = lengths[0], len(lengths)
+        owner = torch.arange(examples).expand(length, examples)
+        return model, torch.randint(0, 7, (length, examples)), {"batch_dim": 1}, owner
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    told = {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0)}
+    if layout == "mixed":
+        owner = owner[torch.randperm(len(owner))]
+        told = {"example_ids": owner}
+    if layout == "packed, one more dimension":
+        owner = owner[None]
+    return model, torch.randint(0, 7, owner.shape), told, owner
+
+
+@settings(
+    max_examples=int(os.environ.get("GRADNORM_FUZZ", "100")), deadline=None, suppress_health_check=list(HealthCheck)
+)
+@given(laid_out(), st.sampled_from(["reference", "native"]), st.sampled_from(TIMINGS), st.data())
+def test_drawn_layouts_and_timings_are_right(drawn, backend, timing, data):
+    model, ids, told, owner = drawn
+    examples = int(owner.max()) + 1
+    tasks = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=examples, max_size=examples)))
+    gradients = []
+    for b in range(examples):
+        model.zero_grad()
+        model(ids[owner == b][None]).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    of_tasks, truth = (
+        oracle.group_norms(gradients, tasks, 2),
+        oracle.group_norms(gradients, torch.arange(examples), examples),
+    )
+    scale = truth.max() + torch.finfo(torch.float64).tiny
+    policy = by_layer if timing.get("scope") == "layer" else ClipExamples(float(truth.median()) + 1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer = Reweighted(optimizer, model, policy, tasks=2, backend=backend, **timing)
+    for _ in range(2):
+        model.zero_grad()
+        with optimizer.observe(tasks=tasks, **told):
+            optimizer.backward(model(ids).square().sum())
+        assert float((optimizer.stats.example_norm - truth).abs().max()) <= EXACT * scale
+        assert float((optimizer.stats.task_norm - of_tasks).abs().max()) <= EXACT * scale * examples
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                weights = optimizer.layer_weights[name] if timing.get("scope") == "layer" else optimizer.weights
+                expected = sum(w * g[name] for w, g in zip(weights, gradients, strict=True))
+                assert float((parameter.grad - expected).norm()) <= EXACT * scale * examples, name
+
+
+def by_layer(stats):
+    return 1 / (1 + stats.example_norm)
+
+
+by_layer.weighs = "examples"
 
 
 @pytest.mark.parametrize("name", sorted(LAYERS))
