@@ -6,13 +6,13 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradnorm_ext.layers import Plan
+from gradnorm_ext.layers import Examples, Layout, Plan
 from gradnorm_ext.meter import Given, Meter
 
 
@@ -44,19 +44,26 @@ class Check:
 
 
 def check(
-    model: nn.Module, loss: Callable[[Any], Tensor], *inputs: Any, backend: str = "auto", **observe_options: Any
+    model: nn.Module,
+    loss: Callable[[Any], Tensor],
+    *inputs: Any,
+    on_unsupported: Literal["error", "vmap"] = "error",
+    backend: str = "auto",
+    **observe_options: Any,
 ) -> Check:
     """Compare a model's measured norms with autograd, one example at a time; print and return the differences.
 
     Works on a copy of the model in float64 and in eval mode (dropout would make every pass another function). The
     output's gradient is taken once for the whole batch and held fixed; then every example is run alone through the model
-    and its slice of that gradient is propagated back.
+    and its slice of that gradient is propagated back. Of a packed batch the model is run whole, and back for each example
+    with the output gradients of its rows alone.
 
     Args:
         model: the model; not changed.
         loss: a function of the model's output that returns the scalar that training calls ``backward()`` on.
-        inputs: the model's arguments. Tensors whose first size is that of the first one are batched and are sliced;
-            the rest is passed as it is.
+        inputs: the model's arguments. Tensors whose first size (second, with ``batch_dim=1``) is that of the first one
+            are batched and are sliced; the rest is passed as it is.
+        on_unsupported: as of :class:`Meter`.
         backend: as of :class:`Meter`.
         observe_options: of :meth:`Meter.observe`.
 
@@ -74,18 +81,21 @@ def check(
     for parameter in copied.parameters():
         parameter.grad = None
     inputs = pytree.tree_map(lambda leaf: leaf.double() if _is_floating(leaf) else leaf, inputs)
-    batched = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    dim = observe_options.get("batch_dim", 0)
+    batched = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > dim]
     if not batched:
-        raise ValueError("check: an input must be a tensor with the examples as its first dimension, got none")
-    examples = len(batched[0])
-    tasks = observe_options.get("tasks")
-    if tasks is not None and len(tasks) != examples:
         raise ValueError(
-            f"check: tasks must have one entry per example of the first input, got {len(tasks)} for {examples}; pass the "
-            "batched input first"
+            f"check: an input must be a tensor with the examples as its {'second' if dim else 'first'} dimension, got none"
         )
-    measured = _measured(copied, loss, inputs, backend, observe_options)
-    expected = _one_at_a_time(copied, loss, inputs, examples)
+    tasks, packed = observe_options.get("tasks"), observe_options.keys() & {"cu_seqlens", "example_ids"}
+    if tasks is not None and not packed and len(tasks) != batched[0].shape[dim]:
+        raise ValueError(
+            f"check: tasks must have one entry per example of the first input, got {len(tasks)} for "
+            f"{batched[0].shape[dim]}; pass the batched input first"
+        )
+    measured, batch = _measured(copied, loss, inputs, on_unsupported, backend, observe_options)
+    examples = batch.count
+    expected = _one_at_a_time(copied, loss, inputs, batch)
     total = sum(expected.values(), torch.zeros(examples, dtype=torch.float64)).clamp(
         min=torch.finfo(torch.float64).tiny
     )
@@ -103,46 +113,68 @@ def _measured(
     model: nn.Module,
     loss: Callable[[Any], Tensor],
     inputs: tuple[Any, ...],
+    on_unsupported: Literal["error", "vmap"],
     backend: str,
     observe_options: dict[str, Any],
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Examples]:
     tasks = observe_options.get("tasks")
-    meter = Meter(model, tasks=1 if tasks is None else int(torch.as_tensor(tasks).max()) + 1, backend=backend)
+    n_tasks = 1 if tasks is None else int(torch.as_tensor(tasks).max()) + 1
+    meter = Meter(model, tasks=n_tasks, on_unsupported=on_unsupported, backend=backend)
     with meter.block("check", Plan(), cast("Given", observe_options), always_verify=True) as block:
         loss(model(*inputs)).backward()
+    batch = block.observation.batch
+    assert batch is not None
     block.observation.forget()
     model.zero_grad()
-    return {name: sqnorm.double() for name, sqnorm in meter.parameter_sqnorm.items()}
+    return {name: sqnorm.double() for name, sqnorm in meter.parameter_sqnorm.items()}, batch
 
 
 def _one_at_a_time(
-    model: nn.Module, loss: Callable[[Any], Tensor], inputs: tuple[Any, ...], examples: int
+    model: nn.Module, loss: Callable[[Any], Tensor], inputs: tuple[Any, ...], batch: Examples
 ) -> dict[str, Tensor]:
-    output, spec = pytree.tree_flatten(model(*inputs))
-    fixed = [leaf.detach().requires_grad_() if _is_floating(leaf) and leaf.requires_grad else leaf for leaf in output]
+    whole, spec = pytree.tree_flatten(model(*inputs))
+    fixed = [leaf.detach().requires_grad_() if _is_floating(leaf) and leaf.requires_grad else leaf for leaf in whole]
     leaves = [i for i, leaf in enumerate(fixed) if isinstance(leaf, Tensor) and leaf.requires_grad]
     for i in leaves:
-        if fixed[i].dim() == 0 or len(fixed[i]) != examples:
+        if _layout(fixed[i], batch) is None:
             raise ValueError(
-                f"check: the model's outputs must have the {examples} examples as their first dimension, got "
+                f"check: the model's outputs must have the {batch.count} examples as their first dimension, got "
                 f"{list(fixed[i].shape)}; let the model return its outputs and `loss` the scalar"
             )
     value = loss(pytree.tree_unflatten(fixed, spec))
     of_outputs = torch.autograd.grad(value, [fixed[i] for i in leaves], allow_unused=True)
+    used = [(i, g) for i, g in zip(leaves, of_outputs, strict=True) if g is not None]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    sqnorms = {name: torch.zeros(examples, dtype=torch.float64) for name in parameters}
-    for b in range(examples):
-        alone = pytree.tree_map(functools.partial(_one_example, b, examples), inputs)
-        outputs = pytree.tree_leaves(model(*alone))
-        pairs = [(outputs[i], g[b : b + 1]) for i, g in zip(leaves, of_outputs, strict=True) if g is not None]
-        gradients = torch.autograd.grad(
-            [y for y, _ in pairs], list(parameters.values()), [g for _, g in pairs], allow_unused=True
+    sqnorms = {name: torch.zeros(batch.count, dtype=torch.float64) for name in parameters}
+    for b in range(batch.count):
+        if batch.packing is None:
+            alone = pytree.tree_map(functools.partial(_one_example, b, batch), inputs)
+            outputs = pytree.tree_leaves(model(*alone))
+            gradients = [g.narrow(batch.batch_dim, b, 1) for _, g in used]
+        else:
+            outputs, only = whole, torch.zeros(batch.count, dtype=torch.float64)
+            only[b] = 1
+            gradients = [_layout(g, batch).scaled(g, only) for _, g in used]  # type: ignore[union-attr]
+        found = torch.autograd.grad(
+            [outputs[i] for i, _ in used], list(parameters.values()), gradients, retain_graph=True, allow_unused=True
         )
-        for name, gradient in zip(parameters, gradients, strict=True):
+        for name, gradient in zip(parameters, found, strict=True):
             if gradient is not None:
                 sqnorms[name][b] = gradient.square().sum()
     return sqnorms
 
 
-def _one_example(b: int, examples: int, leaf: Any) -> Any:
-    return leaf[b : b + 1] if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == examples else leaf
+def _layout(output: Tensor, batch: Examples) -> Layout | None:
+    """Of an output: as the block said, with the features it may have set aside."""
+    dim = batch.batch_dim
+    if batch.packing is None and (output.dim() <= dim or output.shape[dim] != batch.count):
+        return None
+    shape = tuple(output.shape[: max(1, output.dim() - 1)])
+    kind = batch.kind_of(shape, set())
+    return None if kind is None else Layout(kind, shape, batch)
+
+
+def _one_example(b: int, batch: Examples, leaf: Any) -> Any:
+    dim = batch.batch_dim
+    batched = isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == batch.count
+    return leaf.narrow(dim, b, 1) if batched else leaf

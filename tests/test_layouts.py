@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradnorm_ext import InverseNorm, Meter, Reweighted
+from gradnorm_ext import InverseNorm, Meter, Reweighted, check
 
 EXACT = 1e3 * torch.finfo(torch.float64).eps
 LENGTHS = [3, 1, 5, 2]
@@ -233,6 +233,21 @@ def test_positions_prove_nothing_where_there_are_as_many_as_examples():
     meter = Meter(case.model)
     with pytest.raises(RuntimeError, match="in which order they are"), meter.observe():
         case.run().backward()
+
+
+def test_check_knows_the_layouts(capsys):
+    torch.manual_seed(0)
+    for order in ("one after the other", "mixed"):
+        document, inputs, _ = packed_batch(order, [1])
+        where = {"example_ids": document} if order == "mixed" else {"cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0)}
+        found = check(Packed(), lambda logits: logits.square().sum(), *inputs, tasks=[0, 1, 1, 0], **where)
+        assert not found.differing and len(found.relative_error) == 11
+    found = check(SequenceFirst(6), lambda logits: logits.square().sum(), torch.randint(0, 13, (6, 4)), batch_dim=1)
+    assert not found.differing and len(found.relative_error) == 12
+    model = nn.LSTM(3, 4, batch_first=True)
+    found = check(model, lambda out: out[0].square().sum(), torch.randn(5, 2, 3), on_unsupported="vmap")
+    assert not found.differing and len(found.relative_error) == 4
+    assert capsys.readouterr().out.count("agree with autograd") == 4
 
 
 PACKED = [
