@@ -14,10 +14,11 @@ WIDTH, EXAMPLES = 4, 4  # as many as there are features: sizes alone tell nothin
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind, **options):
+    def __init__(self, kind, from_zero=False, **options):
         super().__init__()
+        self.from_zero = from_zero
         self.lift, self.cell = nn.Linear(3, WIDTH), getattr(nn, kind)(WIDTH, 5, **options)
-        self.start = nn.Linear(3, 5)
+        self.start = nn.Linear(3, 5).requires_grad_(not from_zero)
         self.head = nn.Linear(10 if options.get("bidirectional") else 5, 2)
         self.states = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
 
@@ -27,7 +28,7 @@ class Recurrent(nn.Module):
         rows = torch.tanh(self.lift(x))
         if not self.cell.batch_first:
             rows = rows.transpose(0, 1)
-        h, last = self.cell(rows, state)
+        h, last = self.cell(rows) if self.from_zero else self.cell(rows, state)
         h = h if self.cell.batch_first else h.transpose(0, 1)
         last = last[1] if isinstance(last, tuple) else last
         return torch.cat([self.head(h).flatten(1), last.transpose(0, 1).flatten(1)], 1)
@@ -99,6 +100,8 @@ def case_of(model, tokens=5):
 MAKERS = {
     "RNN": lambda: Recurrent("RNN", batch_first=True),
     "LSTM": lambda: Recurrent("LSTM", batch_first=True, num_layers=2),
+    "LSTM, from zero": lambda: Recurrent("LSTM", from_zero=True, batch_first=True),
+    "GRU, from zero, sequence first": lambda: Recurrent("GRU", from_zero=True),
     "LSTM, sequence first": lambda: Recurrent("LSTM"),
     "LSTM, projected": lambda: Recurrent("LSTM", batch_first=True, proj_size=0, bias=False),
     "GRU, both ways": lambda: Recurrent("GRU", batch_first=True, bidirectional=True),

@@ -232,7 +232,7 @@ def recurrent_module(observation: Observation, module: nn.RNNBase, input: Any, h
             f"{type(input).__name__}{'' if not isinstance(input, Tensor) else list(input.shape)}; pad packed sequences "
             "and give single ones a batch dimension"
         )
-    states, spec = pytree.tree_flatten(hx)
+    states, spec = pytree.tree_flatten(() if hx is None else hx)
     plain = vars(type(module))["_gradnorm_base"]
 
     def run(*tensors: Tensor) -> list[Any]:
@@ -240,7 +240,7 @@ def recurrent_module(observation: Observation, module: nn.RNNBase, input: Any, h
         # The module would put its parameters back in the list.
         vars(module).update(_flat_weights=list(tensors[1 + len(states) :]), _update_flat_weights=lambda: None)
         try:
-            states_again = pytree.tree_unflatten(tensors[1 : 1 + len(states)], spec)
+            states_again = None if hx is None else pytree.tree_unflatten(tensors[1 : 1 + len(states)], spec)
             found: list[Any] = pytree.tree_leaves(plain.forward(module, tensors[0], states_again))
         finally:
             vars(module).update(own)
