@@ -32,11 +32,13 @@ def wrong_with(kernel, capability):
         yield f"takes {kernel['shared']} bytes of shared memory"
     if kernel["atomics"]:
         yield "adds atomically, hence in another order each time"
+    given, narrow = kernel["given"], kernel["types"][0] in HALVES
+    if not narrow and given.get("PRECISION") != "tf32":
+        if kernel["HGMMA"] or kernel["HMMA"]:
+            yield "rounds to TF32"
+        return
     if kernel["name"] not in ("_fused_kernel", "_pairs_kernel"):
         return
-    given, narrow = kernel["given"], kernel["types"][0] in HALVES
-    if not narrow and given["PRECISION"] != "tf32":
-        return  # float32 as it is, and float64: no matrix instructions are asked for
     rows = int(given.get("BLOCK_D") or given["BLOCK_ROWS"])
     wanted = "HGMMA" if capability >= 90 and rows >= 64 else "HMMA"  # a warpgroup multiplies 64 rows at a time
     if not kernel[wanted]:
