@@ -295,6 +295,15 @@ def test_rows_may_be_strided():
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_may_be_strided(method):
+    segments = nested([2] * 3, 0)
+    x, g = (rows.to(DEVICE) for rows in rows_of(segments, 3, 2, torch.float64))
+    for weight in (torch.arange(6, device=DEVICE).double()[::2], torch.full((), 0.5, device=DEVICE).expand(3)):
+        found = triton_kernels.outer_wgrad(x, g, segments, weight=weight, method=method)
+        torch.testing.assert_close(found, ops.outer_wgrad(x, g, segments, weight=weight, backend="reference"))
+
+
 def test_nothing_gives_zeros():
     for lengths in ([], [0], [0, 0]):
         segments = nested(lengths, 2)
