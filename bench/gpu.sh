@@ -17,7 +17,7 @@ fi
 $python -P -m pytest -q -m gpu tests
 
 if [[ ${1:-} != --interpret ]]; then
-    compute-sanitizer --error-exitcode 1 --target-processes all \
+    compute-sanitizer --error-exitcode 1 \
         $python -P -m pytest -q tests/test_triton.py -k "more_rows or lookup or product_and_sum or segment_std or nan_stays"
 fi
 

@@ -4,6 +4,9 @@ What is compared with what, and how closely, is `test_ops`'s.
 """
 
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,9 +21,10 @@ from test_ops import (
     segments_of,
     truth,
 )
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradnorm_ext import backends, ops
+from gradnorm_ext import Meter, backends, ops
 from gradnorm_ext.segments import Groups, Segments
 
 triton_kernels = pytest.importorskip("gradnorm_ext.triton_kernels")  # triton is optional
@@ -291,6 +295,15 @@ def test_rows_may_be_strided():
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_may_be_strided(method):
+    segments = nested([2] * 3, 0)
+    x, g = (rows.to(DEVICE) for rows in rows_of(segments, 3, 2, torch.float64))
+    for weight in (torch.arange(6, device=DEVICE).double()[::2], torch.full((), 0.5, device=DEVICE).expand(3)):
+        found = triton_kernels.outer_wgrad(x, g, segments, weight=weight, method=method)
+        torch.testing.assert_close(found, ops.outer_wgrad(x, g, segments, weight=weight, backend="reference"))
+
+
 def test_nothing_gives_zeros():
     for lengths in ([], [0], [0, 0]):
         segments = nested(lengths, 2)
@@ -330,6 +343,27 @@ def test_the_backend_is_the_default_on_a_gpu_and_serves_every_operation():
     )
     for name in (*names, "outer_gram"):
         assert backends.find(name, "cuda", "auto") is getattr(triton_kernels, name)
+
+
+def test_it_serves_the_cpu_in_the_interpreter_alone():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = "from gradnorm_ext import backends; backends.find('sum_sums', 'cpu', 'triton')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "sum_sums: no backend runs it on cpu, looked at triton (has no sum_sums for cpu)" in done.stderr
+
+
+def test_a_meter_measures_with_it():
+    torch.manual_seed(0)
+    body = [nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 9)]
+    model = nn.Sequential(*body).double().to(DEVICE)
+    ids = torch.tensor([[1, 2, 2], [0, 8, 3], [4, 4, 4], [5, 0, 1]], device=DEVICE)
+    stats = []
+    for backend in ("triton", "reference"):
+        meter = Meter(model, tasks=2, backend=backend)
+        with meter.observe(tasks=[0, 1, 1, 0], prompts=[0, 1, 1, 2]):
+            model(ids).square().mean((1, 2)).sum().backward()
+        stats.append((meter.stats.example_norm, meter.stats.prompt_norm, meter.stats.task_norm))
+    torch.testing.assert_close(*stats)
 
 
 def one_of_each(length):

@@ -1,21 +1,17 @@
 """``python triton_launches.py 90``: what the Triton backend launches, compiled for sm_90 without a GPU, as JSON.
 
 Operations run on the CPU with their launches recorded and not carried out: it is the launcher that chooses every shape and
-constant, and Triton's own rules that say which launches are one kernel. A process of its own, because the tests' process
-interprets kernels. Prints ``{"kernels": [...], "of_other_lengths": [names of kernels that only other lengths need]}``.
+constant, and Triton's own rules that say which launches are one kernel. A process of its own, without TRITON_INTERPRET,
+because the tests' process interprets kernels. Prints the kernels, and the names of those that only other lengths need.
 """
 
 import collections
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-os.environ.pop("TRITON_INTERPRET", None)
-os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # 3.9 wants to be told; multiply-adds are fused in every version
 
 import torch
 import triton
@@ -29,6 +25,7 @@ from gradnorm_ext.triton_kernels import outer_fused, outer_pairs
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HGMMA", "HMMA", "LDGSTS")
+ATOMICS = ("ATOM", "ATOMG", "RED", "REDG")  # in global memory
 
 
 class Recorder:
@@ -69,6 +66,7 @@ class Recorder:
             },
             **{"registers": int(found[1]), "stack": int(found[2]) + int(found[3]), "shared": done.metadata.shared},
             **{name: counts[name] for name in INSTRUCTIONS},
+            "atomics": sum(counts[name] for name in ATOMICS),
         }
 
 

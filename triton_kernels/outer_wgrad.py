@@ -94,6 +94,7 @@ def _run(x, g, segments, weight, outputs, dw, accumulate, method) -> Tensor:
         )
     sqnorm = x.new_empty(sqnorm_length(segments), dtype=accumulator(x.dtype))
     groups, length = segments.groups, -1 if segments.length is None else segments.length
+    weight = None if weight is None else weight.contiguous()
     given = (groups.walk, groups.columns, list(groups.counts), weight, outputs, dw, sqnorm, accumulate)
     _outer_wgrad(x, g, segments.offsets, length, *given, method)
     return sqnorm

@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 # TRITON_INTERPRET=1, set before the first import, runs the kernels on the CPU: slow, for tests.
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
 
 FILLS_A_GPU = 2048  # programs: 16 for each of about 128 multiprocessors; more than it has to do no good
 
@@ -47,8 +46,8 @@ def constexpr_of(dtype: torch.dtype) -> tl.dtype:
 
 
 def is_hopper(rows: Tensor) -> bool:
-    """Whether tiles are those of sm_90 and later; else those of sm_80."""
-    return not rows.is_cuda or torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    """Whether a multiprocessor has the 227 KB of shared memory of sm_90 and sm_100; else tiles are those of sm_80."""
+    return not rows.is_cuda or torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
 
 
 def is_aligned(*rows: Tensor) -> bool:
