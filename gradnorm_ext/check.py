@@ -135,15 +135,15 @@ def _one_at_a_time(
     whole, spec = pytree.tree_flatten(model(*inputs))
     fixed = [leaf.detach().requires_grad_() if _is_floating(leaf) and leaf.requires_grad else leaf for leaf in whole]
     leaves = [i for i, leaf in enumerate(fixed) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    for i in leaves:
+    value = loss(pytree.tree_unflatten(fixed, spec))
+    of_outputs = torch.autograd.grad(value, [fixed[i] for i in leaves], allow_unused=True)
+    used = [(i, g) for i, g in zip(leaves, of_outputs, strict=True) if g is not None]
+    for i, _ in used:
         if _layout(fixed[i], batch) is None:
             raise ValueError(
                 f"check: the model's outputs must have the {batch.count} examples as their first dimension, got "
                 f"{list(fixed[i].shape)}; let the model return its outputs and `loss` the scalar"
             )
-    value = loss(pytree.tree_unflatten(fixed, spec))
-    of_outputs = torch.autograd.grad(value, [fixed[i] for i in leaves], allow_unused=True)
-    used = [(i, g) for i, g in zip(leaves, of_outputs, strict=True) if g is not None]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sqnorms = {name: torch.zeros(batch.count, dtype=torch.float64) for name in parameters}
     for b in range(batch.count):
