@@ -2,11 +2,13 @@
 
     python bench/run.py ops [--backend native ...] [--size small|all] [--threads 1]
     python bench/run.py step [--model gpt gpt512 mlp] [--variant meter ...] [--runs N] [--threads 1] [--profile VARIANT]
+    python bench/run.py gpu [--interpret]      # bench/gpu.sh does what comes before
 
 Nothing is timed before its result was compared with plain torch in float64 (checks.py): what is wrong is refused, and
 the exit status is then 1. What is compared is timed in turns in one process: with one thread the CPU time of the
 process, which does not count who else runs on the machine; with more, wall time. Rows are appended to
-results/<device>.csv. ``--quick`` goes through everything once at tiny sizes and records nothing.
+results/<device>.csv. ``--quick`` goes through everything once at tiny sizes and records nothing. On a GPU, events are the
+clock; ``--interpret`` runs the same on the CPU, in Triton's interpreter at tiny sizes, and records in a temporary file.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import ctypes
 import dataclasses
 import datetime
 import gc
+import importlib.metadata
 import math
 import multiprocessing
 import os
@@ -26,6 +29,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -55,13 +59,16 @@ def main() -> int:
     of_step.add_argument("--variant", nargs="+", choices=tuple(VARIANTS)[1:], default=tuple(VARIANTS)[1:])
     of_step.add_argument("--runs", type=int, help="pairs of steps, at least 2; default: the model's")
     of_step.add_argument("--profile", choices=tuple(VARIANTS), help="only show where this variant's time goes")
+    of_gpu = commands.add_parser("gpu", help="the Triton kernels, and a step of a large model")
+    of_gpu.add_argument("--interpret", action="store_true", help="a dry run on the CPU")
     for command in (of_ops, of_step):
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--quick", action="store_true", help="tiny sizes, nothing is recorded")
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-
     refusals: list[str] = []
+    if given.command == "gpu":
+        return finish(record_gpu(given.interpret, refusals), refusals)
+    torch.set_num_threads(given.threads)
     if given.command == "ops":
         built = [name for name in ("native", "reference") if not isinstance(backends.load(name), str)]
         group = "quick" if given.quick else given.size
@@ -72,8 +79,12 @@ def main() -> int:
         return 0
     else:
         figures = time_steps(given.model, given.variant, given.runs, given.threads, given.quick, refusals)
-    if not given.quick:
-        print(f"\nappended to {os.path.relpath(record(figures, given.threads))}")
+    return finish(None if given.quick else record(figures, given.threads, device_name()), refusals)
+
+
+def finish(path: Path | None, refusals: Sequence[str]) -> int:
+    if path is not None:
+        print(f"\nappended to {os.path.relpath(path)}")
     for refusal in refusals:
         print(f"REFUSED, not timed: {refusal}", file=sys.stderr)
     return 1 if refusals else 0
@@ -263,15 +274,34 @@ def print_profile(variant: str, problem: Problem) -> None:
     print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=50))
 
 
-def record(figures: Sequence[Figure], threads: int) -> Path:
+def record_gpu(interpret: bool, refusals: list[str]) -> Path:
+    """Measures what `gpu.py` has and appends it to the results of the GPU, or of nothing, where it is a dry run."""
+    import gpu  # needs triton
+
+    if interpret == torch.cuda.is_available():
+        raise SystemExit("run.py gpu: --interpret is for machines without a GPU, and needed there")
+    if interpret and backends.choose("auto") != "triton":
+        raise SystemExit("run.py gpu: --interpret needs TRITON_INTERPRET=1 GRADNORM_BACKEND=triton; run bench/gpu.sh")
+    figures = []
+    for one in gpu.measure(interpret, refusals):
+        what = (one.case, one.size, one.backend, one.figure)
+        figures.append(Figure.of(*what, one.samples) if len(one.samples) > 1 else Figure(*what, one.samples[0]))
+    versions = f"{torch.__version__}, triton {importlib.metadata.version('triton')}"
+    if interpret:
+        return record(figures, torch.get_num_threads(), "dry run", versions, Path(tempfile.mkdtemp()))
+    return record(figures, torch.get_num_threads(), torch.cuda.get_device_name(), versions)
+
+
+def record(
+    figures: Sequence[Figure], threads: int, device: str, versions: str = torch.__version__, folder: Path | None = None
+) -> Path:
     """Appends the figures to the results of this device."""
-    device = device_name()
-    path = RESULTS / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
+    path = (folder or RESULTS) / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
     common = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device,
         "threads": threads,
-        "torch": torch.__version__,
+        "torch": versions,
         "gradnorm_ext": gradnorm_ext.__version__,
         "commit": git("rev-parse", "--short", "HEAD") or "none",
         "dirty": bool(git("status", "--porcelain")),

@@ -14,7 +14,7 @@ from gradnorm_ext import backends
 
 OPERATIONS = (
     *("outer_sqnorm", "outer_wgrad", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
-    *("sums_sqnorm", "sums_wgrad", "segment_std", "logit_scores", "logit_gradient_rates"),
+    *("sums_sqnorm", "sums_wgrad", "segment_std", "outer_gram", "logit_scores", "logit_gradient_rates"),
 )
 SIZES = ((1, 1024, 1024), (16, 1024, 1024), (128, 256, 1024), (512, 256, 4096))  # rows per segment, out, in
 

@@ -94,12 +94,16 @@ def outer_wgrad(
     outputs: Tensor | None = None,
     n_outputs: int = 1,
     out: Tensor | None = None,
+    accumulate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`gradnorm_ext.ops.outer_wgrad`; ``outputs [S]``: which of ``n_outputs`` gradients a segment joins."""
     x, g = _rows(x), _rows(g)
     shape = (n_outputs, g.shape[1], x.shape[1])
-    dw = x.new_empty(shape) if out is None else out.view(shape)
+    in_place = out is not None and out.dtype == x.dtype and not accumulate
+    dw = out.view(shape) if out is not None and in_place else x.new_empty(shape)
     sqnorm = _outer(x, g, segments, weight, outputs, dw)
+    if out is not None and not in_place:
+        dw = out.view(shape).add_(dw) if accumulate else out.view(shape).copy_(dw)
     return dw if outputs is not None else dw[0], sqnorm
 
 

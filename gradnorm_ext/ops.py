@@ -5,7 +5,8 @@ the loss at its output. Every ``*_sqnorm`` returns one vector: the squared norm 
 group's, level after level (:class:`~gradnorm_ext.segments.Segments`); every ``*_wgrad`` returns the weight gradient and
 that vector from one pass over the rows. Sums are formed in float32, or in float64 for float64 input.
 
-Every operation takes ``backend``: "auto" (the default: the fastest that is there), "native" or "reference".
+Every operation takes ``backend``: "auto" (the default: the fastest that is there), "triton", "native" or
+"reference".
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def outer_wgrad(
     weight: Tensor | None = None,
     by_group: bool = False,
     out: Tensor | None = None,
+    accumulate: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """A linear layer's weight gradient and its segments' squared norms, from one pass over the rows.
@@ -69,10 +71,13 @@ def outer_wgrad(
         x, g, segments: as of :func:`outer_sqnorm`.
         weight: ``[segments]``, or None for ones.
         by_group: one gradient for every group of the coarsest level instead of their sum.
-        out: where ``dw`` is written, contiguous, of the returned shape and dtype; None makes it.
+        out: where ``dw`` is written, contiguous, of the returned shape, and of its dtype or that of x, to which the sum
+            is then rounded; None makes it.
+        accumulate: add ``dw`` to what is in ``out``, as autograd does to a ``.grad`` that is there.
 
     Returns:
-        ``dw [out, in]``, or ``[groups, out, in]`` with ``by_group``; and ``sqnorm``. float32 (float64 for float64).
+        ``dw [out, in]``, or ``[groups, out, in]`` with ``by_group``; and ``sqnorm``. float32 (float64 for float64), where
+        ``out`` does not say otherwise.
 
     Example:
         >>> x, g = torch.tensor([[1., 2.], [3., 0.]]), torch.tensor([[1.], [2.]])
@@ -83,12 +88,39 @@ def outer_wgrad(
     outputs, n_outputs = _outputs("outer_wgrad", segments, weight, by_group)
     if out is not None:
         shape, dtype = [*([n_outputs] if by_group else []), g.shape[1], x.shape[1]], accumulator(x.dtype)
-        if list(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
+        if list(out.shape) != shape or out.dtype not in (dtype, x.dtype) or not out.is_contiguous():
             raise ValueError(
-                f"outer_wgrad: out must be contiguous, {shape} of {dtype}, got {list(out.shape)} of {out.dtype}; make it so"
+                f"outer_wgrad: out must be contiguous, {shape} of {dtype} or x's dtype, got {list(out.shape)} of {out.dtype}; "
+                "make it so"
             )
+    elif accumulate:
+        raise ValueError("outer_wgrad: accumulate needs out, the gradient to add to; pass it")
     run = backends.find("outer_wgrad", x.device.type, backends.choose(backend))
-    return run(x, g, segments, weight=weight, outputs=outputs, n_outputs=n_outputs, out=out)  # type: ignore[no-any-return]
+    return run(  # type: ignore[no-any-return]
+        x, g, segments, weight=weight, outputs=outputs, n_outputs=n_outputs, out=out, accumulate=accumulate
+    )
+
+
+def outer_gram(x: Tensor, g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
+    """Inner products of the groups' gradients of a linear layer's weight.
+
+        out[k, l] = ⟨ Σ_{r in k} g[r] x[r]ᵀ, Σ_{r in l} g[r] x[r]ᵀ ⟩
+
+    Args:
+        x, g: as of :func:`outer_sqnorm`.
+        segments: ``k`` and ``l`` are groups of their coarsest level, or segments where there are no groups.
+
+    Returns:
+        ``[groups, groups]``, float32 (float64 for float64 input); the diagonal is what :func:`outer_sqnorm` returns.
+
+    Example:
+        >>> x, g = torch.tensor([[1., 2.], [3., 0.]]), torch.tensor([[1.], [2.]])
+        >>> outer_gram(x, g, Segments.equal(2, 1))
+        tensor([[ 5.,  6.],
+                [ 6., 36.]])
+    """
+    _check_rows("outer_gram", segments, x=x, g=g)
+    return backends.find("outer_gram", x.device.type, backends.choose(backend))(x, g, segments)  # type: ignore[no-any-return]
 
 
 def lookup_sqnorm(

@@ -31,11 +31,32 @@ def outer_wgrad(
     outputs: Tensor | None = None,
     n_outputs: int = 1,
     out: Tensor | None = None,
+    accumulate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     shape = (n_outputs, g.shape[1], x.shape[1])
-    dw = x.new_zeros(shape, dtype=accumulator(x.dtype)) if out is None else out.view(shape).zero_()
+    dw = x.new_zeros(shape, dtype=accumulator(x.dtype))
     sqnorm = _outer(x, g, segments, weight, outputs, dw)
+    if out is not None:
+        dw = out.view(shape).add_(dw) if accumulate else out.view(shape).copy_(dw)
     return (dw[0] if outputs is None else dw), sqnorm
+
+
+def outer_gram(x: Tensor, g: Tensor, segments: Segments) -> Tensor:
+    x, g = x.to(accumulator(x.dtype)), g.to(accumulator(x.dtype))
+    groups = segments.groups
+    members = groups.counts[-1] if groups.counts else segments.count
+    gram = x.new_zeros(members, members)
+    for rows in _blocks(x, g, segments):
+        of_member = _outer_per_segment(x, rows, segments).flatten(1)
+        if groups.levels:
+            of_member = of_member.new_zeros(members, of_member.shape[1]).index_add_(0, groups.levels[-1], of_member)
+        gram += of_member @ of_member.t()
+    return gram
+
+
+def _blocks(x: Tensor, g: Tensor, segments: Segments) -> tuple[Tensor, ...]:
+    """Columns of g, as many as give segments' gradients of a bounded size."""
+    return g.split(max(1, _BLOCK // max(1, segments.count * x.shape[1])), 1) if g.shape[1] else ()
 
 
 def _outer(
@@ -43,17 +64,18 @@ def _outer(
 ) -> Tensor:
     x, g = x.to(accumulator(x.dtype)), g.to(accumulator(x.dtype))
     sqnorm = x.new_zeros(segments.columns)
-    block = max(1, _BLOCK // max(1, segments.count * x.shape[1]))
-    for i in range(0, g.shape[1], block):  # rows of the weight: the segments' gradients of all rows would not fit
-        of_segment = _outer_per_segment(x, g[:, i : i + block], segments)
+    i = 0
+    for rows in _blocks(x, g, segments):
+        of_segment = _outer_per_segment(x, rows, segments)
         sqnorm += sums_sqnorm(of_segment.flatten(1), segments)
         if dw is not None:
             if weight is not None:
                 of_segment = of_segment * weight[:, None, None].to(of_segment.dtype)
             if outputs is None:
-                dw[0, i : i + block] = of_segment.sum(0)
+                dw[0, i : i + rows.shape[1]] = of_segment.sum(0)
             else:
-                dw[:, i : i + block].index_add_(0, outputs, of_segment)
+                dw[:, i : i + rows.shape[1]].index_add_(0, outputs, of_segment)
+        i += rows.shape[1]
     return sqnorm
 
 

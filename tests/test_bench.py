@@ -1,6 +1,7 @@
 """The benchmarks run, print every row, and refuse to time what is wrong. How fast anything is, is not looked at."""
 
 import csv
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,8 +123,8 @@ def test_results_are_appended_below_one_header(
 ) -> None:
     monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
     figure = bench.Figure.of("meter", "gpt", "native", "time_ratio", [1.0, 1.1, 1.3])
-    path = bench.record([figure], threads=1)
-    assert bench.record([figure, figure], threads=2) == path
+    path = bench.record([figure], 1, "a device")
+    assert bench.record([figure, figure], 2, "a device") == path
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["threads"] for row in rows] == ["1", "2", "2"]
@@ -135,4 +136,34 @@ def test_results_are_appended_below_one_header(
         "figure": "time_ratio",
         "median": "1.1",
         "torch": torch.__version__,
+    }
+
+
+def test_the_gpu_bench_runs_dry_and_leaves_the_results_alone(tmp_path: Path) -> None:
+    pytest.importorskip("triton")  # optional
+    if torch.cuda.is_available():
+        pytest.skip("the dry run is for machines without a GPU")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "GRADNORM_BACKEND": "triton", "TMPDIR": str(tmp_path)}
+    before = sorted((path, path.stat().st_size) for path in BENCH.glob("results/*"))
+    command = [sys.executable, BENCH / "run.py", "gpu", "--interpret"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted((path, path.stat().st_size) for path in BENCH.glob("results/*")) == before
+    (written,) = tmp_path.glob("*/dry-run.csv")
+    with written.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    cases = {row["case"] for row in rows}
+    assert cases >= {"outer_wgrad", "outer_sqnorm", "lookup_wgrad", "product_wgrad", "sum_wgrad", "segment_std"}
+    assert cases >= {
+        "meter",
+        "meter_tasks",
+        "same_step_examples",
+        "same_step_tasks",
+        "next_step_tasks",
+        "T x T products",
+    }
+    assert {row["figure"] for row in rows if row["case"] == "outer_wgrad"} >= {
+        "e",
+        "x plain dW",
+        "beats gram from rows",
     }

@@ -51,6 +51,13 @@ def truth(per_segment, segments):
     return torch.stack([per_segment[list(of)].sum(0).square().sum() for of in members(segments)])
 
 
+def gram_of(per_segment, segments):
+    """Inner products of the coarsest groups' gradients, by their definition."""
+    last = segments.groups.counts[-1] if segments.groups.counts else segments.count
+    sums = torch.stack([per_segment[list(of)].sum(0).flatten() for of in members(segments)[-last:]])
+    return sums @ sums.t()
+
+
 def rows_of(segments, d, p, dtype):
     generator = torch.Generator().manual_seed(0)
     rows = int(segments.offsets[-1])
@@ -114,6 +121,41 @@ def test_outer(backend, lengths, widths, dtype):
     expected = (tensor.new_zeros(3, *tensor.shape[1:]).index_add_(0, coarse, tensor) for tensor in (plain, exact, size))
     assert_as_good_as_plain(dw, *expected)
     assert_as_good_as_plain(sqnorm, *norms)
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_outer_gram(lengths, nested, dtype):
+    segments = segments_of(lengths, nested)
+    x, g = rows_of(segments, 7, 5, dtype)
+    found = ops.outer_gram(x, g, segments)
+    if not lengths:
+        assert found.tolist() == ([[0] * 3] * 3 if nested else [])
+        return
+    gram = [
+        gram_of(outer_per_segment(*rows, segments), segments)
+        for rows in ((accumulated(x), accumulated(g)), (x.double(), g.double()), (x.double().abs(), g.double().abs()))
+    ]
+    assert_as_good_as_plain(found, *gram)
+    torch.testing.assert_close(found.diagonal(), ops.outer_sqnorm(x, g, segments)[-len(found) :])
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outer_writes_to_and_adds_to_a_gradient(backend, dtype):
+    segments = segments_of([3, 0, 5])
+    x, g = rows_of(segments, 6, 5, dtype)
+    for out_dtype in {dtype, accumulated(x).dtype}:
+        for by_group, shape in ((False, (6, 5)), (True, (3, 6, 5))):
+            given = {"by_group": by_group, "backend": backend}
+            plain, norms = ops.outer_wgrad(x, g, segments, **given)
+            before = torch.randn(shape).to(out_dtype)
+            written, added = before.clone(), before.clone()
+            for out, accumulate, expected in ((written, False, plain), (added, True, before + plain)):
+                dw, sqnorm = ops.outer_wgrad(x, g, segments, out=out, accumulate=accumulate, **given)
+                assert dw.data_ptr() == out.data_ptr() and sqnorm.equal(norms)
+                assert out.equal(expected.to(out_dtype))
 
 
 @pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
@@ -268,6 +310,10 @@ ONE = Segments.equal(2, 3, Groups.of(2, [(torch.tensor([0, 1]), 2)]))
          "outer_wgrad: weight must be [2], one per segment, got [3]"),
         (lambda: ops.outer_wgrad(torch.ones(6, 2), torch.ones(6, 2), Segments.equal(2, 3), by_group=True), ValueError,
          "outer_wgrad: by_group needs segments with groups and no weight"),
+        (lambda: ops.outer_wgrad(torch.ones(6, 2), torch.ones(6, 2), ONE, out=torch.ones(2, 3)), ValueError,
+         "outer_wgrad: out must be contiguous, [2, 2] of torch.float32 or x's dtype, got [2, 3] of torch.float32"),
+        (lambda: ops.outer_wgrad(torch.ones(6, 2), torch.ones(6, 2), ONE, accumulate=True), ValueError,
+         "outer_wgrad: accumulate needs out"),
         (lambda: ops.sums_wgrad(torch.ones(3, 2), ONE), ValueError,
          "sums_wgrad: sums must be [2, n], one row per segment, got [3, 2]"),
         (lambda: ops.sums_sqnorm(torch.ones(2, 2).half(), ONE), TypeError, "sums must be float32 or float64"),
@@ -277,7 +323,7 @@ ONE = Segments.equal(2, 3, Groups.of(2, [(torch.tensor([0, 1]), 2)]))
         (lambda: ops.segment_std(torch.ones(3), torch.tensor([0, 1, 2]), 2), ValueError, "ids must lie in [0, 2), got 0 to 2"),
         (lambda: ops.segment_std(torch.ones(3), torch.tensor([0, 1]), 2), ValueError, "one-dimensional and equally long"),
         (lambda: ops.segment_std(torch.ones(3).half(), torch.tensor([0, 1, 1]), 2), TypeError, "must be float32 or float64"),
-        (lambda: backends.find("outer_wgrad", "cpu", "triton"), RuntimeError, "outer_wgrad: no backend runs it on cpu"),
+        (lambda: backends.find("outer_wgrad", "mps", "native"), RuntimeError, "outer_wgrad: no backend runs it on mps"),
     ],
 )  # fmt: skip
 def test_says_what_is_wrong(call, error, message):

@@ -1,6 +1,7 @@
 """Who imports whom (the arrows of docs/design.md never turn back), and what the package says of itself."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_imports_go_one_way(path):
     module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     extra = imported(path) - MAY_IMPORT[module]
     assert not extra, f"{module} must not import {sorted(extra)}"
+
+
+TRITON = Path(importlib.util.find_spec("gradnorm_ext.triton_kernels").origin).parent
+
+
+@pytest.mark.parametrize("path", TRITON.glob("*.py"), ids=lambda path: path.name)
+def test_triton_kernels_import_torch_and_triton_only(path):
+    foreign = {"gradnorm_ext." + module for module in imported(path) - {"triton_kernels"}}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            foreign |= {alias.name for alias in node.names if not alias.name.startswith(("torch", "triton"))}
+        elif isinstance(node, ast.ImportFrom) and not node.module.startswith(("torch", "triton", "gradnorm_ext")):
+            foreign.add(node.module)
+    assert foreign <= {"__future__", "collections.abc", "dataclasses", "functools", "math"}
 
 
 def test_the_core_needs_only_torch_and_numpy():

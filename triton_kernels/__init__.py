@@ -8,3 +8,27 @@ if __name__ != "gradnorm_ext.triton_kernels":
         "this is gradnorm_ext's source folder, not Triton's `triton_kernels` package; python took it because the "
         "current directory is the repository root. Use gradnorm_ext.triton_kernels, or run python -P."
     )
+
+from gradnorm_ext.triton_kernels.lookup_wgrad import lookup_sqnorm, lookup_wgrad
+from gradnorm_ext.triton_kernels.outer_gram import outer_gram
+from gradnorm_ext.triton_kernels.outer_wgrad import outer_sqnorm, outer_wgrad
+from gradnorm_ext.triton_kernels.product_sums import product_sums
+from gradnorm_ext.triton_kernels.registration import DEVICES
+from gradnorm_ext.triton_kernels.segment_std import segment_std
+from gradnorm_ext.triton_kernels.sum_sums import sum_sums
+from gradnorm_ext.triton_kernels.sums_wgrad import sums_sqnorm, sums_wgrad
+
+__all__ = [
+    "lookup_sqnorm",
+    "lookup_wgrad",
+    "outer_gram",
+    "outer_sqnorm",
+    "outer_wgrad",
+    "product_sums",
+    "segment_std",
+    "sum_sums",
+    "sums_sqnorm",
+    "sums_wgrad",
+]
+
+SERVES = dict.fromkeys(DEVICES, tuple(__all__))  # on the CPU under TRITON_INTERPRET=1 alone

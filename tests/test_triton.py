@@ -1,0 +1,383 @@
+"""The Triton kernels: in the interpreter where there is no GPU, else as they are compiled. Shapes are tiny.
+
+What is compared with what, and how closely, is `test_ops`'s.
+"""
+
+import importlib
+
+import pytest
+import torch
+import torch._dynamo.testing
+from test_ops import (
+    accumulated,
+    assert_as_good_as_plain,
+    gram_of,
+    lookup_per_segment,
+    outer_per_segment,
+    rows_of,
+    segments_of,
+    truth,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradnorm_ext import backends, ops
+from gradnorm_ext.segments import Groups, Segments
+
+triton_kernels = pytest.importorskip("gradnorm_ext.triton_kernels")  # triton is optional
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    import interpreter  # noqa: F401  # mends it
+
+LENGTHS = {
+    "one row": [1],
+    "one row each": [1] * 9,
+    "ragged, one empty, in another order than the groups'": [3, 0, 70, 2, 5],
+    "equal": [66] * 3,
+}
+METHODS = ("gram", "fused", "split")
+
+
+def nested(lengths, levels):
+    """`segments_of` with none, the coarser, or both of its levels of groups, on the device."""
+    segments = segments_of(lengths)
+    groups = [(ids.to(DEVICE), n) for ids, n in zip(segments.groups.levels, segments.groups.counts, strict=True)]
+    groups = Groups.of(len(lengths), groups[2 - levels :], DEVICE)
+    if segments.length is not None:
+        return Segments.equal(len(lengths), segments.length, groups, DEVICE)
+    return Segments.from_lengths(torch.tensor(lengths, device=DEVICE), groups)
+
+
+def check_outer(method, segments, x, g):
+    """Every way to call an outer operation, against the same in float64."""
+    outer_sqnorm, outer_wgrad = triton_kernels.outer_sqnorm, triton_kernels.outer_wgrad
+    exact = outer_per_segment(x.double(), g.double(), segments)
+    plain = outer_per_segment(accumulated(x), accumulated(g), segments)
+    size = outer_per_segment(x.double().abs(), g.double().abs(), segments)
+    norms = [truth(tensor, segments) for tensor in (plain, exact, size)]
+    assert_as_good_as_plain(outer_sqnorm(x, g, segments, method=method), *norms)
+
+    dw, sqnorm = outer_wgrad(x, g, segments, method=method)
+    assert dw.dtype == plain.dtype
+    assert_as_good_as_plain(dw, plain.sum(0), exact.sum(0), size.sum(0))
+    assert_as_good_as_plain(sqnorm, *norms)
+
+    before = torch.randn(plain.shape[1:], dtype=plain.dtype, device=DEVICE)
+    added, _ = outer_wgrad(x, g, segments, out=before.clone(), accumulate=True, method=method)
+    assert_as_good_as_plain(added, plain.sum(0) + before, exact.sum(0) + before, size.sum(0) + before.abs())
+
+    weights = [torch.linspace(-1, 2, segments.count, dtype=plain.dtype, device=DEVICE)]
+    if segments.groups.levels:  # one weight in each group of a level is a way of its own
+        weights += [
+            torch.tensor([0.5, 3, -1, 2], dtype=plain.dtype, device=DEVICE)[ids] for ids in segments.groups.levels
+        ]
+    for weight in weights:
+        dw, sqnorm = outer_wgrad(x, g, segments, weight=weight, method=method)
+        totals = [torch.tensordot(weight.to(tensor), tensor, 1) for tensor in (plain, exact)]
+        assert_as_good_as_plain(dw, *totals, torch.tensordot(weight.abs().to(size), size, 1))
+        assert_as_good_as_plain(sqnorm, *norms)
+
+    if segments.groups.levels:
+        coarse, count = segments.groups.levels[-1], segments.groups.counts[-1]
+        dw, sqnorm = outer_wgrad(x, g, segments, outputs=coarse, n_outputs=count, method=method)
+        shape = (count, *plain.shape[1:])
+        assert_as_good_as_plain(dw, *(t.new_zeros(shape).index_add_(0, coarse, t) for t in (plain, exact, size)))
+        assert_as_good_as_plain(sqnorm, *norms)
+
+
+@pytest.mark.parametrize("levels", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("method", "lengths"),
+    [
+        pytest.param(method, lengths, id=f"{method}, {name}")
+        for method in METHODS
+        for name, lengths in LENGTHS.items()
+        if method != "split" or len(set(lengths)) == 1
+    ],
+)
+def test_outer(method, lengths, levels):
+    segments = nested(lengths, levels)
+    check_outer(method, segments, *(rows.to(DEVICE) for rows in rows_of(segments, 70, 5, torch.float32)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_outer_in_every_dtype(method, dtype):
+    segments = nested([17] * 3, 1)
+    check_outer(method, segments, *(rows.to(DEVICE) for rows in rows_of(segments, 5, 130, dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("levels", [0, 2])
+@pytest.mark.parametrize("lengths", [[3, 0, 5], [9] * 2, [1] * 20], ids=str)
+def test_outer_gram(lengths, levels, dtype):
+    segments = nested(lengths, levels)
+    x, g = (rows.to(DEVICE) for rows in rows_of(segments, 20, 7, dtype))
+    rows = (accumulated(x), accumulated(g)), (x.double(), g.double()), (x.double().abs(), g.double().abs())
+    found = ops.outer_gram(x, g, segments, backend="triton")
+    assert_as_good_as_plain(found, *(gram_of(outer_per_segment(*one, segments), segments) for one in rows))
+    assert found.equal(found.t())
+
+
+def test_outer_gram_goes_in_blocks_of_rows_of_the_weight(monkeypatch):
+    segments = nested([4, 5], 0)
+    x, g = (rows.to(DEVICE) for rows in rows_of(segments, 20, 7, torch.float64))
+    expected = ops.outer_gram(x, g, segments, backend="reference")
+    monkeypatch.setitem(triton_kernels.outer_gram.__globals__, "SCRATCH", 6 * 2 * 7 * 8)  # 6 of 20 rows at a time
+    torch.testing.assert_close(ops.outer_gram(x, g, segments, backend="triton"), expected)
+    equal = nested([4] * 3, 1)
+    x, g = x.repeat(2, 1)[:12], g.repeat(2, 1)[:12]
+    expected = ops.outer_wgrad(x, g, equal, backend="reference")
+    split = importlib.import_module("gradnorm_ext.triton_kernels.outer_split")
+    monkeypatch.setattr(split, "SCRATCH", 6 * 3 * 7 * 8)
+    torch.testing.assert_close(triton_kernels.outer_wgrad(x, g, equal, method="split"), expected)
+
+
+def test_outer_writes_and_adds_in_the_dtype_of_the_weight():
+    segments = nested([3, 0, 7], 1)
+    x, g = (rows.to(DEVICE) for rows in rows_of(segments, 6, 5, torch.bfloat16))
+    exact = outer_per_segment(x.double(), g.double(), segments).sum(0)
+    before = torch.randn(6, 5, device=DEVICE).bfloat16()
+    for method in ("gram", "fused"):
+        out = before.clone()
+        dw, _ = triton_kernels.outer_wgrad(x, g, segments, out=out, method=method)
+        assert dw.data_ptr() == out.data_ptr() and dw.equal(exact.float().bfloat16())
+        out = before.clone()
+        triton_kernels.outer_wgrad(x, g, segments, out=out, accumulate=True, method=method)
+        assert out.equal((before.float() + exact.float()).bfloat16())
+
+
+@pytest.mark.parametrize("method", ["gram", "fused"])
+def test_outer_of_more_rows_than_a_tile_has(method):
+    """Several blocks in a segment, several partners of each, and groups whose rows are not next to each other."""
+    segments = nested([300, 0, 9, 40], 1)
+    x, g = (rows.to(DEVICE) for rows in rows_of(segments, 9, 7, torch.bfloat16))
+    check_outer(method, segments, x, g)
+
+
+def test_what_outer_method_chooses_is_right_for_every_shape_it_chooses_between():
+    for lengths, d, p in (([4] * 4, 64, 64), ([40] * 2, 8, 8), ([600], 4, 4)):
+        segments = nested(lengths, 1)
+        x, g = (rows.to(DEVICE) for rows in rows_of(segments, d, p, torch.float32))
+        check_outer("auto", segments, x, g)
+
+
+def test_split_is_refused_where_no_length_is_known():
+    segments = nested([2, 2, 3], 0)
+    with pytest.raises(
+        ValueError, match="split needs segments of one known length, got 'split' and segments of any rows"
+    ):
+        triton_kernels.outer_sqnorm(torch.ones(7, 2), torch.ones(7, 2), segments, method="split")
+
+
+def test_outer_method_is_the_cheapest_of_its_formula():
+    method = triton_kernels.outer_wgrad.__globals__["outer_method"]
+    assert [method(rows, 4096, 4096, True, True) for rows in (1, 128, 2048, 32768)] == [
+        "gram",
+        "gram",
+        "fused",
+        "split",
+    ]
+    assert method(32768, 4096, 4096, True, False) == "fused"  # not known to be equally long
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
+@pytest.mark.parametrize("lengths", [[2, 0, 5], [4] * 3], ids=str)
+def test_lookup(lengths, dtype):
+    segments, vocabulary = nested(lengths, 2), 5
+    (g, _), ids = rows_of(segments, 1, 5, dtype), torch.arange(sum(lengths)).remainder(4).to(DEVICE)
+    g = g.to(DEVICE)
+    exact, plain, size = (
+        lookup_per_segment(ids, rows, vocabulary, 2, segments)
+        for rows in (g.double(), accumulated(g), g.double().abs())
+    )
+    norms = [truth(t, segments) for t in (plain, exact, size)]
+    weight = torch.linspace(-1, 2, len(lengths), dtype=plain.dtype, device=DEVICE)
+    given = {"padding_idx": 2, "backend": "triton"}
+    assert_as_good_as_plain(ops.lookup_sqnorm(ids, g, vocabulary, segments, **given), *norms)
+    dw, sqnorm = ops.lookup_wgrad(ids, g, vocabulary, segments, weight=weight, **given)
+    assert_as_good_as_plain(dw, *(torch.tensordot(weight.to(t), t, 1) for t in (plain, exact)), size.sum(0))
+    assert_as_good_as_plain(sqnorm, *norms)
+    dw, _ = ops.lookup_wgrad(ids, g, vocabulary, segments, by_group=True, **given)
+    coarse, shape = segments.groups.levels[-1], (3, *plain.shape[1:])
+    assert_as_good_as_plain(dw, *(t.new_zeros(shape).index_add_(0, coarse, t) for t in (plain, exact, size)))
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
+@pytest.mark.parametrize("lengths", [[1] * 5, [3, 0, 12], [300], [12] * 2], ids=str)
+def test_product_and_sum(lengths, dtype):
+    segments = nested(lengths, 2)
+    x, g = (rows.to(DEVICE) for rows in rows_of(segments, 5, 5, dtype))
+    shift, scale = (torch.linspace(low, 2, len(x), device=DEVICE).to(accumulated(x).dtype) for low in (-1, 0.5))
+
+    def check(found, rows, wgrad):
+        exact, plain, size = (torch.stack([one.sum(0) for one in t.split(segments.lengths)]) for t in rows)
+        weight = torch.linspace(-1, 2, len(lengths), dtype=plain.dtype, device=DEVICE)
+        assert_as_good_as_plain(found, plain, exact, size)
+        dw, sqnorm = wgrad(weight)
+        assert_as_good_as_plain(dw, weight @ plain, weight.double() @ exact, weight.double().abs() @ size)
+        assert_as_good_as_plain(sqnorm, *(truth(tensor, segments) for tensor in (plain, exact, size)))
+
+    def normalised(x, g):
+        return g * (x - shift.to(x)[:, None]) * scale.to(x)[:, None]
+
+    given = {"shift": shift, "scale": scale, "backend": "triton"}
+    size = g.double().abs() * (x.double().abs() + shift.double().abs()[:, None]) * scale.double()[:, None]
+    check(
+        ops.product_sums(x, g, segments, **given),
+        (normalised(x.double(), g.double()), normalised(accumulated(x), accumulated(g)), size),
+        lambda weight: ops.product_wgrad(x, g, segments, weight=weight, **given),
+    )
+    check(
+        ops.sum_sums(g, segments, backend="triton"),
+        (g.double(), accumulated(g), g.double().abs()),
+        lambda weight: ops.sum_wgrad(g, segments, weight=weight, backend="triton"),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_segment_std(dtype):
+    values = torch.tensor([0.9, 0.9, 0.9, 1e4, 1e4 + 1, -2.0, torch.nan, 3.0, *range(40)], dtype=dtype, device=DEVICE)
+    ids = torch.tensor([3, 3, 3, 0, 0, 1, 2, 2, *[35] * 40], device=DEVICE)
+    for ddof in (0, 1):
+        found = ops.segment_std(values, ids, 37, ddof=ddof, backend="triton")
+        expected = ops.segment_std(values, ids, 37, ddof=ddof, backend="reference")
+        assert (found.count.equal(expected.count) and found.low.equal(expected.low)) or expected.low.isnan().any()
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-6, atol=1e-7)
+    assert found.low[3] == found.high[3] == values[0] and found.low[4] == torch.inf and found.high[4] == -torch.inf
+
+
+@pytest.mark.parametrize("method", ["gram", "fused"])
+def test_nan_stays_in_its_segment(method):
+    segments = nested([4, 9, 2], 1)
+    x, g = (rows.to(DEVICE) for rows in rows_of(segments, 6, 5, torch.float32))
+    for rows in (x, g):
+        rows[5] = torch.nan
+        found = triton_kernels.outer_sqnorm(x, g, segments, method=method).isnan()
+        assert found.tolist() == [
+            False,
+            True,
+            False,
+            segments.groups.levels[0][1] == 0,
+            False,
+            segments.groups.levels[0][1] == 2,
+        ]
+        rows[5] = 1
+    g[5] = torch.nan
+    ids = torch.zeros(15, dtype=torch.long, device=DEVICE)
+    for found in (
+        ops.sum_sqnorm(g, segments, backend="triton"),
+        ops.product_sqnorm(g, g, segments, backend="triton"),
+        ops.lookup_sqnorm(ids, g, 3, segments, backend="triton"),
+    ):
+        assert found[:3].isnan().tolist() == [False, True, False]
+
+
+def test_rows_may_be_strided():
+    segments = nested([4, 9, 2], 0)
+    wide = torch.randn(15, 40, dtype=torch.float64, device=DEVICE)
+    for x, g in ((wide[:, :7], wide[:, 7:30]), (wide[:, ::5], wide.t().contiguous().t()[:, :6])):
+        for method in ("gram", "fused"):
+            found = triton_kernels.outer_wgrad(x, g, segments, method=method)
+            torch.testing.assert_close(found, ops.outer_wgrad(x, g, segments, backend="reference"))
+        for found, expected in (
+            (ops.sum_sums(g, segments, backend=backend) for backend in ("triton", "reference")),
+            (
+                ops.lookup_sqnorm(torch.arange(15, device=DEVICE) % 3, g, 3, segments, backend=b)
+                for b in ("triton", "reference")
+            ),
+        ):
+            torch.testing.assert_close(found, expected)
+
+
+def test_nothing_gives_zeros():
+    for lengths in ([], [0], [0, 0]):
+        segments = nested(lengths, 2)
+        x, g = torch.empty(0, 5, device=DEVICE), torch.empty(0, 3, device=DEVICE)
+        ids = torch.empty(0, dtype=torch.long, device=DEVICE)
+        calls = {
+            "outer_wgrad": (x, g), "lookup_wgrad": (ids, g, 4), "product_wgrad": (g, g), "sum_wgrad": (g,)
+        }  # fmt: skip
+        for name, arguments in calls.items():
+            dw, sqnorm = getattr(ops, name)(*arguments, segments, backend="triton")
+            assert len(sqnorm) == len(lengths) + 7 and not sqnorm.any() and not dw.any(), name
+    found = ops.segment_std(
+        torch.empty(0, device=DEVICE), torch.empty(0, dtype=torch.long, device=DEVICE), 0, backend="triton"
+    )
+    assert len(found.mean) == 0
+
+
+def test_the_same_rows_give_the_same_bits():
+    segments = nested([70, 3, 66], 1)
+    x, g = (rows.to(DEVICE) for rows in rows_of(segments, 70, 9, torch.bfloat16))
+    for method in ("gram", "fused"):
+        first, second = (triton_kernels.outer_wgrad(x, g, segments, method=method) for _ in range(2))
+        assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_backend_is_the_default_on_a_gpu_and_serves_every_operation():
+    names = (
+        "outer_sqnorm",
+        "outer_wgrad",
+        "lookup_sqnorm",
+        "lookup_wgrad",
+        "product_sums",
+        "sum_sums",
+        "sums_sqnorm",
+        "sums_wgrad",
+        "segment_std",
+    )
+    for name in (*names, "outer_gram"):
+        assert backends.find(name, "cuda", "auto") is getattr(triton_kernels, name)
+
+
+def one_of_each(length):
+    """Calls of every operation, on three segments of this length in two tasks."""
+    tasks = torch.tensor([0, 1, 1], device=DEVICE)
+    offsets, groups = torch.arange(4, device=DEVICE) * length, Groups.of(3, [(tasks, 2)], DEVICE)
+    x, g = (torch.randn(3 * length, width, device=DEVICE) for width in (5, 4))
+    ids, weight = torch.arange(3 * length, device=DEVICE) % 3, torch.rand(3, device=DEVICE)
+    return offsets, groups, x, g, ids, weight
+
+
+def call_each(offsets, groups, x, g, ids, weight):
+    segments = Segments(offsets, None, groups)
+    return (
+        *triton_kernels.outer_wgrad(x, g, segments, weight=weight),
+        triton_kernels.outer_gram(x, g, segments),
+        *triton_kernels.lookup_wgrad(ids, g, 3, segments, padding_idx=1),
+        *triton_kernels.sums_wgrad(triton_kernels.product_sums(g, g, segments), segments),
+        triton_kernels.sum_sums(g, segments),
+        *triton_kernels.segment_std(g[:, 0], ids, 3, ddof=1),
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's, about itself
+def test_a_compiled_graph_keeps_each_operation_as_one_call_for_every_length():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(call_each, fullgraph=True, backend=counter)
+    for length in (4, 6, 7, 9):
+        arguments = one_of_each(length)
+        torch.testing.assert_close(compiled(*arguments), call_each(*arguments))
+    assert counter.frame_count == 2  # one for the first length, one for any
+    called = [str(node.target) for node in counter.graphs[-1].graph.nodes if "gradnorm_triton" in str(node.target)]
+    names = ("outer_wgrad", "outer_gram", "lookup_wgrad", "product_sums", "sums_wgrad", "sum_sums", "segment_std")
+    assert called == [f"gradnorm_triton.{name}" for name in names]
+
+
+def test_operators_keep_to_their_schemas():
+    calls = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "gradnorm_triton":
+                calls.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    with Recorded():
+        call_each(*one_of_each(4))
+    assert len(calls) == 7
+    for function, arguments in calls:
+        torch.library.opcheck(function, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,142 @@
+"""``python triton_launches.py 90``: what the Triton backend launches, compiled for sm_90 without a GPU, as JSON.
+
+Operations run on the CPU with their launches recorded and not carried out: it is the launcher that chooses every shape and
+constant, and Triton's own rules that say which launches are one kernel. A process of its own, because the tests' process
+interprets kernels. Prints ``{"kernels": [...], "of_other_lengths": [names of kernels that only other lengths need]}``.
+"""
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # 3.9 wants to be told; multiply-adds are fused in every version
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from gradnorm_ext import triton_kernels
+from gradnorm_ext.segments import Groups, Segments
+from gradnorm_ext.triton_kernels import outer_fused, outer_pairs
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTIONS = ("HGMMA", "HMMA", "LDGSTS")
+
+
+class Recorder:
+    """Takes the place of a launch: notes which kernel it needs."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target, self.backend = target, make_backend(target)
+        self.kernels: dict[str, tuple[JITFunction, tuple]] = {}
+
+    def __call__(self, kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
+        bind = create_function_from_signature(kernel.signature, kernel.params, self.backend)
+        bound, specialization, options = bind(*args, **kwargs)
+        packed = kernel._pack_args(self.backend, kwargs, bound, specialization, options)
+        self.kernels[f"{kernel.__name__} {specialization} {options}"] = kernel, packed
+
+    def compiled(self) -> list[dict]:
+        return [self._resources(kernel, *packed) for kernel, packed in self.kernels.values()]
+
+    def _resources(self, kernel, options, signature, constants, attributes) -> dict:
+        source = ASTSource(kernel, signature, constants, attributes)
+        done = triton.compile(source, target=self.target, options=options.__dict__)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(done.asm["cubin"])
+            cubin.flush()
+            usage = subprocess.check_output(
+                [TOOLS / "cuobjdump", "-res-usage", cubin.name], text=True, stderr=subprocess.DEVNULL
+            )
+            code = subprocess.check_output([TOOLS / "nvdisasm", "-c", cubin.name], text=True, stderr=subprocess.DEVNULL)
+        found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+        counts = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z]+)", code, re.M))
+        names = [parameter.name for parameter in kernel.params]
+        given = {names[path[0]]: str(value) for path, value in constants.items() if names[path[0]].isupper()}
+        return {
+            **{
+                "name": kernel.__name__,
+                "types": [t for t in signature.values() if t.startswith("*")][:2],
+                "given": given,
+            },
+            **{"registers": int(found[1]), "stack": int(found[2]) + int(found[3]), "shared": done.metadata.shared},
+            **{name: counts[name] for name in INSTRUCTIONS},
+        }
+
+
+def groups_of(count: int, levels: int) -> Groups:
+    ids = torch.arange(count)
+    return Groups.of(count, [(ids // 2, (count + 1) // 2), (ids // 4, (count + 3) // 4)][2 - levels :])
+
+
+def outer(dtype: torch.dtype, length: int, levels: int = 0, d: int = 384, p: int = 256, ragged: bool = False, **given):
+    """A linear layer's gradient and norms, on four segments."""
+    x, g = torch.zeros(4 * length, p, dtype=dtype), torch.zeros(4 * length, d, dtype=dtype)
+    groups = groups_of(4, levels)
+    segments = Segments.equal(4, length, groups)
+    if ragged:
+        segments = Segments.from_lengths(torch.full((4,), length), groups)
+    triton_kernels.outer_wgrad(x, g, segments, **given)
+
+
+def everything(scale: int) -> None:
+    """Every operation, with segments ``scale`` times as long as they are at least."""
+    length, weight = 80 * scale, torch.ones(4)
+    by_group = {"outputs": groups_of(4, 1).levels[-1], "n_outputs": 2}
+    for levels in (0, 1, 2):
+        outer(torch.bfloat16, length, levels, method="fused")
+        outer(torch.bfloat16, length, levels, method="fused", weight=weight)
+    outer(torch.bfloat16, length, 1, method="fused", **by_group)
+    outer(torch.bfloat16, length, 1, method="fused", ragged=True)
+    outer(torch.float16, length, method="fused")
+    for rows in (8, 40, 200):
+        outer(torch.bfloat16, rows + scale, method="gram")
+    outer(torch.bfloat16, length, 1, method="gram", **by_group)  # the tasks' gradients by fused, in another order
+    outer(torch.bfloat16, length, 1, method="gram", weight=weight)
+    outer(torch.bfloat16, 2 * length, 1, method="gram", ragged=True)
+    outer(torch.bfloat16, length, 2, method="split", weight=weight)
+    for method in ("gram", "fused"):
+        outer(torch.bfloat16, 2 * length, d=33, p=70, method=method)  # nothing is a multiple of 16
+        outer(torch.float64, length, 1, method=method)
+    for precision in ("ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        outer(torch.float32, length, 1, method="fused", weight=weight)
+        outer(torch.float32, length, method="gram")
+
+    groups = groups_of(4, 2)
+    for rows in (1, 8 + scale, length):
+        segments = Segments.equal(4, rows, groups)
+        g, ids = torch.zeros(4 * rows, 256, dtype=torch.bfloat16), torch.arange(4 * rows) % 7
+        triton_kernels.sum_sums(g, segments)
+        triton_kernels.product_sums(g, g, segments, shift=g[:, 0], scale=g[:, 0])
+    triton_kernels.lookup_wgrad(ids, g, 7, segments, weight=weight)
+    triton_kernels.outer_gram(g, g, segments)
+    triton_kernels.sums_wgrad(torch.zeros(4, 256), segments, weight=weight)
+    triton_kernels.segment_std(torch.zeros(8 * scale), torch.arange(8 * scale) % 5, 5, ddof=1)
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    for module in (outer_fused, outer_pairs):
+        module.is_hopper = lambda _: capability >= 90
+    recorder = Recorder(GPUTarget("cuda", capability, 32))
+    JITFunction.run = lambda kernel, *args, **kwargs: recorder(kernel, *args, **kwargs)
+    everything(scale=2)
+    first = set(recorder.kernels)
+    for scale in (3, 4):  # 16 divides some of the sizes and not others
+        everything(scale)
+    others = sorted(name for name in recorder.kernels if name not in first)
+    recorder.kernels = {name: recorder.kernels[name] for name in first}
+    print(json.dumps({"kernels": recorder.compiled(), "of_other_lengths": others}))
+
+
+if __name__ == "__main__":
+    main()
