@@ -48,6 +48,7 @@ def test_kernels_neither_spill_nor_take_too_much_and_use_the_matrix_units(capabi
     assert {kernel["name"] for kernel in kernels} == {
         *("_fused_kernel", "_pairs_kernel", "_split_kernel", "_inner_products_kernel", "_segment_sums_kernel"),
         *("_sums_wgrad_kernel", "_sum_runs_kernel", "_segment_std_kernel"),
+        *("_logit_scores_kernel", "_row_sums_kernel", "_class_sums_kernel"),
     }
     wrong = [(kernel, reason) for kernel in kernels for reason in wrong_with(kernel, capability)]
     assert not wrong, "\n".join(f"{reason}: {kernel}" for kernel, reason in wrong)
