@@ -87,7 +87,7 @@ def logit_scores(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) ->
 
 
 def logit_gradient_rates(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> ops.LogitRates:
-    """How much cross-entropy pushes the logit of every class up and down, in one pass over the logits.
+    """How much cross-entropy pushes the logit of every class up and down, without a softmax being stored.
 
         up[v] = Σ_{y = v} (1 - p[v])        down[v] = Σ_{y ≠ v} p[v]        count[v] = #{y = v}
 

@@ -419,8 +419,9 @@ def logit_gradient_rates(
 
         up[v] = Σ_{r: y_r = v} (1 - p_r[v])        down[v] = Σ_{r: y_r ≠ v} p_r[v]        count[v] = #{r: y_r = v}
 
-    with ``p_r = softmax(logits[r])`` and ``y_r = labels[r]``, in one pass over the logits. ``count - up`` and ``down``
-    are the sums of positive and negative probabilities of GSA (Guo et al., CVPR 2023), whose ratio is ``up / down``;
+    with ``p_r = softmax(logits[r])`` and ``y_r = labels[r]``, in one pass over the logits (in Triton two: a class's sum
+    needs every row's first). ``count - up`` and ``down`` are the sums of positive and negative probabilities of GSA (Guo
+    et al., CVPR 2023), whose ratio is ``up / down``;
     ``up`` is not formed as that difference, which rounding would eat where the model is sure.
 
     Args:

@@ -341,7 +341,7 @@ def test_the_backend_is_the_default_on_a_gpu_and_serves_every_operation():
         "sums_wgrad",
         "segment_std",
     )
-    for name in (*names, "outer_gram"):
+    for name in (*names, "outer_gram", "logit_scores", "logit_gradient_rates"):
         assert backends.find(name, "cuda", "auto") is getattr(triton_kernels, name)
 
 
@@ -384,6 +384,8 @@ def call_each(offsets, groups, x, g, ids, weight):
         *triton_kernels.sums_wgrad(triton_kernels.product_sums(g, g, segments), segments),
         triton_kernels.sum_sums(g, segments),
         *triton_kernels.segment_std(g[:, 0], ids, 3, ddof=1),
+        *triton_kernels.logit_scores(g, ids, ignore_index=2),
+        *triton_kernels.logit_gradient_rates(g, ids, ignore_index=2),
     )
 
 
@@ -398,7 +400,7 @@ def test_a_compiled_graph_keeps_each_operation_as_one_call_for_every_length():
     assert counter.frame_count == 2  # one for the first length, one for any
     called = [str(node.target) for node in counter.graphs[-1].graph.nodes if "gradnorm_triton" in str(node.target)]
     names = ("outer_wgrad", "outer_gram", "lookup_wgrad", "product_sums", "sums_wgrad", "sum_sums", "segment_std")
-    assert called == [f"gradnorm_triton.{name}" for name in names]
+    assert called == [f"gradnorm_triton.{name}" for name in (*names, "logit_scores", "logit_gradient_rates")]
 
 
 def test_operators_keep_to_their_schemas():
@@ -412,6 +414,6 @@ def test_operators_keep_to_their_schemas():
 
     with Recorded():
         call_each(*one_of_each(4))
-    assert len(calls) == 7
+    assert len(calls) == 9
     for function, arguments in calls:
         torch.library.opcheck(function, arguments, test_utils=("test_schema", "test_faketensor"))

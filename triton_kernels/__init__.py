@@ -9,6 +9,8 @@ if __name__ != "gradnorm_ext.triton_kernels":
         "current directory is the repository root. Use gradnorm_ext.triton_kernels, or run python -P."
     )
 
+from gradnorm_ext.triton_kernels.logit_gradient_rates import logit_gradient_rates
+from gradnorm_ext.triton_kernels.logit_scores import logit_scores
 from gradnorm_ext.triton_kernels.lookup_wgrad import lookup_sqnorm, lookup_wgrad
 from gradnorm_ext.triton_kernels.outer_gram import outer_gram
 from gradnorm_ext.triton_kernels.outer_wgrad import outer_sqnorm, outer_wgrad
@@ -19,6 +21,8 @@ from gradnorm_ext.triton_kernels.sum_sums import sum_sums
 from gradnorm_ext.triton_kernels.sums_wgrad import sums_sqnorm, sums_wgrad
 
 __all__ = [
+    "logit_gradient_rates",
+    "logit_scores",
     "lookup_sqnorm",
     "lookup_wgrad",
     "outer_gram",
