@@ -439,14 +439,15 @@ def test_bags_of_something_else_than_examples_are_refused():
     )
 
 
-def test_a_module_called_twice_with_rows_of_other_examples():
+def test_slices_of_one_parameter_with_rows_of_other_examples():
     class Rolled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+            self.both, self.head = nn.Parameter(torch.randn(6, 3)), nn.Linear(3, 2)
 
         def forward(self, x):
-            twice = torch.tanh(self.inner(torch.tanh(self.inner(x.roll(1, 0)))))
-            return self.head(twice.roll(-1, 0))
+            for matrix in self.both.chunk(2):
+                x = torch.tanh(F.linear(x.roll(1, 0), matrix))
+            return self.head(x.roll(-2, 0))
 
-    refused(Rolled(), torch.randn(4, 3), RuntimeError, "inner.weight (linear, rows [4]) was used with rows that do not")
+    refused(Rolled(), torch.randn(4, 3), RuntimeError, "both (linear, rows [4]) was used with rows that do not")
