@@ -65,6 +65,7 @@ class Oracle:
     exact: Problem
     norms: dict[str, Tensor]
     slack: dict[str, Tensor]
+    task_gram: Tensor
 
     @staticmethod
     def of(problem: Problem) -> Oracle:
@@ -77,14 +78,16 @@ class Oracle:
             examples.append(both.norm(dim=1))
             tasks[task] = tasks[task] + both
         of_examples, of_tasks = torch.stack(examples, 1), torch.stack([both.norm(dim=1) for both in tasks], 1)
-        figures = ({"example_norm": of_examples[i], "task_norm": of_tasks[i]} for i in range(2))
-        return Oracle(problem, exact, *figures)
+        norms, slack = ({"example_norm": of_examples[i], "task_norm": of_tasks[i]} for i in range(2))
+        gradients = torch.stack([both[0] for both in tasks])
+        return Oracle(problem, exact, norms, slack, gradients @ gradients.T)
 
     def gradients(self, policy: Any) -> tuple[Tensor, Tensor]:
         """The reweighted gradient: by plain float32 in one backward, and by a loop over the examples in float64."""
         weights = torch.ones(len(self.problem.tasks), dtype=torch.float64)
         if policy is not None:
-            weights = policy(SimpleNamespace(**self.norms, task_count=self.problem.tasks.bincount()))
+            count = self.problem.tasks.bincount()
+            weights = policy(SimpleNamespace(**self.norms, task_gram=self.task_gram, task_count=count))
             weights = weights[self.problem.tasks] if policy.weighs == "tasks" else weights
         plain = flat_gradient(self.problem, (weights.float() * self.problem.losses()).mean())
         one_by_one = (flat_gradient(self.exact, w * example_loss(self.exact, b)) for b, w in enumerate(weights))

@@ -13,7 +13,7 @@ import torch
 from models import TASKS, Problem, example_losses
 from torch import Tensor
 
-from gradnorm_ext import ClipExamples, InverseNorm, Meter, Reweighted, Stats
+from gradnorm_ext import IMTLG, ClipExamples, InverseNorm, Meter, Reweighted, Stats
 
 Training = tuple[torch.optim.Optimizer, Callable[[], dict[str, Tensor]]]  # the second fills .grad and returns norms
 
@@ -64,12 +64,12 @@ def metered(problem: Problem, _: None, *, tasks: int = 1) -> Training:
     return adamw(problem), backward
 
 
-def reweighted(problem: Problem, policy: Any, *, apply: Any, tasks: int = 1) -> Training:
-    optimizer = Reweighted(adamw(problem), problem.model, policy, apply=apply, tasks=tasks)
+def reweighted(problem: Problem, policy: Any, *, tasks: int = 1, **options: Any) -> Training:
+    optimizer = Reweighted(adamw(problem), problem.model, policy, tasks=tasks, **options)
 
     def backward() -> dict[str, Tensor]:
         with optimizer.observe(tasks=problem.tasks if tasks > 1 else None):
-            problem.losses().mean().backward()
+            optimizer.backward(problem.losses().mean())
         return norms_of(optimizer.stats, tasks)
 
     return optimizer, backward
@@ -142,6 +142,10 @@ def even_out(_: Problem) -> InverseNorm:
     return InverseNorm()
 
 
+def even_out_projections(_: Problem) -> IMTLG:
+    return IMTLG()
+
+
 VARIANTS = {
     "plain": Variant(plain),
     "meter": Variant(metered, bounds=(1.05, 1.03, 1.05, 1.25, 1.05)),
@@ -152,6 +156,10 @@ VARIANTS = {
     ),
     "next_step_tasks": Variant(
         partial(reweighted, apply="next_step", tasks=TASKS), even_out, (1.08, 1.06, 1.10, None, 1.05)
+    ),
+    "two_passes_examples": Variant(partial(reweighted, passes=2), clip, (1.60, 1.60, 1.60, None, None)),
+    "gram_tasks": Variant(
+        partial(reweighted, tasks=TASKS, gram=True), even_out_projections, (1.15, None, None, None, None)
     ),
     "vmap_examples": Variant(per_example, clip),
     "backward_per_task": Variant(partial(per_task, forwards=1), even_out),

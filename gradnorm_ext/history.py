@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,9 @@ FIGURES = (
     *("reward", "reward_std", "zero_std_share", "realised_share"),
 )
 _PENDING = 256  # steps whose figures stay on the device before they are fetched together
+KEPT = (
+    10_000  # steps whose rows are kept, and prompts of a task whose standard deviations are: a run may go on for ever
+)
 
 
 class History:
@@ -63,9 +68,9 @@ class History:
         self.steps = 0  # also those before a resumed run
         self._sums = torch.zeros(2, len(FIGURES), len(self.task_names), dtype=torch.float64)  # total and mass
         self._pending: list[Tensor] = []
-        self._rows: list[dict[str, Any]] = []
+        self._rows: deque[list[dict[str, Any]]] = deque(maxlen=KEPT)  # of each step, a row per task
         self._pending_std: list[tuple[Tensor, Tensor]] = []
-        self._reward_std: list[list[float]] = []
+        self._reward_std: list[deque[float]] = []
 
     def append(self, stats: Stats, weights: Tensor | None = None, of: Literal["tasks", "examples"] = "tasks") -> None:
         """Add a step.
@@ -128,14 +133,14 @@ class History:
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every step of this run as plain numbers: a row per step and task, with ``step``, ``task`` and ``FIGURES``."""
+        """The last 10,000 steps of this run as plain numbers: a row per step and task: ``step``, ``task``, ``FIGURES``."""
         self._fetch()
-        return self._rows
+        return [row for step in self._rows for row in step]
 
     def reward_std(self, task: str) -> list[float]:
-        """The reward's standard deviation of every prompt of a task, over all steps of this run."""
+        """The reward's standard deviation of a task's last 10,000 prompts of this run."""
         self._fetch()
-        return self._reward_std[self.task_names.index(task)]
+        return list(self._reward_std[self.task_names.index(task)])
 
     def write(self, path: Path | str) -> None:
         """The rows as a CSV file, which :meth:`read` reads."""
@@ -149,12 +154,14 @@ class History:
         """A history of the rows of a CSV file: to report on, not to continue."""
         history = History()
         with Path(path).open(newline="") as file:
+            rows: list[dict[str, Any]] = []
             for row in csv.DictReader(file):
                 figures = {figure: float(row[figure]) for figure in FIGURES}
-                history._rows.append({"step": int(row["step"]), "task": row["task"], **figures})
-        history.task_names = tuple(dict.fromkeys(row["task"] for row in history._rows))
-        history.steps = 1 + max((row["step"] for row in history._rows), default=-1)
-        history._reward_std = [[] for _ in history.task_names]
+                rows.append({"step": int(row["step"]), "task": row["task"], **figures})
+        history._rows.extend([list(step) for _, step in itertools.groupby(rows, lambda row: row["step"])])
+        history.task_names = tuple(dict.fromkeys(row["task"] for row in rows))
+        history.steps = 1 + max((row["step"] for row in rows), default=-1)
+        history._reward_std = [deque(maxlen=KEPT) for _ in history.task_names]
         return history
 
     def state_dict(self) -> dict[str, Any]:
@@ -186,11 +193,13 @@ class History:
         """Bring what is pending to the host: this is what waits."""
         if not self._pending:
             return
-        self._reward_std = self._reward_std or [[] for _ in self.task_names]
+        self._reward_std = self._reward_std or [deque(maxlen=KEPT) for _ in self.task_names]
         first = self.steps - len(self._pending)
         for step, figures in enumerate(torch.stack(self._pending).tolist(), first):
-            for task, values in zip(self.task_names, zip(*figures, strict=True), strict=True):
-                self._rows.append({"step": step, "task": task, **dict(zip(FIGURES, values, strict=True))})
+            of_tasks = zip(self.task_names, zip(*figures, strict=True), strict=True)
+            self._rows.append(
+                [{"step": step, "task": task, **dict(zip(FIGURES, of, strict=True))} for task, of in of_tasks]
+            )
         if self._pending_std:
             tasks, stds = (torch.cat(each).tolist() for each in zip(*self._pending_std, strict=True))
             for k, std in zip(tasks, stds, strict=True):

@@ -327,7 +327,8 @@ class Meter:
         return _Batch(examples, tasks_there, there[0], there[1], n_prompts, reward, packing)
 
     def _has_tasks(self, plan: Plan) -> bool:
-        return len(self.task_names) > 1 or self.gram or not plan.keep or plan.by_task
+        # A single task's norm is that of the whole gradient, which is formed anyway unless weights per example come first.
+        return len(self.task_names) > 1 or self.gram or plan.by_task or not (plan.keep or plan.passes == 2)
 
     def _wanted(self, names: Sequence[str]) -> set[str]:
         """Which parameters are measured."""

@@ -287,12 +287,12 @@ class Reweighted(torch.optim.Optimizer):
     def _plan(self) -> Plan:
         if self.apply == "next_step":
             return Plan(task_weights=self._next_weights)
+        by_task = weighs_of(self.policy) == "tasks"
         if self.passes == 2:
-            return Plan(passes=2)
+            return Plan(passes=2, by_task=by_task)
         if self.scope == "layer":
             self.layer_weights = {}
             return Plan(layer_weights=self._weigh_layer)
-        by_task = weighs_of(self.policy) == "tasks"
         return Plan(keep=True, by_task=by_task, budget=self.gradient_budget, buffers=self._buffers)
 
     def _weigh_layer(self, name: str, sqnorms: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from gradients import NAMES, stats_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradnorm_ext import Meter
 from gradnorm_ext.history import FIGURES, History
 from gradnorm_ext.rewards import reward_stats
 
@@ -152,3 +153,20 @@ def test_goes_on_from_its_state():
 def test_says_what_is_wrong_and_what_to_do(call, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+def test_only_the_last_steps_are_kept_and_the_means_are_of_all(monkeypatch):
+    monkeypatch.setattr("gradnorm_ext.history.KEPT", 3)
+    monkeypatch.setattr("gradnorm_ext.history._PENDING", 2)
+    history = History(0.5)
+    model = torch.nn.Linear(1, 1, bias=False)
+    meter = Meter(model, tasks=["a", "b"])
+    for step in range(7):
+        with meter.observe(tasks=[0, 1]):
+            (float(step) * model(torch.tensor([[1.0], [2.0]]))).sum().backward()
+        history.append(meter.stats)
+    assert [row["step"] for row in history.rows()] == [4, 4, 5, 5, 6, 6] and history.steps == 7
+    mean = mass = 0.0
+    for step in range(7):
+        mean, mass = 0.5 * mean + 0.5 * step, 0.5 * mass + 0.5
+    assert float(history.mean("norm")[0]) == pytest.approx(mean / mass)

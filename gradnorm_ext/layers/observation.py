@@ -134,7 +134,8 @@ class Plan:
             weighed by its own.
         task_weights: ``[K]``, known beforehand (``apply="next_step"``): weight gradients are formed with them.
         keep: the weights come when the block closes (``apply="same_step"``): nothing reaches ``.grad`` before.
-        by_task: with ``keep``: form one gradient per task where that is smaller than the rows and within ``budget`` bytes.
+        by_task: the weights will be the tasks'; with ``keep``: form one gradient per task where that is smaller than the
+            rows and within ``budget`` bytes.
         buffers: where those gradients are kept from block to block, by parameter: fresh memory would cost as much
             as filling it.
     """
