@@ -479,3 +479,17 @@ def test_bags_with_offsets_as_the_models_input_need_no_other_layer():
         (gradient,) = torch.autograd.grad(model(bag[None]).square().sum(), model.weight)
         expected.append(gradient.norm())
     torch.testing.assert_close(meter.stats.example_norm, torch.stack(expected))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.Conv1d(3, 3, 1), nn.GroupNorm(1, 3), nn.BatchNorm1d(3).eval()])
+def test_a_buffer_of_as_many_rows_as_examples_is_not_taken_for_the_batch(layer):
+    class Prototypes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.layer = nn.Linear(3, 3), layer
+            self.register_buffer("prototypes", torch.randn(4, 3, *[1] * (not isinstance(layer, nn.Linear))))
+
+        def forward(self, x):
+            return self.mix(x) @ self.layer(self.prototypes).view(4, 3).T
+
+    refused(Prototypes(), torch.randn(4, 3), RuntimeError, "layer.weight")
