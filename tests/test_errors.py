@@ -439,14 +439,57 @@ def test_bags_of_something_else_than_examples_are_refused():
     )
 
 
-def test_a_module_called_twice_with_rows_of_other_examples():
+def test_slices_of_one_parameter_with_rows_of_other_examples():
     class Rolled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+            self.both, self.head = nn.Parameter(torch.randn(6, 3)), nn.Linear(3, 2)
 
         def forward(self, x):
-            twice = torch.tanh(self.inner(torch.tanh(self.inner(x.roll(1, 0)))))
-            return self.head(twice.roll(-1, 0))
+            for matrix in self.both.chunk(2):
+                x = torch.tanh(F.linear(x.roll(1, 0), matrix))
+            return self.head(x.roll(-2, 0))
 
-    refused(Rolled(), torch.randn(4, 3), RuntimeError, "inner.weight (linear, rows [4]) was used with rows that do not")
+    refused(Rolled(), torch.randn(4, 3), RuntimeError, "both (linear, rows [4]) was used with rows that do not")
+
+
+def test_bags_that_all_examples_share_are_not_taken_for_the_examples():
+    class Classes(nn.Module):
+        """As many classes, each a bag of words, as examples."""
+
+        def __init__(self):
+            super().__init__()
+            self.words, self.mix = nn.EmbeddingBag(11, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.mix(x) @ self.words(torch.arange(8) % 5, torch.tensor([0, 2, 4, 6])).T
+
+    refused(
+        Classes(), torch.randn(4, 3), RuntimeError, "words.weight (embedding_bag, rows [4]) was used with rows that"
+    )
+
+
+def test_bags_with_offsets_as_the_models_input_need_no_other_layer():
+    model, ids = nn.EmbeddingBag(11, 3), torch.arange(8) % 5
+    offsets, meter = torch.tensor([0, 1, 4, 6]), Meter(model)
+    with meter.observe(tasks=[0] * 4):
+        model(ids, offsets).square().sum().backward()
+    expected = []
+    for bag in ids.tensor_split(offsets[1:]):
+        (gradient,) = torch.autograd.grad(model(bag[None]).square().sum(), model.weight)
+        expected.append(gradient.norm())
+    torch.testing.assert_close(meter.stats.example_norm, torch.stack(expected))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.Conv1d(3, 3, 1), nn.GroupNorm(1, 3), nn.BatchNorm1d(3).eval()])
+def test_a_buffer_of_as_many_rows_as_examples_is_not_taken_for_the_batch(layer):
+    class Prototypes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.layer = nn.Linear(3, 3), layer
+            self.register_buffer("prototypes", torch.randn(4, 3, *[1] * (not isinstance(layer, nn.Linear))))
+
+        def forward(self, x):
+            return self.mix(x) @ self.layer(self.prototypes).view(4, 3).T
+
+    refused(Prototypes(), torch.randn(4, 3), RuntimeError, "layer.weight")

@@ -111,13 +111,15 @@ def _prefix(shape: Sequence[int], rows: int) -> int | None:
 class Layout:
     """Of one call: the kind its tensors have, and their sizes without the features. The tagging test may correct it.
 
-    ``anchored``: the call consumes an input of the model, whose batch dimension is known.
+    ``anchored``: the call consumes an input of the model, whose batch dimension is known. ``of_constant``: it consumes a
+    buffer, which as a rule has none.
     """
 
     kind: Kind
     shape: tuple[int, ...]
     examples: Examples
     anchored: bool = False
+    of_constant: bool = False
     corrected: bool = False
 
     @property

@@ -203,8 +203,8 @@ def _operands(x: Any, weight: Any, bias: Any, function: str) -> tuple[Call, Tens
     return Call(observation, layout, *uses), scale, shift
 
 
-def _affine(normalised: Tensor, weight: Any, bias: Any, function: str) -> Any:
-    if (found := _operands(normalised, weight, bias, function)) is None:
+def _affine(x: Tensor, normalised: Tensor, weight: Any, bias: Any, function: str) -> Any:
+    if (found := _operands(x, weight, bias, function)) is None:
         return NotImplemented
     call, scale, shift = found
     return _Affine.apply(call, normalised, scale, shift, *call.probes)
@@ -223,7 +223,7 @@ def instance_norm(
     if isinstance(input, Tap):
         return NotImplemented
     normalised = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
-    return _affine(normalised, weight, bias, "instance_norm")
+    return _affine(input, normalised, weight, bias, "instance_norm")
 
 
 def batch_norm(
@@ -240,4 +240,4 @@ def batch_norm(
     if isinstance(input, Tap) or training:
         return NotImplemented
     normalised = F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)
-    return _affine(normalised, weight, bias, "batch_norm")
+    return _affine(input, normalised, weight, bias, "batch_norm")

@@ -279,6 +279,7 @@ class Observation:
         if kind is None or (kind == "second" and self.batch_dim == 0 and not self.inputs):
             raise self._unexplained(shape, name)
         layout = Layout(kind, shape, self.batch, anchored=not tensor.requires_grad and self.is_input(tensor))
+        layout.of_constant = not tensor.requires_grad and self.is_constant(tensor)
         corrected = self.memory.corrected.get((name, function, len(shape)))
         if corrected is not None and corrected == layout.alternative:
             layout.correct()
@@ -327,6 +328,7 @@ class Observation:
         """
         followers = tuple(self.use(other, value, views, function, layout) for other in others)
         use = Use(slot, value, views, function, layout, self, shared=shared, followers=followers)
+        use.needs_proof = layout.of_constant
         recomputed = torch._C._current_graph_task_id() != -1 and slot.uses
         if not recomputed:
             slot.uses.append(use)
