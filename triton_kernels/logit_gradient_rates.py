@@ -4,9 +4,10 @@ every row's own sum first. Each program of the second has a block of classes and
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gradnorm_ext.triton_kernels.logit_scores import block_of, softmax_sums
 from gradnorm_ext.triton_kernels.registration import FILLS_A_GPU, accumulator, constexpr_of, operation
-from torch import Tensor
 
 _BLOCK_ROWS, _BLOCK_CLASSES = 8, 512  # 32 logits for each thread of 4 warps
 _RUN = 64  # rows added up in float32 before they go to float64

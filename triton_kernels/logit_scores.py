@@ -2,8 +2,9 @@
 
 import triton
 import triton.language as tl
-from gradnorm_ext.triton_kernels.registration import accumulator, constexpr_of, operation
 from torch import Tensor
+
+from gradnorm_ext.triton_kernels.registration import accumulator, constexpr_of, operation
 
 _BLOCK = 4096  # logits at a time: 32 for each thread of 4 warps, 64 bytes in flight in bfloat16
 
