@@ -135,6 +135,11 @@ class Reweighted(torch.optim.Optimizer):
     def observe(self, **batch: Unpack[Given]) -> Iterator[None]:
         """As :meth:`Meter.observe`; when it closes, ``.grad`` holds the reweighted gradient."""
         _refuse_several_processes()
+        if self.passes == 2 and batch.get("backwards", 1) != 1:
+            raise ValueError(
+                "Reweighted: with passes=2 the weights are known after one backward for the norms, got backwards="
+                f"{batch['backwards']}; add up the losses, or use passes=1"
+            )
         self._usable = torch.ones((), dtype=torch.bool)
         plan = self._plan()
         if plan.keep or plan.layer_weights is not None:

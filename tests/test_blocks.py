@@ -113,6 +113,25 @@ def test_forwards_and_backwards_of_one_block_are_one_gradient(way, tied, backend
         model.zero_grad()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_by_layer_forwards_and_backwards_are_one_gradient_too(way):
+    torch.manual_seed(0)
+    model, ids = PolicyAndValue(tied=True).double(), torch.randint(0, 9, (4, 5))
+    gradients = gradients_of(model, way, ids)
+    optimizer = Reweighted(torch.optim.SGD(model.parameters()), model, ClipExamples(1.0), tasks=2, scope="layer")
+    for _ in range(2):
+        model.zero_grad()
+        with optimizer.observe(tasks=TASKS, backwards=WAYS[way]):
+            way(model, ids, lambda loss, **options: loss.backward(**options))
+        agrees(optimizer.stats, gradients)
+        for name, weights in optimizer.layer_weights.items():
+            norms = torch.stack([g[name].norm() for g in gradients])
+            torch.testing.assert_close(weights, torch.where(norms > 1, 1 / norms, 1.0))
+            expected = sum(w * g[name] for w, g in zip(weights, gradients, strict=True))
+            torch.testing.assert_close(model.get_parameter(name).grad, expected)
+        assert {name for name, g in gradients[0].items() if g.any()} <= optimizer.layer_weights.keys()
+
+
 def test_more_backward_passes_than_were_said_are_refused():
     model, ids = PolicyAndValue().double(), torch.randint(0, 9, (4, 5))
     meter = Meter(model)

@@ -192,6 +192,13 @@ def test_by_layer_policies_with_a_memory_are_refused():
         wrap(oracle.make("mlp"), GradNorm(), scope="layer")
 
 
+def test_two_passes_are_of_one_loss():
+    optimizer = wrap(oracle.make("mlp"), by_task, passes=2)
+    message = "weights are known after one backward for the norms, got backwards=2"
+    with pytest.raises(ValueError, match=message), optimizer.observe(tasks=[0] * 6, backwards=2):
+        pass
+
+
 @pytest.mark.parametrize("options", [{"passes": 3}, {"scope": "all"}])
 def test_other_timings_are_refused(options):
     with pytest.raises(ValueError, match='passes must be 1 or 2, and scope "model" or "layer"'):

@@ -360,7 +360,7 @@ class Observation:
                 f"backward passes there are with observe(backwards={self.backwards + 1}), or open one observe block for "
                 "each"
             )
-        several = len(slot.uses) > 1 or self.backwards > 1 or use.is_derived
+        several = self._adds_up(slot) or use.is_derived
         apart = several or not slot.wanted  # its norm is not taken here
         gradient, norms = self._formed(use, contribution, needs_gradient and self.phase is None, apart)
         if several and slot.wanted:
@@ -376,6 +376,10 @@ class Observation:
         if norms.dtype != self._one.dtype or norms.device != self._one.device:
             norms = norms.to(self._one)
         return gradient, torch.cat([norms, self._one])
+
+    def _adds_up(self, slot: Slot) -> bool:
+        """Whether a parameter's gradient is of several uses or passes, whose norms are not those of their sum."""
+        return len(slot.uses) > 1 or self.backwards > 1
 
     def _formed(
         self, use: Use, contribution: Contribution, needs_gradient: bool, apart: bool
@@ -410,9 +414,8 @@ class Observation:
             if not needs_gradient or by_layer is None:
                 return None, norms
             return contribution.total(by_layer(slot.name, norms)), norms
-        if self.plan.gram and isinstance(
-            contribution, (Outer, Convolved)
-        ):  # the tasks' gradients first: one product for all
+        if self.plan.gram and isinstance(contribution, (Outer, Convolved)):
+            # The tasks' gradients first: one product for all.
             out, norms = contribution.by_new_group()
             weights = self.plan.task_weights
             total = out.sum(0) if weights is None else torch.tensordot(weights.to(out), out, 1)
@@ -487,7 +490,7 @@ class Observation:
                     torch.isfinite(scale)
                 ):
                     self.failures.append(f"{slot.name} got a gradient that its seen uses account for only in part")
-            waits = self.plan.keep or (self.plan.layer_weights is not None and len(slot.uses) > 1)
+            waits = self.plan.keep or (self.plan.layer_weights is not None and self._adds_up(slot))
             return torch.zeros_like(total) if waits else None
 
         return compare
@@ -693,10 +696,8 @@ class Observation:
     def _accumulate(self, use: Use, gradient: Tensor) -> None:
         parameter = use.slot.parameter
         if use.value is not parameter or parameter._backward_hooks:
-            with torch.enable_grad():
-                torch.autograd.backward(
-                    (use.value,), (gradient,), retain_graph=use.is_derived
-                )  # through views, past hooks
+            with torch.enable_grad():  # through views, past hooks
+                torch.autograd.backward((use.value,), (gradient,), retain_graph=use.is_derived)
         elif parameter.grad is None:
             parameter.grad = gradient
         else:
