@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 from gradnorm_ext import ClipExamples, InverseNorm, Meter, Reweighted
 
@@ -80,6 +81,37 @@ class Contractions(nn.Module):
         return self.head(torch.tanh(routed + h @ self.experts[1])).flatten(1)
 
 
+class Tangled(nn.Module):
+    """A parameter used as it is and derived, twice and transposed; a scalar likewise."""
+
+    def __init__(self):
+        super().__init__()
+        self.lift, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+        self.weight, self.gate = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x):
+        h, weight = torch.tanh(self.lift(x)), torch.tanh(self.weight)
+        h = F.linear(h, weight) + F.linear(torch.tanh(h), weight.t()) + F.linear(h, self.weight)
+        return self.head(torch.tanh(h * self.gate.exp() * self.gate)).flatten(1)
+
+
+class Checkpointed(nn.Module):
+    """A derived parameter and a function without a rule inside a checkpoint, whose tensors are gone when the block closes."""
+
+    def __init__(self):
+        super().__init__()
+        self.lift, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+        self.weight, self.other = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def inner(self, h):
+        h = torch.tanh(F.linear(h, torch.tanh(self.weight)))
+        return torch.tanh(torch.einsum("btd,de->bte", h, self.other))
+
+    def forward(self, x):
+        h = checkpoint(self.inner, torch.tanh(self.lift(x)), use_reentrant=False)
+        return self.head(h).flatten(1)
+
+
 def spectral(layer):
     return parametrizations.spectral_norm(layer, n_power_iterations=1).eval()  # in eval mode: no power iteration
 
@@ -113,6 +145,8 @@ MAKERS = {
     "pruned, last": lambda: Wrapped(pruned, last=True),
     "low rank": lambda: Wrapped(lambda _: LowRank()),
     "contractions": Contractions,
+    "tangled": Tangled,
+    "checkpointed": Checkpointed,
 }
 
 
@@ -129,11 +163,14 @@ def test_equals_autograd_one_example_at_a_time(case, tokens):
     case = case_of(case.model, tokens).to(torch.float64)
     gradients = oracle.per_example_gradients(case)
     tasks = torch.tensor([0, 1, 1, 0])
-    meter = Meter(case.model, tasks=2, on_unsupported="vmap")
+    meter = Meter(case.model, tasks=2, gram=True, on_unsupported="vmap")
     for _ in range(2):
         case.model.zero_grad()
         with meter.observe(tasks=tasks):
             case.run().backward()
+        flat = torch.stack([torch.cat([one.flatten() for one in g.values()]) for g in gradients])
+        of_tasks = torch.zeros(2, flat.shape[1], dtype=flat.dtype).index_add_(0, tasks, flat)
+        torch.testing.assert_close(meter.stats.task_gram, of_tasks @ of_tasks.T)
         norms = oracle.group_norms(gradients, torch.arange(EXAMPLES), EXAMPLES)
         assert oracle.relative(meter.stats.example_norm, norms) < EXACT
         assert oracle.relative(meter.stats.task_norm, oracle.group_norms(gradients, tasks, 2)) < EXACT
@@ -142,7 +179,7 @@ def test_equals_autograd_one_example_at_a_time(case, tokens):
                 torch.testing.assert_close(parameter.grad, sum(g[name] for g in gradients))
 
 
-@pytest.mark.parametrize("apply", ("same_step", "next_step"))
+@pytest.mark.parametrize("apply", ("same_step", "two passes", "next_step"))
 @pytest.mark.parametrize("policy", (InverseNorm(), ClipExamples(0.5)))
 def test_reweighted_gradients_are_those_of_the_loop(case, policy, apply):
     if apply == "next_step" and policy.weighs == "examples":
@@ -150,11 +187,12 @@ def test_reweighted_gradients_are_those_of_the_loop(case, policy, apply):
     gradients = oracle.per_example_gradients(case)
     tasks = torch.tensor([0, 1, 1, 0])
     optimizer = torch.optim.SGD(case.model.parameters(), 0.0)
-    optimizer = Reweighted(optimizer, case.model, policy, tasks=2, apply=apply, on_unsupported="vmap")
+    timing = {"passes": 2} if apply == "two passes" else {"apply": apply}
+    optimizer = Reweighted(optimizer, case.model, policy, tasks=2, on_unsupported="vmap", **timing)
     for _ in range(2):
         case.model.zero_grad()
         with optimizer.observe(tasks=tasks):
-            case.run().backward()
+            optimizer.backward(case.run())
         weights = optimizer.weights if policy.weighs == "examples" else optimizer.weights[tasks]
         for name, parameter in case.model.named_parameters():
             if parameter.requires_grad:
@@ -211,3 +249,54 @@ def test_packed_sequences_are_refused():
 def test_other_values_of_the_option_are_refused():
     with pytest.raises(ValueError, match=r"on_unsupported must be .* got 'ignore'"):
         Meter(nn.Linear(2, 2), on_unsupported="ignore")
+
+
+class OnRows(nn.Module):
+    """Functions without a rule that work on each row by itself, so that rows may lie anywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.lift, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+        self.wide, self.temperature = nn.Parameter(torch.randn(WIDTH, 2, WIDTH)), nn.Parameter(torch.tensor(0.3))
+        self.normed = parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x):
+        h = torch.einsum("...d,dhe->...he", torch.tanh(self.lift(x)), self.wide).sum(-2)
+        return self.head(torch.tanh(self.normed(torch.tanh(h) * self.temperature.exp())))
+
+
+LAYOUTS = ["packed", "packed, one more dimension", "mixed", "sequence first, 5", f"sequence first, {EXAMPLES}"]
+
+
+@pytest.mark.parametrize("timing", [{}, {"passes": 2}, {"gram": True}], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_every_layout(layout, timing):
+    torch.manual_seed(0)
+    model, lengths = OnRows().double(), [3, 1, 4, 4]
+    if layout.startswith("sequence first"):
+        owner = torch.arange(EXAMPLES).expand(int(layout[-1]), EXAMPLES)
+        told = {"batch_dim": 1}
+    else:
+        owner = torch.repeat_interleave(torch.arange(EXAMPLES), torch.tensor(lengths))
+        owner = owner[torch.randperm(len(owner))] if layout == "mixed" else owner
+        told = {"example_ids": owner} if layout == "mixed" else {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0)}
+        owner = owner[None] if layout == "packed, one more dimension" else owner
+    x = torch.randn(*owner.shape, 3, dtype=torch.float64)
+    gradients = []
+    for b in range(EXAMPLES):
+        model.zero_grad()
+        model(x[owner == b][None]).square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer = Reweighted(optimizer, model, ClipExamples(1.0), tasks=2, on_unsupported="vmap", **timing)
+    for _ in range(2):
+        model.zero_grad()
+        with optimizer.observe(tasks=[0, 1, 1, 0], **told):
+            optimizer.backward(model(x).square().sum())
+        norms = oracle.group_norms(gradients, torch.arange(EXAMPLES), EXAMPLES)
+        assert oracle.relative(optimizer.stats.example_norm, norms) < EXACT
+        norms = oracle.group_norms(gradients, torch.tensor([0, 1, 1, 0]), 2)
+        assert oracle.relative(optimizer.stats.task_norm, norms) < EXACT
+        for name, parameter in model.named_parameters():
+            expected = sum(w * g[name] for w, g in zip(optimizer.weights, gradients, strict=True))
+            torch.testing.assert_close(parameter.grad, expected)

@@ -634,7 +634,7 @@ def combined_gram(placed: Sequence[Placed]) -> Tensor:
 def gram_of(gradients: Tensor) -> Tensor:
     """``[K, K]``: the inner products of ``gradients [K, ...]``, summed in runs that lose no digits."""
     run = 4096
-    flat = gradients.flatten(1)
+    flat = gradients.reshape(len(gradients), -1)
     whole = flat.shape[1] // run * run
     runs = flat[:, :whole].unflatten(1, (-1, run)).transpose(0, 1)
     rest = flat[:, whole:]

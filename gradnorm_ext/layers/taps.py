@@ -12,6 +12,7 @@ Outside observe blocks a model is exactly what it was.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,17 +123,28 @@ class Tap(Tensor):
         taps = [leaf for leaf in leaves if isinstance(leaf, Tap)]
         values = [leaf.value if isinstance(leaf, Tap) else leaf for leaf in leaves]
         plain_args, plain_kwargs = pytree.tree_unflatten(values, spec)
-        with torch._C.DisableTorchFunctionSubclass():
+        graph = saving_themselves() if taps[0].observation.derives else contextlib.nullcontext()
+        with torch._C.DisableTorchFunctionSubclass(), graph:
             result = func(*plain_args, **plain_kwargs)
-            if torch.is_grad_enabled() and any(
-                isinstance(leaf, Tensor) and leaf.requires_grad and not any(leaf is value for value in values)
-                for leaf in pytree.tree_leaves(result)
-            ):
-                name = getattr(func, "__name__", str(func))
-                if not taps[0].observation.derives or any(tap.looked_up is not None for tap in taps):
-                    raise taps[0].refusal(name)
+        if torch.is_grad_enabled() and any(
+            isinstance(leaf, Tensor) and leaf.requires_grad and not any(leaf is value for value in values)
+            for leaf in pytree.tree_leaves(result)
+        ):
+            name = getattr(func, "__name__", str(func))
+            if not taps[0].observation.derives or any(tap.looked_up is not None for tap in taps):
+                raise taps[0].refusal(name)
+            with torch._C.DisableTorchFunctionSubclass():
                 return cls.unruled(func, name, leaves, spec, result)
         return result
+
+
+def saving_themselves() -> Any:
+    """For graphs that are gone through when the block closes, after which a checkpoint would not compute them again."""
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @functools.cache

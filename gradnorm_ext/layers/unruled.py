@@ -23,7 +23,7 @@ from gradnorm_ext.layers.calls import Backward, Call, no_autocast
 from gradnorm_ext.layers.contributions import Pulled, chosen, members_of_columns
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
-from gradnorm_ext.layers.taps import Tap
+from gradnorm_ext.layers.taps import Tap, saving_themselves
 
 
 def unruled(func: Callable[..., Any], name: str, leaves: Sequence[Any], spec: Any, result: Any) -> Any:
@@ -131,7 +131,7 @@ class _Unruled(torch.autograd.Function):
         count: int,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
+        with torch.enable_grad(), saving_themselves():
             inputs = [tensor.detach().requires_grad_() for tensor in tensors[:count] if tensor is not None]
             outputs = [out for out in run(*inputs) if isinstance(out, Tensor) and out.is_floating_point()]
         ctx.call, ctx.inputs, ctx.outputs = call, inputs, outputs
