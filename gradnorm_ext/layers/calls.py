@@ -18,6 +18,7 @@ from gradnorm_ext.backends import find
 from gradnorm_ext.layers.contributions import Contribution, Sums
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
+from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
@@ -35,6 +36,28 @@ class Call:
     @property
     def probes(self) -> list[Tensor | None]:
         return [None if use is None else self.observation.probe_rows[use.slot.index] for use in self.uses]
+
+
+def tapped_call(
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    function: str,
+    features: int = 1,
+    *,
+    layout: Layout | None = None,
+    swapped: bool = False,
+) -> tuple[Call, Any, Any]:
+    """The call of a function of a weight and a bias, at least one of them a tap, and what it computes with.
+
+    ``features``: how many of x's last dimensions are no rows; ``layout``: where it is known what the rows are.
+    """
+    taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
+    observation = taps[0].observation
+    layout = layout or observation.layout(x, features, taps[0].name, function)
+    uses = [tap.use(function, layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
+    weight, bias = (use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True))
+    return Call(observation, layout, *uses, swapped=swapped), weight, bias
 
 
 def module_call(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gradnorm_ext.layers.calls import Backward, Call, no_autocast, summed
+from gradnorm_ext.layers.calls import Backward, Call, no_autocast, summed, tapped_call
 from gradnorm_ext.layers.contributions import Contribution, Convolved, Geometry
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.reference import accumulator
@@ -69,14 +69,10 @@ def _convolve(x: Any, weight: Any, bias: Any, geometry: Geometry, function: str)
         return NotImplemented
     if x.dim() != weight.dim():
         raise taps[0].refusal(f"{function} (of an input without a batch dimension)")
-    observation = taps[0].observation
-    layout = observation.layout(x, x.dim() - 1, taps[0].name, function)
-    uses = [tap.use(function, layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
-    operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
+    call, weight, bias = tapped_call(x, weight, bias, function, x.dim() - 1)
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
-    call = Call(observation, layout, *uses)
-    return _Convolution.apply(call, x, *operands, geometry, dtype, *call.probes)
+    return _Convolution.apply(call, x, weight, bias, geometry, dtype, *call.probes)
 
 
 def _each(size: int | Sequence[int], dimensions: int) -> tuple[int, ...]:

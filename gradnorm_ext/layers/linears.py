@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gradnorm_ext.layers.calls import Backward, Call, module_call, no_autocast, summed
+from gradnorm_ext.layers.calls import Backward, Call, module_call, no_autocast, summed, tapped_call
 from gradnorm_ext.layers.contributions import Outer
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation
@@ -67,11 +67,8 @@ def multiply_rows(
     taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
     if any(tap.looked_up or tap.is_met_by_constant(x) for tap in taps):
         return NotImplemented
-    observation = taps[0].observation
-    layout = layout or observation.layout(x, 1, taps[0].name, function)
-    uses = [tap.use(function, layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
-    operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
-    return _apply_linear(Call(observation, layout, *uses, swapped=swapped), x, operands[0], operands[1])
+    call, weight, bias = tapped_call(x, weight, bias, function, layout=layout, swapped=swapped)
+    return _apply_linear(call, x, weight, bias)
 
 
 def _apply_linear(call: Call, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
@@ -144,9 +141,5 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     both = torch.cat([input1, input2], -1)  # the tagging test goes up through one input
     if torch.is_autocast_enabled(both.device.type):
         both = both.to(torch.result_type(both, weight))  # as autocast does on GPUs; on CPUs plain torch refuses
-    observation = taps[0].observation
-    layout = observation.layout(both, 1, taps[0].name, "bilinear")
-    uses = [tap.use("bilinear", layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
-    operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
-    call = Call(observation, layout, *uses)
-    return _Bilinear.apply(call, both, *operands, *call.probes)
+    call, weight, bias = tapped_call(both, weight, bias, "bilinear")
+    return _Bilinear.apply(call, both, weight, bias, *call.probes)

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gradnorm_ext.layers.calls import Backward, Call, module_call, no_autocast, normalised_product, summed
+from gradnorm_ext.layers.calls import (
+    Backward,
+    Call,
+    module_call,
+    no_autocast,
+    normalised_product,
+    summed,
+    tapped_call,
+)
 from gradnorm_ext.layers.contributions import Contribution
 from gradnorm_ext.layers.observation import Observation
 from gradnorm_ext.layers.taps import Tap
@@ -66,13 +74,8 @@ def layer_norm(
     taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
     if isinstance(input, Tap) or any(tap.looked_up for tap in taps):
         return NotImplemented
-    observation = taps[0].observation
-    layout = observation.layout(input, len(normalized_shape), taps[0].name, "layer_norm")
-    uses = [tap.use("layer_norm", layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
-    operands = [use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True)]
-    return _apply_layer_norm(
-        Call(observation, layout, *uses), input, operands[0], operands[1], tuple(normalized_shape), eps
-    )
+    call, weight, bias = tapped_call(input, weight, bias, "layer_norm", len(normalized_shape))
+    return _apply_layer_norm(call, input, weight, bias, tuple(normalized_shape), eps)
 
 
 def _apply_layer_norm(
@@ -196,11 +199,7 @@ def _operands(x: Any, weight: Any, bias: Any, function: str) -> tuple[Call, Tens
         or any(tap.looked_up or tap.dim() != 1 or tap.is_met_by_constant(x) for tap in taps)
     ):
         return None
-    observation = taps[0].observation
-    layout = observation.layout(x, x.dim() - 1, taps[0].name, function)
-    uses = [tap.use(function, layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
-    scale, shift = (use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True))
-    return Call(observation, layout, *uses), scale, shift
+    return tapped_call(x, weight, bias, function, x.dim() - 1)
 
 
 def _affine(x: Tensor, normalised: Tensor, weight: Any, bias: Any, function: str) -> Any:
