@@ -140,6 +140,8 @@ class Reweighted(torch.optim.Optimizer):
                 "Reweighted: with passes=2 the weights are known after one backward for the norms, got backwards="
                 f"{batch['backwards']}; add up the losses, or use passes=1"
             )
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            self._observed.clear()  # of gradients that are gone: model.zero_grad(), where a GradScaler skipped the step
         self._usable = torch.ones((), dtype=torch.bool)
         plan = self._plan()
         if plan.keep or plan.layer_weights is not None:

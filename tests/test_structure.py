@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "meter": {"layers", "rewards", "segments", "stats"},
     "optimizer": {"history", "layers", "meter", "policies", "stats"},
     "check": {"layers", "meter"},
+    "integrations": {"history", "integrations", "meter", "optimizer", "policies", "rewards", "stats"},
     "__main__": {"backends", "native"},
     "__init__": {
         "check",
@@ -57,7 +58,8 @@ def imported(path):
 
 
 def sources():
-    return [*PACKAGE.glob("*.py"), *PACKAGE.glob("layers/*.py"), *PACKAGE.glob("policies/*.py")]
+    folders = (PACKAGE, PACKAGE / "layers", PACKAGE / "policies", PACKAGE / "integrations")
+    return [path for folder in folders for path in folder.glob("*.py")]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -84,7 +86,7 @@ def test_triton_kernels_import_torch_and_triton_only(path):
 def test_the_core_needs_only_torch_and_numpy():
     code = (
         "import sys; import gradnorm_ext; "
-        "print([m for m in ('transformers', 'matplotlib', 'rich', 'torchjd', 'triton', 'hypothesis') if m in sys.modules])"
+        "print([m for m in ('transformers', 'trl', 'matplotlib', 'rich', 'torchjd', 'triton', 'hypothesis') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() in ("[]", "['triton']")  # torch itself may import triton
