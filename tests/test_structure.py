@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "__init__": {
         "check",
         "history",
+        "layers",
         "logits",
         "meter",
         "ops",
