@@ -3,6 +3,7 @@
 from gradnorm_ext import ops, policies
 from gradnorm_ext.check import check
 from gradnorm_ext.history import History
+from gradnorm_ext.layers import HeadScores, fused_head, measure_as
 from gradnorm_ext.logits import TokenScores, logit_gradient_rates, logit_scores
 from gradnorm_ext.meter import Meter
 from gradnorm_ext.optimizer import Reweighted
@@ -37,6 +38,7 @@ __all__ = [
     "Equal",
     "GradNorm",
     "Gramian",
+    "HeadScores",
     "History",
     "InverseNorm",
     "Meter",
@@ -51,9 +53,11 @@ __all__ = [
     "TaskSampler",
     "TokenScores",
     "check",
+    "fused_head",
     "group_advantages",
     "logit_gradient_rates",
     "logit_scores",
+    "measure_as",
     "ops",
     "policies",
     "report",

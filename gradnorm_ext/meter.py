@@ -14,7 +14,16 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from gradnorm_ext.layers import Examples, Memory, Observation, Packing, Plan, observe_modules, release_modules
+from gradnorm_ext.layers import (
+    Examples,
+    Interception,
+    Memory,
+    Observation,
+    Packing,
+    Plan,
+    observe_modules,
+    release_modules,
+)
 from gradnorm_ext.rewards import RewardStats, reward_stats
 from gradnorm_ext.segments import Groups
 from gradnorm_ext.stats import Stats
@@ -251,10 +260,12 @@ class Meter:
         if batch.examples is not None:
             start(batch.examples)
         observe_modules(modules, observation)
+        functions = Interception()
         try:
             try:
                 yield block
             finally:
+                functions.end()
                 release_modules(modules, observation)
             known = {id(p) for _, p in trainable}
             if any(p.requires_grad and id(p) not in known for p in self.model.parameters()):

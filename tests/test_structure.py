@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "__init__": {
         "check",
         "history",
+        "layers",
         "logits",
         "meter",
         "ops",

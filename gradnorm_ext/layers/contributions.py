@@ -13,7 +13,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -77,12 +77,95 @@ class Outer:
     def of_column(self, rows: Tensor) -> Tensor:
         return self.g[rows].t() @ self.x[rows]
 
+    def entries(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """Of these rows' gradient the entries that a lookup of ``ids`` shares with it."""
+        return self.g[rows][:, ids].t() @ self.x[rows]
+
     @property
     def kept(self) -> tuple[Tensor, ...]:
         return self.x, self.g
 
     def fingerprint(self) -> Tensor:
         return _size_of_rows(self.x if self.swapped else self.g)
+
+
+class FormedColumns(Protocol):
+    """An output gradient ``[rows, out]`` that is formed for some columns at a time, in parts that cover all of them."""
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]: ...
+
+    def columns(self, ids: Tensor) -> Tensor: ...
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]: ...
+
+
+@dataclass(frozen=True)
+class Parted:
+    """An `Outer` whose output gradient is never there as a whole.
+
+    Different columns of it make different rows of the gradient: squared norms and inner products of the parts add up.
+    """
+
+    x: Tensor
+    g: FormedColumns
+    out: int
+    segments: Segments
+    backend: str
+
+    def _outers(self) -> Iterator[tuple[slice, Outer]]:
+        for part, g in self.g.parts():
+            yield part, Outer(self.x, g, self.segments, self.backend)
+
+    def sqnorm(self) -> Tensor:
+        return functools.reduce(torch.add, [outer.sqnorm() for _, outer in self._outers()])
+
+    def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        totals, sqnorms = zip(*(outer.wgrad(weight) for _, outer in self._outers()), strict=True)
+        return torch.cat(totals), functools.reduce(torch.add, sqnorms)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.out, self.x.shape[1]
+
+    def by_group(self, out: Tensor) -> Tensor:
+        """As of `Outer`."""
+        sqnorms = []
+        for part, outer in self._outers():
+            of_groups, sqnorm = outer.by_new_group()
+            out[:, part] = of_groups
+            sqnorms.append(sqnorm)
+        return functools.reduce(torch.add, sqnorms)
+
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        out = self.x.new_empty(self.segments.groups.counts[-1], *self.shape, dtype=accumulator(self.x.dtype))
+        return out, self.by_group(out)
+
+    def total(self, weight: Tensor | None = None) -> Tensor:
+        return torch.cat([outer.total(weight) for _, outer in self._outers()])
+
+    def gram(self) -> Tensor:
+        return functools.reduce(torch.add, [outer.gram() for _, outer in self._outers()])
+
+    def of_column(self, rows: Tensor) -> Tensor:
+        return torch.cat([outer.of_column(rows) for _, outer in self._outers()])
+
+    def entries(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """Of these rows' gradient the entries that a lookup of ``ids`` shares with it."""
+        return self.g.columns(ids)[rows].t() @ self.x[rows]
+
+    def row_sums(self) -> Sums:
+        """Each segment's gradient of a bias."""
+        run = find("sum_sums", self.x.device.type, self.backend)
+        return Sums(torch.cat([run(g, self.segments) for _, g in self.g.parts()], 1), self.segments, self.backend)
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        return self.g.kept
+
+    def fingerprint(self) -> Tensor:
+        return functools.reduce(torch.add, [outer.fingerprint() for _, outer in self._outers()])
 
 
 @dataclass(frozen=True)
@@ -421,7 +504,7 @@ class Pulled:
         return self.sizes()
 
 
-Contribution = Outer | Lookup | Sums | Convolved | Pulled
+Contribution = Outer | Parted | Lookup | Sums | Convolved | Pulled
 
 
 def chosen(members: Tensor, segments: Segments) -> Tensor:
@@ -509,6 +592,11 @@ def _overlapping_sqnorm(placed: Sequence[Placed]) -> Tensor:
         lookups = [one.contribution for one in uses if isinstance(one.contribution, Lookup)]
         sums = [one.contribution for one in uses if isinstance(one.contribution, Sums)]
         convolved = [one.contribution for one in uses if isinstance(one.contribution, Convolved)]
+        parted = [one.contribution for one in uses if isinstance(one.contribution, Parted)]
+        if len(parted) == 1 and lookups and len(lookups) == len(uses) - 1:
+            return tied_sqnorm(TiedOuter.of(parted[0], [(lookup.ids, lookup.segments) for lookup in lookups]), lookups)
+        if parted:
+            return _dense_sqnorm(uses)
         if convolved and not outers and not lookups:
             return convolved[0].together(convolved[1:], sums)
         if not sums and not convolved and (outers or lookups):
@@ -582,12 +670,12 @@ class TiedOuter:
     entries: list[tuple[Tensor, Tensor]]
 
     @staticmethod
-    def of(outer: Outer, ids: Sequence[tuple[Tensor, Segments]]) -> TiedOuter:
+    def of(outer: Outer | Parted, ids: Sequence[tuple[Tensor, Segments]]) -> TiedOuter:
         """``ids``: of every lookup, example by example."""
         entries = []
         for members, rows in _columns(outer.segments):
             looked_up = torch.unique(torch.cat([one[_rows_of(members, segments)] for one, segments in ids]))
-            entries.append((looked_up, outer.g[rows][:, looked_up].t() @ outer.x[rows]))
+            entries.append((looked_up, outer.entries(rows, looked_up)))
         return TiedOuter(outer.sqnorm(), entries)
 
 
@@ -612,7 +700,7 @@ def _dense_gradient(uses: Sequence[Placed], members: Tensor) -> Tensor:
     total: Tensor | None = None
     for use in uses:
         one = use.contribution
-        of_rows = isinstance(one, (Outer, Lookup))
+        of_rows = isinstance(one, (Outer, Parted, Lookup))
         part = use.adjoint(
             one.of_column(_rows_of(members, one.segments)) if of_rows else one.of_segments(members)  # type: ignore[union-attr]
         )

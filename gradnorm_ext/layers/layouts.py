@@ -10,11 +10,13 @@ features set aside, are compared with the number of examples B:
    have T rows per example: the model's input or the input of an earlier use. *flat, second*: the same rows in the order
    of ``[T, B]``.
 4. *packed*: as many rows as ``cu_seqlens`` or ``example_ids`` speak of, and whose those say.
-5. *shared*: no batch dimension (a position table's ids). Taken for a lookup whose ids have another first size than B,
+5. *followed*: the graph leads from rows that were selected (``h[mask]``, ``h[:, :-1]`` as flat rows) to rows that are
+   known (`gradnorm_ext.layers.provenance`).
+6. *shared*: no batch dimension (a position table's ids). Taken for a lookup whose ids have another first size than B,
    for every later lookup of that table with as many dimensions, and where 1 was tried and refuted. The gradient is
    taken where the looked-up rows meet the batch, so that it arrives per example.
 
-1 to 4 are hypotheses until the *tagging test* (`gradnorm_ext.layers.observation`) has passed. Where it fails and the
+1 to 5 are hypotheses until the *tagging test* (`gradnorm_ext.layers.observation`) has passed. Where it fails and the
 sizes allow another of them (T == B; either order of flat rows), that one is tested in its place, before anything is
 measured, and remembered for this use.
 """
@@ -32,7 +34,7 @@ from torch import Tensor
 from gradnorm_ext.backends import find
 from gradnorm_ext.segments import Groups, Segments
 
-Kind = Literal["leading", "second", "flat", "flat, second", "packed"]
+Kind = Literal["leading", "second", "flat", "flat, second", "packed", "followed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,7 @@ class Layout:
     """Of one call: the kind its tensors have, and their sizes without the features. The tagging test may correct it.
 
     ``anchored``: the call consumes an input of the model, whose batch dimension is known. ``of_constant``: it consumes a
-    buffer, which as a rule has none.
+    buffer, which as a rule has none. ``own``: whose the rows are, where they are those of this call only.
     """
 
     kind: Kind
@@ -121,6 +123,34 @@ class Layout:
     anchored: bool = False
     of_constant: bool = False
     corrected: bool = False
+    own: Packing | None = None
+
+    @staticmethod
+    def of_owners(owners: Tensor, examples: Examples) -> Layout:
+        """Of rows whose examples are known one by one, in any order and number."""
+        packing = Packing.of_ids(owners.reshape(-1), examples.count)
+        return Layout("followed", tuple(owners.shape), examples, own=packing)
+
+    @property
+    def packing(self) -> Packing:
+        packing = self.own or self.examples.packing
+        assert packing is not None
+        return packing
+
+    @property
+    def owners(self) -> Tensor:
+        """The example of every row, in the shape of the rows."""
+        example = torch.arange(self.examples.count, device=self.examples.groups.walk.device)
+        if self.kind == "second":
+            return example.view(1, -1, *[1] * (len(self.shape) - 2)).expand(self.shape)
+        if self.kind == "flat, second":
+            return example.repeat(self.rows // len(example)).view(self.shape)
+        if self.kind in ("packed", "followed"):
+            of_row = example.repeat_interleave(self.packing.offsets.diff(), output_size=self.packing.rows)
+            if self.packing.order is not None:
+                of_row = torch.empty_like(of_row).index_copy_(0, self.packing.order, of_row)
+            return of_row.repeat_interleave(self.rows // max(1, self.packing.rows)).view(self.shape)
+        return example.repeat_interleave(self.rows // len(example)).view(self.shape)
 
     @property
     def rows(self) -> int:
@@ -140,9 +170,18 @@ class Layout:
         """Whether a count of rows is all the sizes show."""
         return self.kind in ("flat", "flat, second")
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is known of each row whose it is."""
+        return self.kind in ("packed", "followed")
+
+    @property
+    def _packed_segments(self) -> Segments:
+        return self.examples.packed(1) if self.kind == "packed" else self.segments
+
     def proves(self, rows_per_example: set[int]) -> bool:
         """Whether the sizes leave no other choice: ``[B]`` alone may be positions, where some example has B of them."""
-        if self.is_flat or self.alternative is not None:
+        if self.is_flat or self.kind == "followed" or self.alternative is not None:
             return False
         return (
             self.anchored or self.kind == "packed" or len(self.shape) > 1 or self.examples.count not in rows_per_example
@@ -157,8 +196,9 @@ class Layout:
     def segments(self) -> Segments:
         """The segments of what `rows_of` returns."""
         if self.kind == "packed":
-            assert self.examples.packing is not None
-            return self.examples.packed(self.rows // max(1, self.examples.packing.rows))
+            return self.examples.packed(self.rows // max(1, self.packing.rows))
+        if self.kind == "followed":
+            return Segments(self.packing.offsets, None, self.examples.groups)
         return self.examples.segments(self.rows)
 
     def rows_of(self, tensor: Tensor) -> Tensor:
@@ -168,9 +208,9 @@ class Layout:
             return tensor.transpose(0, 1).reshape(-1, inner)
         if self.kind == "flat, second":
             return tensor.reshape(-1, self.examples.count, inner).transpose(0, 1).reshape(-1, inner)
-        if self.kind == "packed" and self.examples.packing is not None and self.examples.packing.order is not None:
-            by_row = tensor.reshape(self.examples.packing.rows, -1)
-            return by_row.index_select(0, self.examples.packing.order).view(-1, inner)
+        if self.is_packed and self.packing.order is not None:
+            by_row = tensor.reshape(self.packing.rows, -1)
+            return by_row.index_select(0, self.packing.order).view(-1, inner)
         return tensor.reshape(-1, inner)
 
     def ids_of(self, ids: Tensor) -> Tensor:
@@ -184,9 +224,8 @@ class Layout:
             return tensor * factor.view(1, count, *[1] * (tensor.dim() - 2))
         if self.kind == "flat, second":
             return (tensor.reshape(-1, count, tensor[0].numel()) * factor[:, None]).view_as(tensor)
-        if self.kind == "packed":
-            packing = self.examples.packing
-            assert packing is not None
+        if self.is_packed:
+            packing = self.packing
             of_row = factor.repeat_interleave(packing.offsets.diff())
             if packing.order is not None:
                 of_row = torch.empty_like(of_row).index_copy_(0, packing.order, of_row)
@@ -198,9 +237,8 @@ class Layout:
         aligned = [1] * (dimensions - len(shape)) + list(shape)
         if self.kind == "second":
             return aligned[1] == 1
-        if self.kind == "packed":
-            assert self.examples.packing is not None
-            prefix = _prefix(self.shape, self.examples.packing.rows)
+        if self.is_packed:
+            prefix = _prefix(self.shape, self.packing.rows)
             return all(size == 1 for size in aligned[:prefix])
         return aligned[0] == 1
 
@@ -210,9 +248,8 @@ class Layout:
         aligned = [1] * (gradient.dim() - len(shape)) + list(shape)
         if count == 1:
             return gradient.sum_to_size(shape)[None]
-        if self.kind == "packed":
-            packing = self.examples.packing
-            assert packing is not None
+        if self.is_packed:
+            packing = self.packing
             prefix = _prefix(self.shape, packing.rows)
             by_row = gradient.reshape(packing.rows, *gradient.shape[prefix:]).sum_to_size(
                 [packing.rows, *aligned[prefix:]]
@@ -220,7 +257,7 @@ class Layout:
             rows = by_row.reshape(packing.rows, -1)
             if packing.order is not None:
                 rows = rows.index_select(0, packing.order)
-            sums: Tensor = find("sum_sums", rows.device.type, backend)(rows, self.examples.packed(1))
+            sums: Tensor = find("sum_sums", rows.device.type, backend)(rows, self._packed_segments)
             return sums.view(count, *shape)
         if self.kind == "second":
             by_example = gradient.movedim(1, 0).unsqueeze(2)

@@ -30,6 +30,7 @@ from gradnorm_ext.layers.contributions import (
     Convolved,
     Lookup,
     Outer,
+    Parted,
     Place,
     Placed,
     TiedOuter,
@@ -40,6 +41,7 @@ from gradnorm_ext.layers.contributions import (
     tied_sqnorm,
 )
 from gradnorm_ext.layers.layouts import Examples, Kind, Layout
+from gradnorm_ext.layers.provenance import follow
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
@@ -276,6 +278,13 @@ class Observation:
         if self.examples == 1:
             return Layout("leading", shape, self.batch)
         kind = self.batch.kind_of(shape, self.rows_per_example)
+        if features == 1 and tensor.requires_grad and (len(shape) == 1 or kind != "leading"):
+            followed = follow(tensor, self._layout_of_sizes)
+            if followed is not None and not followed.regular:
+                return Layout.of_owners(followed.owners, self.batch)
+            if followed is not None:
+                kind = "leading" if shape[0] == self.examples else "flat"
+                self.rows_per_example.add(math.prod(shape) // self.batch.count)
         if kind is None or (kind == "second" and self.batch_dim == 0 and not self.inputs):
             raise self._unexplained(shape, name)
         layout = Layout(kind, shape, self.batch, anchored=not tensor.requires_grad and self.is_input(tensor))
@@ -286,6 +295,11 @@ class Observation:
         if kind == "leading" or kind == "second":
             self.rows_per_example.add(layout.rows // self.batch.count)
         return layout
+
+    def _layout_of_sizes(self, shape: tuple[int, ...]) -> Layout | None:
+        assert self.batch is not None
+        kind = self.batch.kind_of(shape, self.rows_per_example)
+        return None if kind is None else Layout(kind, shape, self.batch)
 
     def is_input(self, tensor: Tensor) -> bool:
         """Whether this is an input of the model that shows the batch, or a view of one."""
@@ -308,7 +322,8 @@ class Observation:
             f"{self.who}: the rows of {name} must belong to the batch's {self.examples} examples, got rows of shape "
             f"{list(shape)}, neither {self.examples} in front nor as many rows as this block's tensors with the batch in "
             f"front ({known}){packed}; give tasks and prompts one entry per example, put the batch first or pass "
-            "observe(batch_dim=1), and expand inputs without a batch dimension to it"
+            "observe(batch_dim=1), expand inputs without a batch dimension to it, and select rows from what trained layers "
+            "made, outside of checkpoints and offloading"
         )
 
     def use(
@@ -396,7 +411,7 @@ class Observation:
         if (
             self.plan.keep
             and not apart
-            and isinstance(contribution, (Outer, Convolved))
+            and isinstance(contribution, (Outer, Parted, Convolved))
             and (out := self._buffer(slot, contribution)) is not None
         ):
             norms = self._with_gram(contribution.by_group(out), functools.partial(gram_of, out))
@@ -414,7 +429,7 @@ class Observation:
             if not needs_gradient or by_layer is None:
                 return None, norms
             return contribution.total(by_layer(slot.name, norms)), norms
-        if self.plan.gram and isinstance(contribution, (Outer, Convolved)):
+        if self.plan.gram and isinstance(contribution, (Outer, Parted, Convolved)):
             # The tasks' gradients first: one product for all.
             out, norms = contribution.by_new_group()
             weights = self.plan.task_weights
@@ -438,7 +453,7 @@ class Observation:
             slot.delivered = placed if slot.delivered is None else slot.delivered + placed
         return gradient
 
-    def _buffer(self, slot: Slot, contribution: Outer | Convolved) -> Tensor | None:
+    def _buffer(self, slot: Slot, contribution: Outer | Parted | Convolved) -> Tensor | None:
         """Where a parameter's gradients per task go, as far as the budget reaches."""
         if not self.plan.by_task:
             return None
@@ -458,10 +473,10 @@ class Observation:
         """Of a head tied to embeddings, what their cross term needs, so that its rows can go; else the contribution."""
         lookups = [other.lookup_ids for other in slot.uses if other.lookup_ids is not None]
         whole = self.plan.keep or self.plan.gram or self.backwards > 1
-        if len(lookups) != len(slot.uses) - 1 or not isinstance(contribution, Outer) or whole:
+        if len(lookups) != len(slot.uses) - 1 or not isinstance(contribution, (Outer, Parted)) or whole:
             return contribution
         placed = Placed(contribution, use.views, use.adjoint).in_parameter_space()
-        if placed.views or not isinstance(placed.contribution, Outer):
+        if placed.views or not isinstance(placed.contribution, (Outer, Parted)):
             return contribution
         return TiedOuter.of(placed.contribution, lookups)
 
@@ -551,7 +566,7 @@ class Observation:
             return
         assert self.tag_factor is not None and use.fingerprint is not None
         factor = self.tag_factor.to(fingerprint.dtype)
-        if isinstance(contribution, (Outer, Lookup, Convolved)):
+        if isinstance(contribution, (Outer, Parted, Lookup, Convolved)):
             factor = per_row(factor, contribution.segments)
         expected = use.fingerprint * factor
         use.tagged = True
@@ -629,7 +644,8 @@ class Observation:
         raise RuntimeError(
             f"{self.who}: every use of a trainable parameter must be measured by rules, per example; but "
             f"{'; '.join(failures)}{learnt}; expand inputs without a batch dimension to the batch, read parameters "
-            "through their modules, or freeze these parameters"
+            "through their modules, tell what a custom autograd.Function computes with gradnorm_ext.measure_as, or freeze these "
+            "parameters"
         )
 
     def _check_use_counts(self, counted: Tensor) -> None:
