@@ -339,6 +339,30 @@ def test_a_head_of_some_positions_only():
     assert closest(measured.state.log_history[0]["gradnorm/example_norm/max"], max(norms), ROUNDED)
 
 
+LIGER = {"rope": False, "swiglu": False, "rms_norm": False, "fused_linear_cross_entropy": True}
+
+
+@pytest.mark.parametrize("policy", [None, gradnorm_ext.InverseNorm()], ids=["measured", "reweighted"])
+def test_ligers_fused_loss_whose_head_is_never_called(policy):
+    options = {"gradient_accumulation_steps": 2}
+    plain = train(Trainer, options, task_column="source", policy=policy)
+    model, calls = trainers.llama(), []
+    model.lm_head.register_forward_hook(lambda *call: calls.append(call))
+    fused = train(
+        Trainer,
+        options | {"use_liger_kernel": True, "liger_kernel_config": LIGER},
+        model=model,
+        task_column="source",
+        policy=policy,
+    )
+    assert not calls
+    same_weights(fused.model, plain.model, ROUNDED)
+    for log, expected in zip(fused.state.log_history[:3], plain.state.log_history[:3], strict=True):
+        assert all(
+            closest(log[key], value, ROUNDED) for key, value in expected.items() if key.endswith(("norm", "variance"))
+        )
+
+
 def test_evaluation_is_left_alone_and_a_model_may_train_on():
     options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
     dataset = Dataset.from_list(rows())
