@@ -23,10 +23,9 @@ import os
 import platform
 import random
 import re
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -39,9 +38,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.nn.functional as F
 import transformers
+from loops import INTERRUPTED, Loops
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -134,7 +133,6 @@ NAMES = [task.name for task in TASKS]
 
 LETTERS = "abcdefghij"
 CHARACTERS = "0123456789+-*=,:<>" + LETTERS
-INTERRUPTED = 130  # exit status after Ctrl-C
 PAD, END, FIRST = 0, 1, 2  # tokens: padding, end of completion, the first character
 PROMPT_LENGTH, COMPLETION_LENGTH = 10, 8  # tokens; the longest prompt is a countdown such as 6,1,6:-35=
 
@@ -253,45 +251,6 @@ def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sch
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
     )
-
-
-class Loops:
-    """Counted loops with a progress bar each. After Ctrl-C a loop ends before its next step, after a second at once."""
-
-    def __init__(self, totals: dict[str, int], console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
-        self.bars = {name: self.progress.add_task(name, total=n, start=False, note="") for name, n in totals.items()}
-        self.totals = totals
-        self.stopped = False
-
-    def __enter__(self) -> Loops:
-        self.previous = signal.signal(signal.SIGINT, self._stop)
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-        signal.signal(signal.SIGINT, self.previous)
-
-    def finish(self) -> None:
-        self.progress.stop()
-
-    def steps(self, name: str) -> Iterator[int]:
-        self.progress.start_task(self.bars[name])
-        for step in range(self.totals[name]):
-            if self.stopped:
-                return
-            yield step
-            self.progress.advance(self.bars[name])
-
-    def note(self, name: str, text: str) -> None:
-        self.progress.update(self.bars[name], note=text)
-
-    def _stop(self, *_: object) -> None:
-        self.stopped = True
-        self.progress.console.print("Ctrl-C: finishing this step, then reporting (once more: stop at once)")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

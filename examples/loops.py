@@ -1,0 +1,50 @@
+"""Counted loops with a progress bar each, which Ctrl-C ends between two steps: what the examples share."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+INTERRUPTED = 130  # exit status after Ctrl-C
+
+
+class Loops:
+    """Counted loops with a progress bar each. After Ctrl-C a loop ends before its next step, after a second at once."""
+
+    def __init__(self, totals: dict[str, int], console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+        self.bars = {name: self.progress.add_task(name, total=n, start=False, note="") for name, n in totals.items()}
+        self.totals = totals
+        self.stopped = False
+
+    def __enter__(self) -> Loops:
+        self.previous = signal.signal(signal.SIGINT, self._stop)
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        signal.signal(signal.SIGINT, self.previous)
+
+    def finish(self) -> None:
+        self.progress.stop()
+
+    def steps(self, name: str) -> Iterator[int]:
+        self.progress.start_task(self.bars[name])
+        for step in range(self.totals[name]):
+            if self.stopped:
+                return
+            yield step
+            self.progress.advance(self.bars[name])
+
+    def note(self, name: str, text: str) -> None:
+        self.progress.update(self.bars[name], note=text)
+
+    def _stop(self, *_: object) -> None:
+        self.stopped = True
+        self.progress.console.print("Ctrl-C: finishing this step, then reporting (once more: stop at once)")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
