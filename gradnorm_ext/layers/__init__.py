@@ -1,6 +1,7 @@
 """How a model's layers are observed: taps see a parameter's uses, rules measure them, the observation adds them up."""
 
-from gradnorm_ext.layers import rules as _rules  # noqa: F401  importing them lists them
+from gradnorm_ext.layers import experts as _experts  # noqa: F401  importing them lists them
+from gradnorm_ext.layers import rules as _rules  # noqa: F401
 from gradnorm_ext.layers import unruled as _unruled  # noqa: F401
 from gradnorm_ext.layers.functions import Interception, measure_as
 from gradnorm_ext.layers.heads import HeadScores, fused_head

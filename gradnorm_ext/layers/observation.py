@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,8 @@ from gradnorm_ext.layers.contributions import (
     Parted,
     Place,
     Placed,
+    Routed,
+    Sums,
     TiedOuter,
     combined_gram,
     combined_sqnorm,
@@ -93,6 +95,11 @@ class Use:
         return "derived" in self.views
 
     @property
+    def is_curved(self) -> bool:
+        """Whether the value is a function of each entry of the parameter, so that norms of gradients are not the same."""
+        return "curved" in self.views
+
+    @property
     def operand(self) -> Tensor:
         """What the function computes with: cut off from the parameter where its gradient is formed at the block's end."""
         late = self.is_derived or (self.observation.plan.keep and not self.slot.hooked)
@@ -107,22 +114,31 @@ class Use:
             return None
         return Place(int(value.storage_offset()), tuple(value.shape), value.stride())
 
-    def adjoint(self, gradient: Tensor) -> Tensor:
-        """A gradient of the consumed tensor as one of the parameter."""
+    def adjoint(self, gradient: Tensor, *, several: bool = False) -> Tensor:
+        """A gradient of the consumed tensor as one of the parameter; ``several``: a stack of them."""
         if not self.views:
             return gradient
+        shape = (len(gradient), *self.value.shape) if several else self.value.shape
         self.observation.placing = True  # the audit's hooks on the parameter are not meant by this
         try:
             (placed,) = torch.autograd.grad(
                 self.value,
                 self.slot.parameter,
-                gradient.view_as(self.value).to(self.value.dtype),
+                gradient.view(shape).to(self.value.dtype),
                 retain_graph=True,
                 materialize_grads=True,
+                is_grads_batched=several,
             )
         finally:
             self.observation.placing = False
         return placed.to(gradient.dtype)
+
+    def measured(self, contribution: Contribution) -> Contribution:
+        """The contribution whose norms are those of the parameter's gradient."""
+        if not self.is_curved:
+            return contribution
+        assert isinstance(contribution, Sums)
+        return replace(contribution, sums=self.adjoint(contribution.sums, several=True))
 
 
 @dataclass(frozen=True)
@@ -408,10 +424,11 @@ class Observation:
                 f'only together with {together}; use scope="model"'
             )
         keep = self.plan.keep or use.is_derived or (by_layer is not None and apart)
+        measured = contribution if apart else use.measured(contribution)
         if (
             self.plan.keep
             and not apart
-            and isinstance(contribution, (Outer, Parted, Convolved))
+            and isinstance(contribution, (Outer, Parted, Routed, Convolved))
             and (out := self._buffer(slot, contribution)) is not None
         ):
             norms = self._with_gram(contribution.by_group(out), functools.partial(gram_of, out))
@@ -421,15 +438,15 @@ class Observation:
             slot.kept.append((use, contribution, tuple(kept._version for kept in contribution.kept)))
             audited = self.plan.keep or slot.hooked
             unweighted = contribution.total() if needs_gradient and audited else None
-            return unweighted, None if apart else self._with_gram(contribution.sqnorm(), contribution.gram)
+            return unweighted, None if apart else self._with_gram(measured.sqnorm(), measured.gram)
         if apart:
             return contribution.total(self.weights) if needs_gradient else None, None
-        if not needs_gradient or by_layer is not None:
-            norms = self._with_gram(contribution.sqnorm(), contribution.gram)
-            if not needs_gradient or by_layer is None:
+        if not needs_gradient or by_layer is not None or use.is_curved:
+            norms = self._with_gram(measured.sqnorm(), measured.gram)
+            if not needs_gradient:
                 return None, norms
-            return contribution.total(by_layer(slot.name, norms)), norms
-        if self.plan.gram and isinstance(contribution, (Outer, Parted, Convolved)):
+            return contribution.total(self.weights if by_layer is None else by_layer(slot.name, norms)), norms
+        if self.plan.gram and isinstance(contribution, (Outer, Parted, Routed, Convolved)):
             # The tasks' gradients first: one product for all.
             out, norms = contribution.by_new_group()
             weights = self.plan.task_weights
@@ -453,7 +470,7 @@ class Observation:
             slot.delivered = placed if slot.delivered is None else slot.delivered + placed
         return gradient
 
-    def _buffer(self, slot: Slot, contribution: Outer | Parted | Convolved) -> Tensor | None:
+    def _buffer(self, slot: Slot, contribution: Outer | Parted | Routed | Convolved) -> Tensor | None:
         """Where a parameter's gradients per task go, as far as the budget reaches."""
         if not self.plan.by_task:
             return None
@@ -568,6 +585,8 @@ class Observation:
         factor = self.tag_factor.to(fingerprint.dtype)
         if isinstance(contribution, (Outer, Parted, Lookup, Convolved)):
             factor = per_row(factor, contribution.segments)
+        elif isinstance(contribution, Routed):
+            factor = per_row(factor.repeat(contribution.route.experts), contribution.route.segments)
         expected = use.fingerprint * factor
         use.tagged = True
         if torch.equal(fingerprint, expected):
