@@ -111,25 +111,28 @@ class Stats:
         n_tasks = len(task_names)
         examples, of_prompts, of_tasks = sqnorms.split([len(tasks), n_prompts, n_tasks if has_tasks else 0])
         units, task_of_unit = (of_prompts, task_of_prompt) if task_of_prompt is not None else (examples, tasks)
-        nan = sqnorms.new_full((n_tasks,), torch.nan)
-        n = sqnorms.new_zeros(n_tasks).index_add_(0, task_of_unit, torch.ones_like(units))
-        square = sqnorms.new_zeros(n_tasks).index_add_(0, task_of_unit, units)
-        pairs = n * (n - 1)
-        unbiased = torch.where(n > 1, (of_tasks - square) / pairs, nan) if has_tasks else nan
-        variance = torch.where(n > 1, (square - of_tasks / n) / (n - 1), nan) if has_tasks else nan
-        finite = torch.isfinite(sqnorms).all()
+        of_units = torch.stack([torch.ones_like(units), units])
+        n, square = sqnorms.new_zeros(2, n_tasks).index_add_(1, task_of_unit, of_units).unbind()
+        unbiased = variance = sqnorms.new_full((n_tasks,), torch.nan)
+        if has_tasks:
+            others, known = n - 1, n > 1
+            unbiased = torch.where(known, (of_tasks - square) / (n * others), torch.nan)
+            variance = torch.where(known, (square - of_tasks / n) / others, torch.nan)
+        task_units = task_count = n.long()
+        if task_of_prompt is not None:
+            task_count = torch.zeros_like(task_units).index_add_(0, tasks, torch.ones_like(tasks))
+        norms = sqnorms.sqrt()
+        finite = torch.isfinite(norms).all()
         if reward is not None:
             finite = finite & torch.isfinite(torch.as_tensor(reward.mean, device=sqnorms.device)).all()
         return Stats(
-            example_norm=examples.sqrt(),
-            prompt_norm=of_prompts.sqrt() if prompts is not None else None,
-            task_norm=of_tasks.sqrt() if has_tasks else None,
+            example_norm=norms[: len(tasks)],
+            prompt_norm=norms[len(tasks) : len(tasks) + n_prompts] if prompts is not None else None,
+            task_norm=norms[len(tasks) + n_prompts :] if has_tasks else None,
             task_sqnorm_unbiased=unbiased,
             task_variance=variance,
-            task_units=n.long(),
-            task_count=torch.zeros(n_tasks, dtype=torch.int64, device=tasks.device).index_add_(
-                0, tasks, torch.ones_like(tasks)
-            ),
+            task_units=task_units,
+            task_count=task_count,
             tasks=tasks,
             prompts=prompts,
             task_names=task_names,

@@ -209,6 +209,7 @@ class Observation:
         self.refuted: list[Use] = []  # in the running test
         self.proven = False  # in the running test, a use has passed whose sizes leave no choice
         self.refuted_lookups: list[Use] = []  # taken for batched, and not
+        self._layouts: dict[tuple[int, ...], Layout] = {}  # of activations, by their sizes
         self.rows_per_example: set[int] = set()  # of tensors that show the batch
         self.inputs: set[int] = set()  # where the model's inputs lie that show the batch
         self.data: set[int] = set()  # where the arguments of modules lie that carry no gradient
@@ -272,9 +273,11 @@ class Observation:
     def layout(self, tensor: Tensor, features: int, name: str, function: str) -> Layout:
         """Which of the hypotheses speaks for a tensor, its last ``features`` dimensions set aside."""
         assert self.batch is not None
-        shape = tuple(tensor.shape[: tensor.dim() - features])
+        shape = tuple(tensor.shape)[: tensor.dim() - features]
         if self.examples == 1:
             return Layout("leading", shape, self.batch)
+        if tensor.requires_grad and (known := self._layouts.get(shape)) is not None:
+            return known
         kind = self.batch.kind_of(shape, self.rows_per_example)
         if kind is None or (kind == "second" and self.batch_dim == 0 and not self.inputs):
             raise self._unexplained(shape, name)
@@ -285,6 +288,8 @@ class Observation:
             layout.correct()
         if kind == "leading" or kind == "second":
             self.rows_per_example.add(layout.rows // self.batch.count)
+        if tensor.requires_grad and layout.alternative is None:
+            self._layouts[shape] = layout  # nothing will be corrected, and nothing but the sizes decided
         return layout
 
     def is_input(self, tensor: Tensor) -> bool:
