@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from gradnorm_ext.layers import Examples, Memory, Observation, Packing, Plan, observe_modules, release_modules
+from gradnorm_ext.layers import Examples, Memory, Observation, Packing, Plan, gram_of, observe_modules, release_modules
 from gradnorm_ext.rewards import RewardStats, reward_stats
 from gradnorm_ext.segments import Groups
 from gradnorm_ext.stats import Stats
@@ -84,6 +84,9 @@ class Meter:
         per_layer: also give ``stats.layers``: the same figures for every module that owns parameters.
         gram: also give ``stats.task_gram``, the inner products of the tasks' gradients, exact; a layer's gradients of
             all tasks are in memory at a time.
+        exact_tasks: ``stats`` are of all blocks since the last `reset` (``Reweighted`` resets with every step), as of one
+            batch, with ``task_norm`` and ``task_gram`` of the tasks' summed gradients: under gradient accumulation a
+            batch's own are only a part. Keeps every task's gradient: K times the parameters' memory.
         on_unsupported: what becomes of a use of a parameter that no rule knows: "error", or "vmap": that use alone is
             differentiated one example at a time, exact, at the price of a backward pass of it per example.
         backend: "auto" (the fastest that is there; also settable by GRADNORM_BACKEND), "native" or "reference".
@@ -109,6 +112,7 @@ class Meter:
         modules: str | Sequence[str] | None = None,
         per_layer: bool = False,
         gram: bool = False,
+        exact_tasks: bool = False,
         on_unsupported: Literal["error", "vmap"] = "error",
         backend: str = "auto",
     ) -> None:
@@ -125,7 +129,9 @@ class Meter:
             raise ValueError(f'Meter: on_unsupported must be "error" or "vmap", got {on_unsupported!r}')
         self.model, self.task_names, self.per_layer, self.backend = model, names, per_layer, backend
         self.modules = None if modules is None else (modules,) if isinstance(modules, str) else tuple(modules)
-        self.gram, self.on_unsupported = gram, on_unsupported
+        self.gram, self.exact_tasks, self.on_unsupported = gram, exact_tasks, on_unsupported
+        self.totals: dict[str, Tensor] = {}  # with exact_tasks: each parameter's gradients per task since the reset
+        self._blocks: list[tuple[float, Stats]] = []  # since then, and their loss scales
         self.memory = Memory()
         self._wanted([name for name, _ in _trainable(_modules(model))])
         self._stats: Stats | None = None
@@ -219,6 +225,13 @@ class Meter:
                 parameters = [one for one in trainable if one[0] in wanted]
         if self.gram:
             plan = dataclasses.replace(plan, gram=True)
+        if self.exact_tasks:
+            plan = dataclasses.replace(plan, totals=self.totals)
+            if self._blocks and self._blocks[0][0] != loss_scale:
+                raise ValueError(
+                    f"{who}: with exact_tasks all blocks of a step must have one loss_scale, got {self._blocks[0][0]} and "
+                    f"{loss_scale}; change it between steps"
+                )
         _refuse_coupled_examples(who, modules)
         device = parameters[0][1].device
         batch = self._batch(who, device, given)
@@ -252,6 +265,7 @@ class Meter:
         if batch.examples is not None:
             start(batch.examples)
         observe_modules(modules, observation)
+        closed = False
         try:
             try:
                 yield block
@@ -267,10 +281,24 @@ class Meter:
             if block.stats is None:
                 block.measure()
             observation.close()
+            closed = True
         finally:
             observation.release()
+            if self.exact_tasks and not closed:
+                self.reset()  # the totals hold a part of this block
         self._parameter_sqnorm = names, block.figures[:, : observation.examples] / loss_scale**2
         self._stats = block.stats
+        if self.exact_tasks:
+            assert block.stats is not None
+            self._blocks.append((loss_scale, block.stats))
+            measured = [total for name, total in self.totals.items() if wanted is None or name in wanted]
+            gram = torch.stack([gram_of(total) for total in measured]).sum(0) / loss_scale**2
+            self._stats = Stats.merged([stats for _, stats in self._blocks], gram)
+
+    def reset(self) -> None:
+        """With ``exact_tasks``: begin a new step; the next block's statistics are its own."""
+        self.totals.clear()
+        self._blocks.clear()
 
     def close(self) -> None:
         """End the measuring. The model is untouched outside observe blocks, so there is nothing to undo on it."""
@@ -329,7 +357,8 @@ class Meter:
 
     def _has_tasks(self, plan: Plan) -> bool:
         # A single task's norm is that of the whole gradient, which is formed anyway unless weights per example come first.
-        return len(self.task_names) > 1 or self.gram or plan.by_task or not (plan.keep or plan.passes == 2)
+        tasks = len(self.task_names) > 1 or self.gram or self.exact_tasks or plan.by_task
+        return tasks or not (plan.keep or plan.passes == 2)
 
     def _wanted(self, names: Sequence[str]) -> set[str]:
         """Which parameters are measured."""

@@ -115,9 +115,7 @@ class Stats:
         n, square = sqnorms.new_zeros(2, n_tasks).index_add_(1, task_of_unit, of_units).unbind()
         unbiased = variance = sqnorms.new_full((n_tasks,), torch.nan)
         if has_tasks:
-            others, known = n - 1, n > 1
-            unbiased = torch.where(known, (of_tasks - square) / (n * others), torch.nan)
-            variance = torch.where(known, (square - of_tasks / n) / others, torch.nan)
+            unbiased, variance = _estimates(of_tasks, square, n)
         task_units = task_count = n.long()
         if task_of_prompt is not None:
             task_count = torch.zeros_like(task_units).index_add_(0, tasks, torch.ones_like(tasks))
@@ -143,7 +141,7 @@ class Stats:
         )
 
     @staticmethod
-    def merged(blocks: Sequence[Stats]) -> Stats:
+    def merged(blocks: Sequence[Stats], task_gram: Tensor | None = None) -> Stats:
         """The statistics of several blocks as those of one: of the micro-batches of a step.
 
         Examples and prompts are put one after the other, and reward figures formed anew over all of them. The unbiased
@@ -154,11 +152,13 @@ class Stats:
             task_variance        = Σ (n_i - 1) v_i / Σ (n_i - 1)
 
         The loss must weigh a unit alike in every block. ``task_norm`` and ``task_gram`` are None: the norm of a sum over
-        blocks is no function of the blocks' norms.
+        blocks is no function of the blocks' norms. Where the sums were kept (``Meter(exact_tasks=True)``) their inner
+        products make all these figures those of one batch.
 
         Args:
             blocks: of one meter, at least one. No prompt's examples may be spread over several blocks: they share a
                 baseline, so that its parts are no independent units. This is checked where rewards were given.
+            task_gram: ``[K, K]``: the inner products of the tasks' gradients, each summed over the blocks.
 
         Raises:
             ValueError: no block, other tasks, prompts, rewards or layers in some blocks only, a prompt in two blocks.
@@ -189,13 +189,22 @@ class Stats:
         offsets = [0]
         for block in blocks:
             offsets.append(offsets[-1] + (0 if block.prompt_norm is None else len(block.prompt_norm)))
+        n = units.sum(0)
+        if task_gram is None:
+            of_tasks = None
+            unbiased = _average([block.task_sqnorm_unbiased for block in blocks], units * (units - 1))
+            variance = _average([block.task_variance for block in blocks], (units - 1).clamp(min=0))
+        else:
+            of_tasks = task_gram.diagonal()
+            square = torch.stack([block._unit_squares() for block in blocks]).sum(0)
+            unbiased, variance = _estimates(of_tasks, square, n)
         return Stats(
             example_norm=torch.cat([block.example_norm for block in blocks]),
             prompt_norm=_joined([block.prompt_norm for block in blocks]),
-            task_norm=None,
-            task_sqnorm_unbiased=_average([block.task_sqnorm_unbiased for block in blocks], units * (units - 1)),
-            task_variance=_average([block.task_variance for block in blocks], (units - 1).clamp(min=0)),
-            task_units=units.sum(0),
+            task_norm=None if of_tasks is None else of_tasks.sqrt(),
+            task_sqnorm_unbiased=unbiased,
+            task_variance=variance,
+            task_units=n,
             task_count=torch.stack([block.task_count for block in blocks]).sum(0),
             tasks=torch.cat([block.tasks for block in blocks]),
             prompts=_joined(
@@ -205,6 +214,7 @@ class Stats:
             layers={name: Stats.merged([block.layers[name] for block in blocks]) for name in first.layers},
             reward=RewardStats.merged(rewards) if rewards else None,
             finite=torch.stack([block.finite for block in blocks]).all(),
+            task_gram=task_gram,
         )
 
     def weighted(self, weights: Tensor, of: Literal["tasks", "examples"]) -> Stats:
@@ -239,10 +249,8 @@ class Stats:
                 layers={},
             )
         prompt_norm = None
-        if self.prompt_norm is not None and self.prompts is not None:
-            task_of_prompt = torch.zeros(len(self.prompt_norm), dtype=torch.int64, device=self.tasks.device)
-            task_of_prompt.scatter_(0, self.prompts, self.tasks)
-            prompt_norm = size[task_of_prompt] * self.prompt_norm
+        if self.prompt_norm is not None:
+            prompt_norm = size[self._task_of_prompt()] * self.prompt_norm
         return dataclasses.replace(
             self,
             example_norm=size[self.tasks] * self.example_norm,
@@ -328,6 +336,18 @@ class Stats:
                 scalars |= {f"cosine/{one}/{other}": cosine[j, k] for k, other in enumerate(self.task_names) if k > j}
         return {prefix + name: value for name, value in zip(scalars, _floats(list(scalars.values())), strict=True)}
 
+    def _task_of_prompt(self) -> Tensor:
+        assert self.prompt_norm is not None and self.prompts is not None
+        of_prompt = torch.zeros(len(self.prompt_norm), dtype=torch.int64, device=self.tasks.device)
+        return of_prompt.scatter_(0, self.prompts, self.tasks)
+
+    def _unit_squares(self) -> Tensor:
+        """``[K]``: Σ ‖u‖² over each task's units."""
+        units, tasks = self.example_norm, self.tasks
+        if self.prompt_norm is not None:
+            units, tasks = self.prompt_norm, self._task_of_prompt()
+        return units.new_zeros(len(self.task_names)).index_add_(0, tasks, units.square())
+
     def _kind(self) -> dict[str, object]:
         """What all blocks must have in common to be merged."""
         given = {"prompts": self.prompts, "rewards": self.reward}
@@ -336,6 +356,13 @@ class Stats:
             **{name: "none" if value is None else "some" for name, value in given.items()},
             "layers": list(self.layers),
         }
+
+
+def _estimates(of_tasks: Tensor, of_units: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """Without bias, of the squared norm of each sum of n units and the sum of their squared norms: ‖E u‖² and tr Σ."""
+    others, known = n - 1, n > 1
+    expected = torch.where(known, (of_tasks - of_units) / (n * others), torch.nan)
+    return expected, torch.where(known, (of_units - of_tasks / n) / others, torch.nan)
 
 
 def _average(values: Sequence[Tensor], shares: Tensor) -> Tensor:
