@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gradnorm_ext.backends import find
-from gradnorm_ext.layers.calls import Backward, Call, no_autocast
+from gradnorm_ext.layers.calls import Backward, Call, first_order, no_autocast
 from gradnorm_ext.layers.contributions import Route, Routed, Sums
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation
@@ -43,7 +42,7 @@ class _Experts(torch.autograd.Function):
         return y if bias is None else y + bias.to(dtype)[route.expert]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         call: Call = ctx.call

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from gradnorm_ext.layers.attention import multi_head_attention_forward
@@ -21,6 +20,7 @@ from gradnorm_ext.layers.bags import embedding_bag
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
+    first_order,
     is_row,
     no_autocast,
     normalised_product,
@@ -46,7 +46,7 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (ids,) = ctx.saved_tensors
         call: Call = ctx.call
@@ -118,7 +118,7 @@ class _Product(torch.autograd.Function):
         return x * weight
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         call: Call = ctx.call
@@ -149,7 +149,7 @@ class _Sum(torch.autograd.Function):
         return x + added
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         call: Call = ctx.call
         with no_autocast(g.device):
@@ -219,7 +219,7 @@ class _Curve(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         return (g * ctx.slope).to(ctx.slope.dtype), None, None
 
@@ -288,7 +288,7 @@ class _Quotient(torch.autograd.Function):
         return x / weight
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         call: Call = ctx.call
@@ -335,7 +335,7 @@ class _Expand(torch.autograd.Function):
         return weight.expand(shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         call: Call = ctx.call
         run = Backward(ctx, call)
