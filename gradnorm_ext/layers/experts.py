@@ -87,8 +87,13 @@ def experts_module(
     options: Any = module
     slots = {name: observation.slots.get(id(p)) for name, p in module.named_parameters(recurse=False)}
     trained = [slot.name for slot in slots.values() if slot is not None]
-    if not trained or options._is_expert_parallel or type(hidden_states) is not Tensor or hidden_states.dim() != 2:
+    if not trained or type(hidden_states) is not Tensor or hidden_states.dim() != 2:
         return NotImplemented
+    if options._is_expert_parallel:
+        raise RuntimeError(
+            f"{observation.who}: the experts of {trained[0]} must be on one device, got expert parallelism; turn it off, or "
+            "freeze them"
+        )
     layout = observation.layout(hidden_states, 1, trained[0], "experts")
     k, batch = top_k_index.shape[-1], layout.examples
     expert, owner = top_k_index.reshape(-1), layout.owners.repeat_interleave(k)
