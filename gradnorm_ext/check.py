@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -47,6 +47,7 @@ def check(
     model: nn.Module,
     loss: Callable[[Any], Tensor],
     *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
     on_unsupported: Literal["error", "vmap"] = "error",
     backend: str = "auto",
     **observe_options: Any,
@@ -63,6 +64,7 @@ def check(
         loss: a function of the model's output that returns the scalar that training calls ``backward()`` on.
         inputs: the model's arguments. Tensors whose first size (second, with ``batch_dim=1``) is that of the first one
             are batched and are sliced; the rest is passed as it is.
+        kwargs: arguments by keyword, such as a batch of transformers: ``kwargs={"input_ids": ..., "attention_mask": ...}``.
         on_unsupported: as of :class:`Meter`.
         backend: as of :class:`Meter`.
         observe_options: of :meth:`Meter.observe`.
@@ -78,11 +80,15 @@ def check(
         []
     """
     copied = copy.deepcopy(model).double().eval()
+    set_experts: Any = getattr(copied, "set_experts_implementation", None)
+    if set_experts is not None:  # the grouped products of transformers have no float64
+        set_experts("eager")
     for parameter in copied.parameters():
         parameter.grad = None
-    inputs = pytree.tree_map(lambda leaf: leaf.double() if _is_floating(leaf) else leaf, inputs)
+    given: _Arguments = inputs, dict(kwargs or {})
+    given = pytree.tree_map(lambda leaf: leaf.double() if _is_floating(leaf) else leaf, given)
     dim = observe_options.get("batch_dim", 0)
-    batched = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > dim]
+    batched = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.dim() > dim]
     if not batched:
         raise ValueError(
             f"check: an input must be a tensor with the examples as its {'second' if dim else 'first'} dimension, got none"
@@ -93,9 +99,9 @@ def check(
             f"check: tasks must have one entry per example of the first input, got {len(tasks)} for "
             f"{batched[0].shape[dim]}; pass the batched input first"
         )
-    measured, batch = _measured(copied, loss, inputs, on_unsupported, backend, observe_options)
+    measured, batch = _measured(copied, loss, given, on_unsupported, backend, observe_options)
     examples = batch.count
-    expected = _one_at_a_time(copied, loss, inputs, batch)
+    expected = _one_at_a_time(copied, loss, given, batch)
     total = sum(expected.values(), torch.zeros(examples, dtype=torch.float64)).clamp(
         min=torch.finfo(torch.float64).tiny
     )
@@ -105,6 +111,13 @@ def check(
     return found
 
 
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _called(model: nn.Module, given: _Arguments) -> Any:
+    return model(*given[0], **given[1])
+
+
 def _is_floating(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
@@ -112,7 +125,7 @@ def _is_floating(leaf: Any) -> bool:
 def _measured(
     model: nn.Module,
     loss: Callable[[Any], Tensor],
-    inputs: tuple[Any, ...],
+    given: _Arguments,
     on_unsupported: Literal["error", "vmap"],
     backend: str,
     observe_options: dict[str, Any],
@@ -121,7 +134,7 @@ def _measured(
     n_tasks = 1 if tasks is None else int(torch.as_tensor(tasks).max()) + 1
     meter = Meter(model, tasks=n_tasks, on_unsupported=on_unsupported, backend=backend)
     with meter.block("check", Plan(), cast("Given", observe_options), always_verify=True) as block:
-        loss(model(*inputs)).backward()
+        loss(_called(model, given)).backward()
     batch = block.observation.batch
     assert batch is not None
     block.observation.forget()
@@ -130,9 +143,9 @@ def _measured(
 
 
 def _one_at_a_time(
-    model: nn.Module, loss: Callable[[Any], Tensor], inputs: tuple[Any, ...], batch: Examples
+    model: nn.Module, loss: Callable[[Any], Tensor], given: _Arguments, batch: Examples
 ) -> dict[str, Tensor]:
-    whole, spec = pytree.tree_flatten(model(*inputs))
+    whole, spec = pytree.tree_flatten(_called(model, given))
     fixed = [leaf.detach().requires_grad_() if _is_floating(leaf) and leaf.requires_grad else leaf for leaf in whole]
     leaves = [i for i, leaf in enumerate(fixed) if isinstance(leaf, Tensor) and leaf.requires_grad]
     value = loss(pytree.tree_unflatten(fixed, spec))
@@ -148,8 +161,8 @@ def _one_at_a_time(
     sqnorms = {name: torch.zeros(batch.count, dtype=torch.float64) for name in parameters}
     for b in range(batch.count):
         if batch.packing is None:
-            alone = pytree.tree_map(functools.partial(_one_example, b, batch), inputs)
-            outputs = pytree.tree_leaves(model(*alone))
+            alone = pytree.tree_map(functools.partial(_one_example, b, batch), given)
+            outputs = pytree.tree_leaves(_called(model, alone))
             gradients = [g.narrow(batch.batch_dim, b, 1) for _, g in used]
         else:
             outputs, only = whole, torch.zeros(batch.count, dtype=torch.float64)

@@ -393,6 +393,50 @@ class Adapters(nn.Module):
         return self.head(torch.tanh(h).mean(1))
 
 
+class Curved(nn.Module):
+    """Scales and shifts that are functions of parameters, as state space models and adapters have them; one used twice."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(width, width), nn.Linear(width, 2)
+        self.rate, self.step = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width))
+        self.magnitude, self.gate = nn.Parameter(torch.rand(width) + 1), nn.Parameter(torch.tensor(0.3))
+        self.register_buffer("norms", torch.rand(width) + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mix(x) * -torch.exp(self.rate.to(x.dtype))
+        h = torch.tanh(h * F.softplus(self.step[None, :]) + 0.5 * self.step)
+        scale = (self.magnitude / self.norms).view(1, -1)
+        h = (scale - 1) * h + scale * torch.cos(h) * 0.3
+        return self.head(h * torch.tanh(self.gate) ** 2).mean(1)
+
+
+class PairBias(nn.Module):
+    """Attention with a learned bias for every pair of positions, the same for all examples, that two layers share."""
+
+    def __init__(self, width: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(width, 3 * width) for _ in range(2))
+        self.lift, self.bias, self.head = nn.Linear(3, width), nn.Embedding(7, heads), nn.Linear(width, 2)
+        self.places, self.heads = nn.Parameter(torch.randn(9, width)), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        position = torch.arange(x.shape[1])
+        bias = self.bias((position[:, None] - position).clamp(-3, 3) + 3).permute(2, 0, 1)[None]
+        h = torch.tanh(self.lift(x)) + self.places[(position + 1)[None]]
+        q, k, v = self.split(self.first(h))
+        h = h + (torch.softmax(q @ k.mT + bias, -1) @ v).transpose(1, 2).flatten(2)
+        mask = torch.where((position[:, None] >= position)[None, None], bias, -1e9)
+        h = h + F.scaled_dot_product_attention(*self.split(self.second(h)), mask).transpose(1, 2).flatten(2)
+        h = h + F.scaled_dot_product_attention(*self.split(self.second(h)), bias.contiguous()).transpose(1, 2).flatten(
+            2
+        )
+        return self.head(h).mean(1)
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
+
+
 class Frames(nn.Module):
     """Videos ``[B, T, C, H, W]`` whose frames are convolved as a batch of B·T images, one layer twice."""
 
@@ -556,6 +600,9 @@ LAYERS: dict[str, Callable[[], Case]] = {
     "embedding bag with offsets, tied": lambda: _bags(Bags(tied=True, padding_idx=2)),
     "scales, shifts and temperatures": lambda: _floats(Elementwise(), 4, 3, 2, 3, outputs=2),
     "scales of as many channels as examples": lambda: _floats(Elementwise(), 3, 3, 3, 3, outputs=2),
+    "functions of scales": lambda: _floats(Curved(), 4, 5, 4, outputs=2),
+    "functions of as many scales as examples": lambda: _floats(Curved(), 4, 4, 4, outputs=2),
+    "a bias per pair of positions": lambda: _floats(PairBias(), 4, 5, 3, outputs=2),
     "adapters": lambda: _floats(Adapters(), 4, 4, 4, outputs=2),
 }
 

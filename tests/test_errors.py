@@ -235,10 +235,13 @@ def test_examples_that_influence_each_other_are_found_by_tagging():
     [
         (lambda x, w: torch.cdist(x, w), "cdist"),
         (lambda x, w: torch.einsum("bi,oi->bo", x, w), "einsum"),
-        (lambda x, w: x @ torch.exp(w).t(), "exp"),
+        (lambda x, w: x @ torch.exp(w).t(), r"matmul \(of a function of it\)"),
+        (lambda x, w: F.conv1d(x[:, None], (2 * w)[:, None]), r"conv1d \(of a function of it\)"),
+        (lambda x, w: x[:, :1, None] + F.embedding(x.long().clamp(0, 2), w / 3), r"embedding \(of a function of it\)"),
         (lambda x, w: torch.maximum(x, w[0]), "maximum"),
         (lambda x, w: torch.cat([x, w], 0), "cat"),
-        (lambda x, w: F.linear(x, w[torch.tensor([0, 0])]), "__getitem__"),
+        (lambda x, w: F.linear(x, w[torch.tensor([0, 0])]), "linear"),
+        (lambda x, w: F.linear(x, w[torch.tensor([True, False, True])]), "__getitem__"),
         (lambda x, w: F.linear(x, w * w), "mul"),
     ],
 )

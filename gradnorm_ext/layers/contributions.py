@@ -2,8 +2,9 @@
 
 Where no form fits, a gradient is what a backward pass of its own
 gives (pulled). Every contribution offers the same: `sqnorm` (squared norms per segment and group), `wgrad` (the gradient,
-optionally weighted, and the norms from the same pass), `total` (the weighted gradient alone), `gram` (the inner products
-of the gradients of the coarsest groups, the tasks), and `kept` (what must not change until it is used).
+optionally weighted, and the norms from the same pass), `total` (the weighted gradient alone), `by_new_group` (the
+gradients of the coarsest groups, the tasks, and the norms), `gram` (the inner products of the tasks' gradients), and
+`kept` (what must not change until it is used).
 `combined_sqnorm` squares the *sum* of several contributions.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from gradnorm_ext.backends import find
 from gradnorm_ext.reference import accumulator
-from gradnorm_ext.segments import Segments
+from gradnorm_ext.segments import Groups, Segments
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,109 @@ class Parted:
 
 
 @dataclass(frozen=True)
+class Route:
+    """Which expert and example each row belongs to, the rows in the order of experts and, of each, of examples.
+
+    Attributes:
+        expert: ``[rows]``.
+        ends: ``[experts]`` int32: where each expert's rows end.
+        segments: the (expert, example) pairs, ``[experts · B]``; its groups pair experts with prompts and tasks.
+        by_expert: the same with one coarser level, the experts.
+    """
+
+    expert: Tensor
+    ends: Tensor
+    segments: Segments
+    by_expert: Segments
+    experts: int
+
+    @staticmethod
+    def of(expert: Tensor, owner: Tensor, experts: int, groups: Groups) -> Route:
+        count, device = len(groups.walk), expert.device
+        pairs = experts * count
+        which = torch.arange(experts, device=device)
+        lengths = torch.zeros(pairs, dtype=torch.int64, device=device)
+        lengths.index_add_(0, expert * count + owner, torch.ones_like(expert))
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        levels = [
+            ((which[:, None] * size + ids).flatten(), experts * size)
+            for ids, size in zip(groups.levels, groups.counts, strict=True)
+        ]
+        coarser = [*levels, (which.repeat_interleave(count), experts)]
+        return Route(
+            expert,
+            offsets[count::count].to(torch.int32),
+            Segments(offsets, None, Groups.of(pairs, levels, device)),
+            Segments(offsets, None, Groups.of(pairs, coarser, device)),
+            experts,
+        )
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Gradients of experts' matrices, each of the rows that were routed there: ``[experts, g's width, x's width]``.
+
+    ``segments``: of the examples alone. Swapped as of `Outer`.
+    """
+
+    x: Tensor
+    g: Tensor
+    route: Route
+    segments: Segments
+    backend: str
+    swapped: bool = False
+
+    def sqnorm(self) -> Tensor:
+        run = find("outer_sqnorm", self.x.device.type, self.backend)
+        return self._over_experts(run(self.x, self.g, self.route.segments))
+
+    def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        run = find("outer_wgrad", self.x.device.type, self.backend)
+        pairs, experts = self.route.by_expert, self.route.experts
+        of_pair = None if weight is None else weight.repeat(experts)
+        of_expert = pairs.groups.levels[-1]
+        total, sqnorm = run(self.x, self.g, pairs, weight=of_pair, outputs=of_expert, n_outputs=experts)
+        return total, self._over_experts(sqnorm)
+
+    def _over_experts(self, sqnorm: Tensor) -> Tensor:
+        counts = self.segments.count, *self.segments.groups.counts
+        of_pairs = sqnorm[: self.route.experts * sum(counts)].split([self.route.experts * n for n in counts])
+        return torch.cat([level.view(self.route.experts, -1).sum(0) for level in of_pairs])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.route.experts, self.g.shape[1], self.x.shape[1]
+
+    def by_group(self, out: Tensor) -> Tensor:
+        """As of `Outer`."""
+        run, pairs = find("outer_wgrad", self.x.device.type, self.backend), self.route.segments
+        totals, sqnorm = run(self.x, self.g, pairs, outputs=pairs.groups.levels[-1], n_outputs=pairs.groups.counts[-1])
+        out.copy_(totals.unflatten(0, (self.route.experts, -1)).transpose(0, 1))
+        return self._over_experts(sqnorm)
+
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        out = self.x.new_empty(self.segments.groups.counts[-1], *self.shape, dtype=accumulator(self.x.dtype))
+        return out, self.by_group(out)
+
+    def total(self, weight: Tensor | None = None) -> Tensor:
+        return self.wgrad(weight)[0]
+
+    def gram(self) -> Tensor:
+        return gram_of(self.by_new_group()[0])
+
+    def of_segments(self, segments: Tensor) -> Tensor:
+        return self.total(chosen(segments, self.segments).to(self.g.dtype))
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        return self.x, self.g
+
+    def fingerprint(self) -> Tensor:
+        return _size_of_rows(self.x if self.swapped else self.g)
+
+
+@dataclass(frozen=True)
 class Lookup:
     """An embedding table's gradient, ``dw[ids[r]] += g[r]``, shaped ``[vocabulary, g's width]``."""
 
@@ -201,6 +305,13 @@ class Lookup:
         tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
         rows = ids, self.live_g, len(looked_up), self.segments
         return gram_of(run(*rows, outputs=tasks, n_outputs=count)[0])
+
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        run = find("lookup_wgrad", self.g.device.type, self.backend)
+        tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
+        rows = self.ids, self.live_g, self.vocabulary, self.segments
+        return run(*rows, outputs=tasks, n_outputs=count)  # type: ignore[no-any-return]
 
     def of_column(self, rows: Tensor) -> Tensor:
         g = self.live_g[rows]
@@ -247,9 +358,16 @@ class Sums:
         total = self.sums.sum(0) if weight is None else torch.tensordot(weight.to(self.sums.dtype), self.sums, 1)
         return total.view(self.sums.shape[1:])
 
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        return self._of_tasks(), self.sqnorm()
+
     def gram(self) -> Tensor:
+        return gram_of(self._of_tasks())
+
+    def _of_tasks(self) -> Tensor:
         tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
-        return gram_of(self.flat.new_zeros(count, self.flat.shape[1]).index_add_(0, tasks, self.flat))
+        return self.sums.new_zeros(count, *self.sums.shape[1:]).index_add_(0, tasks, self.sums)
 
     def of_segments(self, segments: Tensor) -> Tensor:
         return self.sums[segments].sum(0)
@@ -489,9 +607,16 @@ class Pulled:
     def total(self, weight: Tensor | None = None) -> Tensor:
         return self.pull(weight)
 
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        return self._of_tasks(), self.norms()
+
     def gram(self) -> Tensor:
+        return gram_of(self._of_tasks())
+
+    def _of_tasks(self) -> Tensor:
         count = self.segments.groups.counts[-1]
-        return gram_of(torch.stack([self.of_segments(task) for task in members_of_columns(self.segments)[-count:]]))
+        return torch.stack([self.of_segments(task) for task in members_of_columns(self.segments)[-count:]])
 
     def of_segments(self, segments: Tensor) -> Tensor:
         return self.pull(chosen(segments, self.segments))
@@ -504,7 +629,7 @@ class Pulled:
         return self.sizes()
 
 
-Contribution = Outer | Parted | Lookup | Sums | Convolved | Pulled
+Contribution = Outer | Parted | Routed | Lookup | Sums | Convolved | Pulled
 
 
 def chosen(members: Tensor, segments: Segments) -> Tensor:
@@ -595,7 +720,7 @@ def _overlapping_sqnorm(placed: Sequence[Placed]) -> Tensor:
         parted = [one.contribution for one in uses if isinstance(one.contribution, Parted)]
         if len(parted) == 1 and lookups and len(lookups) == len(uses) - 1:
             return tied_sqnorm(TiedOuter.of(parted[0], [(lookup.ids, lookup.segments) for lookup in lookups]), lookups)
-        if parted:
+        if parted or any(isinstance(one.contribution, Routed) for one in uses):
             return _dense_sqnorm(uses)
         if convolved and not outers and not lookups:
             return convolved[0].together(convolved[1:], sums)

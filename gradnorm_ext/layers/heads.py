@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from gradnorm_ext.layers.calls import Backward, Call, no_autocast, tapped_call
+from gradnorm_ext.layers.calls import Backward, Call, first_order, no_autocast, tapped_call
 from gradnorm_ext.layers.contributions import Parted
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.taps import Tap
@@ -170,7 +169,7 @@ class _FusedHead(torch.autograd.Function):
         return of_target - log_partition, log_partition, entropy, total / vocabulary, log_sum_sq, top
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *g: Tensor | None) -> tuple[Any, ...]:
         hidden, weight, bias, targets, log_partition, entropy = ctx.saved_tensors
         call: Call | None = ctx.call

@@ -13,10 +13,11 @@ what the uses delivered: a use that was not seen is an error, not a missing summ
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,8 @@ from gradnorm_ext.layers.contributions import (
     Parted,
     Place,
     Placed,
+    Routed,
+    Sums,
     TiedOuter,
     combined_gram,
     combined_sqnorm,
@@ -93,6 +96,11 @@ class Use:
         return "derived" in self.views
 
     @property
+    def is_curved(self) -> bool:
+        """Whether the value is a function of each entry of the parameter, so that norms of gradients are not the same."""
+        return "curved" in self.views
+
+    @property
     def operand(self) -> Tensor:
         """What the function computes with: cut off from the parameter where its gradient is formed at the block's end."""
         late = self.is_derived or (self.observation.plan.keep and not self.slot.hooked)
@@ -107,22 +115,31 @@ class Use:
             return None
         return Place(int(value.storage_offset()), tuple(value.shape), value.stride())
 
-    def adjoint(self, gradient: Tensor) -> Tensor:
-        """A gradient of the consumed tensor as one of the parameter."""
+    def adjoint(self, gradient: Tensor, *, several: bool = False) -> Tensor:
+        """A gradient of the consumed tensor as one of the parameter; ``several``: a stack of them."""
         if not self.views:
             return gradient
+        shape = (len(gradient), *self.value.shape) if several else self.value.shape
         self.observation.placing = True  # the audit's hooks on the parameter are not meant by this
         try:
             (placed,) = torch.autograd.grad(
                 self.value,
                 self.slot.parameter,
-                gradient.view_as(self.value).to(self.value.dtype),
+                gradient.view(shape).to(self.value.dtype),
                 retain_graph=True,
                 materialize_grads=True,
+                is_grads_batched=several,
             )
         finally:
             self.observation.placing = False
         return placed.to(gradient.dtype)
+
+    def measured(self, contribution: Contribution) -> Contribution:
+        """The contribution whose norms are those of the parameter's gradient."""
+        if not self.is_curved:
+            return contribution
+        assert isinstance(contribution, Sums)
+        return replace(contribution, sums=self.adjoint(contribution.sums, several=True))
 
 
 @dataclass(frozen=True)
@@ -131,6 +148,8 @@ class Plan:
 
     Attributes:
         gram: also the inner products of the gradients of the coarsest groups, the tasks.
+        totals: where every task's gradient is added up over the blocks of a step, ``[K, *shape]``, by parameter; with
+            ``keep`` nothing else is kept.
         passes: 2: one backward for the norms and, once the weights are known, one for the gradients.
         layer_weights: from a parameter's name and its figures to weights per example, ``[B]``: each parameter is
             weighed by its own.
@@ -143,6 +162,7 @@ class Plan:
     """
 
     gram: bool = False
+    totals: dict[str, Tensor] | None = None
     passes: Literal[1, 2] = 1
     layer_weights: Callable[[str, Tensor], Tensor] | None = None
     task_weights: Tensor | None = None
@@ -211,6 +231,7 @@ class Observation:
         self.refuted: list[Use] = []  # in the running test
         self.proven = False  # in the running test, a use has passed whose sizes leave no choice
         self.refuted_lookups: list[Use] = []  # taken for batched, and not
+        self._layouts: dict[tuple[int, ...], Layout] = {}  # of activations, by their sizes
         self.rows_per_example: set[int] = set()  # of tensors that show the batch
         self.inputs: set[int] = set()  # where the model's inputs lie that show the batch
         self.data: set[int] = set()  # where the arguments of modules lie that carry no gradient
@@ -274,17 +295,17 @@ class Observation:
     def layout(self, tensor: Tensor, features: int, name: str, function: str) -> Layout:
         """Which of the hypotheses speaks for a tensor, its last ``features`` dimensions set aside."""
         assert self.batch is not None
-        shape = tuple(tensor.shape[: tensor.dim() - features])
+        shape = tuple(tensor.shape)[: tensor.dim() - features]
         if self.examples == 1:
             return Layout("leading", shape, self.batch)
+        followable = features == 1 and tensor.requires_grad
+        if followable and len(shape) == 1 and (followed := self._followed(tensor, shape)) is not None:
+            return followed
+        if tensor.requires_grad and (known := self._layouts.get(shape)) is not None:
+            return known
         kind = self.batch.kind_of(shape, self.rows_per_example)
-        if features == 1 and tensor.requires_grad and (len(shape) == 1 or kind != "leading"):
-            followed = follow(tensor, self._layout_of_sizes)
-            if followed is not None and not followed.regular:
-                return Layout.of_owners(followed.owners, self.batch)
-            if followed is not None:
-                kind = "leading" if shape[0] == self.examples else "flat"
-                self.rows_per_example.add(math.prod(shape) // self.batch.count)
+        if followable and len(shape) > 1 and kind != "leading" and (followed := self._followed(tensor, shape)):
+            return followed
         if kind is None or (kind == "second" and self.batch_dim == 0 and not self.inputs):
             raise self._unexplained(shape, name)
         layout = Layout(kind, shape, self.batch, anchored=not tensor.requires_grad and self.is_input(tensor))
@@ -294,7 +315,20 @@ class Observation:
             layout.correct()
         if kind == "leading" or kind == "second":
             self.rows_per_example.add(layout.rows // self.batch.count)
+        if tensor.requires_grad and layout.alternative is None:
+            self._layouts[shape] = layout  # nothing will be corrected, and nothing but the sizes decided
         return layout
+
+    def _followed(self, tensor: Tensor, shape: tuple[int, ...]) -> Layout | None:
+        """Of rows that were selected on their way from where it is known whose they are."""
+        assert self.batch is not None
+        followed = follow(tensor, self._layout_of_sizes)
+        if followed is None:
+            return None
+        if not followed.regular:
+            return Layout.of_owners(followed.owners, self.batch)
+        self.rows_per_example.add(math.prod(shape) // self.batch.count)
+        return Layout("leading" if shape[0] == self.examples else "flat", shape, self.batch)
 
     def _layout_of_sizes(self, shape: tuple[int, ...]) -> Layout | None:
         assert self.batch is not None
@@ -407,36 +441,62 @@ class Observation:
                 f'{self.who}: with scope="layer" each parameter has a weight of its own, got {slot.name}, which is used '
                 f'only together with {together}; use scope="model"'
             )
+        if self.plan.totals is not None:
+            of_tasks, norms = contribution.by_new_group()
+            gram: Callable[[], Tensor] = functools.partial(gram_of, of_tasks)
+            if use.is_curved and not apart:
+                measured = use.measured(contribution)
+                norms, gram = measured.sqnorm(), measured.gram
+            for one in (use, *use.followers):
+                self._add_up(one, of_tasks)
+            if use.is_derived and not self.plan.keep:
+                _keep(use, contribution)
+            figures = None if apart else self._with_gram(norms, gram)
+            return self._of_known_tasks(of_tasks) if needs_gradient else None, figures
         keep = self.plan.keep or use.is_derived or (by_layer is not None and apart)
+        measured = contribution if apart else use.measured(contribution)
         if (
             self.plan.keep
             and not apart
-            and isinstance(contribution, (Outer, Parted, Convolved))
+            and isinstance(contribution, (Outer, Parted, Routed, Convolved))
             and (out := self._buffer(slot, contribution)) is not None
         ):
             norms = self._with_gram(contribution.by_group(out), functools.partial(gram_of, out))
             slot.kept.append((use, out, ()))
             return out.sum(0) if needs_gradient else None, norms
         if keep:
-            slot.kept.append((use, contribution, tuple(kept._version for kept in contribution.kept)))
+            _keep(use, contribution)
             audited = self.plan.keep or slot.hooked
             unweighted = contribution.total() if needs_gradient and audited else None
-            return unweighted, None if apart else self._with_gram(contribution.sqnorm(), contribution.gram)
+            return unweighted, None if apart else self._with_gram(measured.sqnorm(), measured.gram)
         if apart:
             return contribution.total(self.weights) if needs_gradient else None, None
-        if not needs_gradient or by_layer is not None:
-            norms = self._with_gram(contribution.sqnorm(), contribution.gram)
-            if not needs_gradient or by_layer is None:
+        if not needs_gradient or by_layer is not None or use.is_curved:
+            norms = self._with_gram(measured.sqnorm(), measured.gram)
+            if not needs_gradient:
                 return None, norms
-            return contribution.total(by_layer(slot.name, norms)), norms
-        if self.plan.gram and isinstance(contribution, (Outer, Parted, Convolved)):
+            return contribution.total(self.weights if by_layer is None else by_layer(slot.name, norms)), norms
+        if self.plan.gram and isinstance(contribution, (Outer, Parted, Routed, Convolved)):
             # The tasks' gradients first: one product for all.
             out, norms = contribution.by_new_group()
-            weights = self.plan.task_weights
-            total = out.sum(0) if weights is None else torch.tensordot(weights.to(out), out, 1)
-            return total, self._with_gram(norms, functools.partial(gram_of, out))
+            return self._of_known_tasks(out), self._with_gram(norms, functools.partial(gram_of, out))
         total, norms = contribution.wgrad(self.weights)
         return total, self._with_gram(norms, contribution.gram)
+
+    def _of_known_tasks(self, gradients: Tensor) -> Tensor:
+        weights = self.plan.task_weights
+        return gradients.sum(0) if weights is None else torch.tensordot(weights.to(gradients), gradients, 1)
+
+    def _add_up(self, use: Use, gradients: Tensor) -> None:
+        """Add what a use gives every task to the parameter's totals."""
+        assert self.plan.totals is not None
+        slot, shape = use.slot, (len(gradients), *use.slot.parameter.shape)
+        total = self.plan.totals.get(slot.name)
+        if total is None:
+            total = self.plan.totals[slot.name] = gradients.new_zeros(shape)
+        if use.views:
+            gradients = torch.stack([use.adjoint(gradient) for gradient in gradients.unbind(0)])
+        total += gradients.view(shape)
 
     def _with_gram(self, norms: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         return torch.cat([norms, gram().flatten().to(norms)]) if self.plan.gram else norms
@@ -453,7 +513,7 @@ class Observation:
             slot.delivered = placed if slot.delivered is None else slot.delivered + placed
         return gradient
 
-    def _buffer(self, slot: Slot, contribution: Outer | Parted | Convolved) -> Tensor | None:
+    def _buffer(self, slot: Slot, contribution: Outer | Parted | Routed | Convolved) -> Tensor | None:
         """Where a parameter's gradients per task go, as far as the budget reaches."""
         if not self.plan.by_task:
             return None
@@ -557,7 +617,21 @@ class Observation:
             self.tagging = None
 
     def _backward_to_probe(self, edges: Sequence[GradientEdge], gradients: Sequence[Tensor]) -> None:
-        torch.autograd.grad(edges, (self.probe,), gradients, retain_graph=True, allow_unused=True)
+        with self._through_checkpoints():
+            torch.autograd.grad(edges, (self.probe,), gradients, retain_graph=True, allow_unused=True)
+
+    @contextlib.contextmanager
+    def _through_checkpoints(self) -> Iterator[None]:
+        """A backward that ends at the probe, which reentrant checkpoints cannot run."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "use_reentrant=True" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{self.who}: activation checkpoints must not be reentrant, got use_reentrant=True; pass use_reentrant=False "
+                "to torch.utils.checkpoint, or gradient_checkpointing_kwargs={'use_reentrant': False} to a trainer"
+            ) from error
 
     def _tag(self, use: Use, contribution: Contribution) -> None:
         fingerprint = contribution.fingerprint()
@@ -568,6 +642,8 @@ class Observation:
         factor = self.tag_factor.to(fingerprint.dtype)
         if isinstance(contribution, (Outer, Parted, Lookup, Convolved)):
             factor = per_row(factor, contribution.segments)
+        elif isinstance(contribution, Routed):
+            factor = per_row(factor.repeat(contribution.route.experts), contribution.route.segments)
         expected = use.fingerprint * factor
         use.tagged = True
         if torch.equal(fingerprint, expected):
@@ -579,7 +655,8 @@ class Observation:
     def norms_pass(self, loss: Tensor) -> None:
         """The first of two backward passes: norms only, no weight gradient."""
         self.phase = "norms"
-        torch.autograd.backward((loss,), inputs=(self.probe,), retain_graph=True)
+        with self._through_checkpoints():
+            torch.autograd.backward((loss,), inputs=(self.probe,), retain_graph=True)
 
     def weighted_pass(self, loss: Tensor, weights: Tensor) -> None:
         """The second: weight gradients with a weight per example, ``[B]``."""
@@ -710,14 +787,11 @@ class Observation:
             slot.kept.clear()
 
     def _accumulate(self, use: Use, gradient: Tensor) -> None:
-        parameter = use.slot.parameter
-        if use.value is not parameter or parameter._backward_hooks:
-            with torch.enable_grad():  # through views, past hooks
-                torch.autograd.backward((use.value,), (gradient,), retain_graph=use.is_derived)
-        elif parameter.grad is None:
-            parameter.grad = gradient
+        if use.value is use.slot.parameter:
+            accumulate(use.slot.parameter, gradient)
         else:
-            parameter.grad += gradient
+            with torch.enable_grad():  # through views
+                torch.autograd.backward((use.value,), (gradient,), retain_graph=use.is_derived)
 
     def release(self) -> None:
         """Take the audit's hooks off the parameters."""
@@ -732,3 +806,19 @@ class Observation:
                 kept.clear()
         self.slots.clear()
         del self.start
+
+
+def _keep(use: Use, contribution: Contribution) -> None:
+    versions = tuple(kept._version for kept in contribution.kept)
+    use.slot.kept.append((use, contribution, versions))
+
+
+def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add to ``.grad`` as a backward would, past the parameter's hooks."""
+    if parameter._backward_hooks:
+        with torch.enable_grad():
+            torch.autograd.backward((parameter,), (gradient,))
+    elif parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
 
 from gradnorm_ext.layers.attention import multi_head_attention_forward
 from gradnorm_ext.layers.bags import embedding_bag
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
+    first_order,
     is_row,
     no_autocast,
     normalised_product,
@@ -32,7 +33,7 @@ from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.linears import addmm, bilinear, linear, linear_module, matmul
 from gradnorm_ext.layers.normalizations import batch_norm, group_norm, instance_norm, layer_norm, layer_norm_module
 from gradnorm_ext.layers.observation import Observation, Use
-from gradnorm_ext.layers.taps import LookedUp, Tap
+from gradnorm_ext.layers.taps import LookedUp, Tap, saving_themselves
 
 
 class _Embedding(torch.autograd.Function):
@@ -45,7 +46,7 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (ids,) = ctx.saved_tensors
         call: Call = ctx.call
@@ -117,7 +118,7 @@ class _Product(torch.autograd.Function):
         return x * weight
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         call: Call = ctx.call
@@ -148,7 +149,7 @@ class _Sum(torch.autograd.Function):
         return x + added
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         call: Call = ctx.call
         with no_autocast(g.device):
@@ -172,7 +173,7 @@ class _Sum(torch.autograd.Function):
 
 def _shared_lookup(per_example: Tensor, looked_up: LookedUp, vocabulary: int, call: Call) -> Lookup:
     ids = looked_up.ids.reshape(-1).repeat(call.segments.count)
-    rows = per_example.reshape(len(ids), -1)
+    rows = looked_up.rows_of(per_example).flatten(0, 1)
     segments = call.observation.segments(len(ids))
     return Lookup(ids, rows, vocabulary, looked_up.padding_idx, segments, call.observation.backend)
 
@@ -190,7 +191,7 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
     layout = observation.layout(other.expand(shape), 1 if len(shape) > 1 else 0, tap.name, function)
     if observation.examples != 1 and not layout.meets(tap.shape, len(shape)):
         return None
-    use = tap.use(function, layout)
+    use = tap.use(function, layout, sums=True)
     use.needs_proof = not other.requires_grad  # that may be no data, but a constant with a size of B
     if tap.looked_up is not None:
         ids = tap.looked_up.ids.reshape(-1).repeat(observation.examples or 1)
@@ -201,10 +202,50 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
 
 def multiply(first: Any, second: Any) -> Any:
     tap, other = (first, second) if isinstance(first, Tap) else (second, first)
-    if tap.looked_up is not None or (meeting := _meet(tap, other, "mul")) is None:
+    if tap.looked_up is not None:
         return NotImplemented
+    if (meeting := _meet(tap, other, "mul")) is None:
+        return _curved(tap, other, lambda value: value * other)
     call, use = meeting
     return _Product.apply(call, other, use.operand, *call.probes)
+
+
+class _Curve(torch.autograd.Function):
+    """A function of each entry whose slopes are known; nothing is saved that a backward would free."""
+
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.slope = slope
+        return value.clone()
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return (g * ctx.slope).to(ctx.slope.dtype), None, None
+
+
+def _curved(tap: Any, others: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """What a function of each entry makes of a parameter and constants."""
+    if not isinstance(tap, Tap) or tap.looked_up is not None or tap.observation.derives:
+        return NotImplemented
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(others)):
+        return NotImplemented
+    with torch.enable_grad(), saving_themselves():
+        entries = tap.value.detach().requires_grad_()
+        value = function(entries)
+        if value.shape != tap.shape:
+            return NotImplemented
+        (slope,) = torch.autograd.grad(value.sum(), entries)
+    return tap.viewed(_Curve.apply(tap.value, value.detach(), slope), "curved")
+
+
+def _curve_rule(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of each entry by itself: ``exp``, ``softplus``."""
+
+    def curve(tap: Any, *args: Any, **kwargs: Any) -> Any:
+        return _curved(tap, (args, kwargs), lambda value: function(value, *args, **kwargs))
+
+    return curve
 
 
 def add(first: Any, second: Any, *, alpha: float = 1) -> Any:
@@ -247,7 +288,7 @@ class _Quotient(torch.autograd.Function):
         return x / weight
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         call: Call = ctx.call
@@ -262,6 +303,8 @@ class _Quotient(torch.autograd.Function):
 
 
 def divide(first: Any, second: Any, **rounding: Any) -> Any:
+    if isinstance(first, Tap) and not rounding:
+        return _curved(first, second, lambda value: value / second)
     if (
         rounding
         or isinstance(first, Tap)
@@ -292,7 +335,7 @@ class _Expand(torch.autograd.Function):
         return weight.expand(shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         call: Call = ctx.call
         run = Backward(ctx, call)
@@ -313,7 +356,7 @@ def expand(tap: Tap, *sizes: Any) -> Any:
         layout = Layout("second", shape[:2], batch)
     else:
         return NotImplemented
-    use = tap.use("expand", layout)
+    use = tap.use("expand", layout, sums=True)
     call = Call(tap.observation, layout, use)
     return _Expand.apply(call, use.operand, shape, *call.probes)
 
@@ -344,18 +387,25 @@ def _view_rule(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """A function that only rearranges or casts: what comes out is as much the parameter as what went in."""
 
     def view(tap: Any, *args: Any, **kwargs: Any) -> Any:
-        by_tensor = name == "slice" and any(isinstance(a, (Tensor, list)) for a in _flat(args))
-        if not isinstance(tap, Tap) or by_tensor:
+        if not isinstance(tap, Tap):
             return NotImplemented
+        if name == "slice" and any(isinstance(a, list) or (isinstance(a, Tensor) and a.dim()) for a in _flat(args)):
+            return _gathered(tap, *args)
         value = function(tap.value, *args, **kwargs)
         if value is tap.value:
             return tap
-        # Looked-up rows stay rows, in their order.
-        if tap.looked_up is None or name == "cast" or (name == "reshape" and value.shape[-1:] == tap.shape[-1:]):
-            return tap.viewed(value, name)
-        return NotImplemented
+        if tap.looked_up is not None and name != "cast":
+            return tap.rearranged(value, lambda order: function(order, *args, **kwargs))
+        return tap.viewed(value, name)
 
     return view
+
+
+def _gathered(tap: Tap, *index: Any) -> Any:
+    """``table[ids]``: a lookup."""
+    ids = index[0]
+    is_lookup = len(index) == 1 and isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool
+    return embedding(ids, tap) if is_lookup and tap.looked_up is None and tap.dim() == 2 else NotImplemented
 
 
 def _slices_rule(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -367,6 +417,32 @@ def _slices_rule(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(tap.viewed(piece, "slice") for piece in function(tap.value, *args, **kwargs))
 
     return slices
+
+
+def _given(tap: Tap) -> Any:
+    """Rows that all examples share, ``[1, ...]``, as each example's own: ``[B, ...]``."""
+    count = tap.observation.examples
+    if tap.looked_up is None or tap.dim() < 2 or tap.shape[0] != 1 or count is None:
+        return NotImplemented
+    return add(tap, tap.value.new_zeros(()).expand(count, *tap.shape[1:]))
+
+
+def where(condition: Any, first: Any, second: Any) -> Any:
+    """Of a bias per pair of positions and a mask."""
+    given = [_given(one) if isinstance(one, Tap) else one for one in (first, second)]
+    if isinstance(condition, Tap) or any(one is NotImplemented for one in given):
+        return NotImplemented
+    return torch.where(condition, *given)
+
+
+def scaled_dot_product_attention(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **options: Any
+) -> Any:
+    """With a bias per pair of positions."""
+    mask = _given(attn_mask) if isinstance(attn_mask, Tap) else NotImplemented
+    if mask is NotImplemented or any(isinstance(one, Tap) for one in (query, key, value)):
+        return NotImplemented
+    return F.scaled_dot_product_attention(query, key, value, mask, *args, **options)
 
 
 def _flat(args: Any) -> list[Any]:
@@ -391,6 +467,12 @@ VIEWS: dict[str, tuple[Callable[..., Any], ...]] = {
 SLICES: tuple[Callable[..., Any], ...] = (
     *(_T.split, torch.split, _T.chunk, torch.chunk, _T.unbind, torch.unbind, _T.tensor_split, torch.tensor_split),
     *(_T.split_with_sizes, torch.split_with_sizes),
+)
+
+CURVES: tuple[Callable[..., Any], ...] = (
+    *(torch.exp, _T.exp, torch.log, _T.log, torch.sqrt, _T.sqrt, torch.rsqrt, _T.rsqrt, torch.square, _T.square),
+    *(torch.sigmoid, _T.sigmoid, torch.tanh, _T.tanh, F.softplus, F.silu, F.relu, torch.relu, _T.relu),
+    *(torch.pow, _T.pow, _T.__pow__, torch.reciprocal, _T.reciprocal, torch.abs, _T.abs, torch.clamp, _T.clamp),
 )
 
 _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -422,6 +504,9 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((torch.div, _T.div, _T.__truediv__, torch.true_divide), divide),
     **dict.fromkeys((_T.div_, _T.__itruediv__), _in_place(divide)),
     F.prelu: prelu,
+    **dict.fromkeys((torch.where, _T.where), where),
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    **{function: _curve_rule(function) for function in CURVES},
     _T.expand: expand,
     _T.repeat: repeat,
     **{function: _view_rule(function, name) for name, functions in VIEWS.items() for function in functions},

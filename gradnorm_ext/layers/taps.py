@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,12 +30,30 @@ _SESSION = "_gradnorm_observation"
 
 @dataclass(frozen=True)
 class LookedUp:
-    """Rows of a table that all examples share: the ids, the row without a gradient, and the values."""
+    """Rows of a table that all examples share: the ids, the row without a gradient, and the values.
+
+    ``order``: once the rows were rearranged, where each entry was before.
+    """
 
     ids: Tensor
     padding_idx: int | None
     rows: Tensor
     table: Tensor
+    order: Tensor | None = None
+
+    def rearranged(self, rows: Tensor, how: Callable[[Tensor], Tensor]) -> LookedUp:
+        order = self.order
+        if order is None:
+            order = torch.arange(self.rows.numel(), device=rows.device).view(self.rows.shape)
+        return replace(self, rows=rows, order=how(order))
+
+    def rows_of(self, gradient: Tensor) -> Tensor:
+        """``[B, ids, width]`` of a gradient per example, ``[B, *rows.shape]``."""
+        entries = self.ids.numel() * self.table.shape[1]
+        if self.order is not None:
+            flat = gradient.new_zeros(len(gradient), entries)
+            gradient = flat.index_add_(1, self.order.reshape(-1), gradient.reshape(len(gradient), -1))
+        return gradient.reshape(len(gradient), self.ids.numel(), -1)
 
 
 class Tap(Tensor):
@@ -49,6 +67,7 @@ class Tap(Tensor):
     looked_up: LookedUp | None
     rules: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}  # filled by `rules`, as is the next
     modules: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}  # forwards of modules that need no taps
+    modules_with: ClassVar[dict[str, Callable[..., Any]]] = {}  # the same, for classes that have an attribute
     unruled: ClassVar[Callable[..., Any]]  # what becomes of a function without a rule
 
     @staticmethod
@@ -82,9 +101,7 @@ class Tap(Tensor):
         """The tap of a view of this one, or of a cast or a shift, whose gradient has the same norm."""
         tap = Tap.of(self.observation, self.slot, value, self.views, self.others)
         if self.looked_up is not None:
-            tap.looked_up = LookedUp(
-                self.looked_up.ids, self.looked_up.padding_idx, value.detach(), self.looked_up.table
-            )
+            tap.looked_up = replace(self.looked_up, rows=value.detach())
         elif not (view == "cast" and value.dtype == self.value.dtype):
             tap.views = (*self.views, view)
         return tap
@@ -95,8 +112,17 @@ class Tap(Tensor):
         tap.looked_up = LookedUp(ids, padding_idx, rows.detach(), self.value)
         return tap
 
-    def use(self, function: str, layout: Layout) -> Use:
-        """Write down that a function consumes this tap."""
+    def rearranged(self, value: Tensor, how: Callable[[Tensor], Tensor]) -> Tap:
+        """The tap of a view of rows that all examples share; ``how`` does to any tensor what was done to them."""
+        assert self.looked_up is not None
+        tap = Tap.of(self.observation, self.slot, value, self.views, self.others)
+        tap.looked_up = self.looked_up.rearranged(value.detach(), how)
+        return tap
+
+    def use(self, function: str, layout: Layout, *, sums: bool = False) -> Use:
+        """Write down that a function consumes this tap; ``sums``: its gradient is a `Sums`."""
+        if "curved" in self.views and not sums:
+            raise self.refusal(f"{function} (of a function of it)")
         shared = self.looked_up is not None
         value = self.looked_up.table if self.looked_up is not None else self.value
         return self.observation.use(self.slot, value, self.views, function, layout, shared=shared, others=self.others)
@@ -175,7 +201,10 @@ def _observed_class(base: Any) -> type:
         "__doc__": base.__doc__,
         "_gradnorm_base": base,
     }
-    if (rule := Tap.modules.get(base.forward)) is not None:
+    rule = Tap.modules.get(base.forward)
+    for attribute, of_any in Tap.modules_with.items():
+        rule = of_any if hasattr(base, attribute) else rule
+    if rule is not None:
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             observation: Observation | None = self.__dict__.get(_SESSION)
@@ -195,6 +224,10 @@ def _unobserved(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     return module
 
 
+def _set_class(module: nn.Module, own: type) -> None:
+    object.__setattr__(module, "__class__", own)  # modules look long at what is set on them
+
+
 def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Observation) -> None:
     """Make every read of a trainable parameter through these modules (of one model, itself first) a tap."""
     for index, (name, module) in enumerate(modules):
@@ -207,7 +240,7 @@ def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Obser
         if index == 0 or any(parameter is not None for parameter in module._parameters.values()):
             module.__dict__[_SESSION] = observation
             own: Any = type(module)
-            module.__class__ = _observed_class(own)
+            _set_class(module, _observed_class(own))
 
 
 def release_modules(modules: Sequence[tuple[str, nn.Module]], observation: Observation) -> None:
@@ -215,4 +248,4 @@ def release_modules(modules: Sequence[tuple[str, nn.Module]], observation: Obser
     for _, module in modules:
         if module.__dict__.get(_SESSION) is observation:
             del module.__dict__[_SESSION]
-            module.__class__ = vars(type(module))["_gradnorm_base"]
+            _set_class(module, vars(type(module))["_gradnorm_base"])

@@ -1,0 +1,207 @@
+"""Models of transformers, with everything trainers turn on: exact norms and exact reweighted gradients."""
+
+import architectures
+import oracle
+import pytest
+import torch
+from architectures import ARCHITECTURES, EXAMPLES, MIXTURES, TASKS
+
+from gradnorm_ext import ClipExamples, InverseNorm, Meter, Reweighted, check
+
+EXACT = 1e3 * torch.finfo(torch.float64).eps
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Parts that models compute in float32 whatever they are given, in float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def agrees(stats, gradients):
+    norms = oracle.group_norms(gradients, torch.arange(EXAMPLES), EXAMPLES)
+    assert oracle.relative(stats.example_norm, norms) < EXACT
+    assert oracle.relative(stats.task_norm, oracle.group_norms(gradients, TASKS, 2)) < EXACT
+
+
+def reweighted_as_by_autograd(model, inputs, labels, policy=None, blocks=2, **timing):
+    """Norms and reweighted gradients against autograd, one example at a time."""
+    gradients = architectures.gradients_of(model, inputs, labels)
+    policy = policy or InverseNorm()
+    optimizer = Reweighted(torch.optim.SGD(model.parameters(), 0.0), model, policy, tasks=2, **timing)
+    for _ in range(blocks):
+        model.zero_grad()
+        with optimizer.observe(tasks=TASKS):
+            optimizer.backward(architectures.loss_of(model, inputs, labels))
+        agrees(optimizer.stats, gradients)
+        weights = optimizer.weights if policy.weighs == "examples" else optimizer.weights[TASKS]
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                expected = sum(w * g[name] for w, g in zip(weights, gradients, strict=True))
+                found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        *((name, "eager") for name in ARCHITECTURES if name != "mamba2"),  # which has no attention
+        *((name, "sdpa") for name in ARCHITECTURES if name != "gpt-oss"),  # which has no other
+    ],
+)
+def test_equals_autograd_one_example_at_a_time(name, attention, checkpointing):
+    experts = {"experts_implementation": "eager"} if name in MIXTURES else {}  # grouped products have no float64
+    model = architectures.build(name, attention, checkpointing, **experts)
+    reweighted_as_by_autograd(model, *architectures.batch(name))
+
+
+def errors(name, dtype, autocast, checkpointing):
+    """The largest error of the measured norms against float64, and that of plain torch's gradients, one by one."""
+    attention = "eager" if name == "gpt-oss" else "sdpa"
+    experts = {"experts_implementation": "eager"} if name in MIXTURES else {}
+    wide = architectures.build(name, attention, **experts)
+    inputs, labels = architectures.batch(name)
+    examples = torch.arange(EXAMPLES)
+    right = architectures.gradients_of(wide, inputs, labels)
+    truth = oracle.group_norms(right, examples, EXAMPLES)
+    narrow = architectures.build(name, attention, checkpointing, dtype)
+    inputs, labels = architectures.batch(name, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = architectures.gradients_of(narrow, inputs, labels)
+        meter = Meter(narrow)
+        with meter.observe():
+            architectures.loss_of(narrow, inputs, labels).backward()
+    off = [{key: one[key] - other[key] for key in other} for one, other in zip(plain, right, strict=True)]
+    distance = oracle.group_norms(off, examples, EXAMPLES)  # no norm is further off than this
+    return oracle.relative(meter.stats.example_norm, truth), float(distance.max() / truth.max())
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of plain torch, where autocast meets RMSNorm
+@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("kind", ("float32", "bfloat16", "autocast"))
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_errs_at_most_twice_as_much_as_plain_torch(name, kind, checkpointing):
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    found, plain = errors(name, dtype, kind == "autocast", checkpointing)
+    assert found <= 2 * plain
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_as_many_examples_as_positions(name):
+    model = architectures.build(name, "eager")
+    if name in MIXTURES:
+        model.set_experts_implementation("eager")
+    inputs, labels = architectures.batch(name, EXAMPLES + (name == "t5"))
+    if name == "t5":  # its biases are looked up by [T, T] positions, which here look like a batch
+        inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, 1:], inputs["attention_mask"][:, 1:]
+    gradients = architectures.gradients_of(model, inputs, labels)
+    meter = Meter(model, tasks=2)
+    if name == "t5":
+        message = r"relative_attention_bias.weight .* run the batch again"
+        with pytest.raises(RuntimeError, match=message), meter.observe(tasks=TASKS):
+            architectures.loss_of(model, inputs, labels).backward()
+    with meter.observe(tasks=TASKS):
+        architectures.loss_of(model, inputs, labels).backward()
+    agrees(meter.stats, gradients)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(
+    "timing", ({"passes": 2}, {"scope": "layer"}, {"apply": "next_step"}, {"policy": ClipExamples(0.5)})
+)
+@pytest.mark.parametrize("name", ("llama, tied", "qwen3 moe", "gpt-oss", "t5", "mamba2"))
+def test_every_timing(name, timing):
+    experts = {"experts_implementation": "eager"} if name in MIXTURES else {}
+    model = architectures.build(name, "eager", checkpointing=True, **experts)
+    inputs, labels = architectures.batch(name)
+    if "scope" not in timing and "apply" not in timing:
+        return reweighted_as_by_autograd(model, inputs, labels, **timing)
+    gradients = architectures.gradients_of(model, inputs, labels)
+    optimizer = Reweighted(torch.optim.SGD(model.parameters(), 0.0), model, InverseNorm(), tasks=2, **timing)
+    for _ in range(2):
+        model.zero_grad()
+        with optimizer.observe(tasks=TASKS):
+            architectures.loss_of(model, inputs, labels).backward()
+        agrees(optimizer.stats, gradients)
+        used = optimizer.weights if "apply" in timing else None
+        optimizer.step()
+    for key, parameter in model.named_parameters():
+        if used is None:
+            norms = [sum(g[key] for g, k in zip(gradients, TASKS, strict=True) if k == task).norm() for task in (0, 1)]
+            if min(norms) == 0:
+                continue
+            weights = 1 / torch.stack(norms)
+            weights = (weights / weights.mean())[TASKS]
+        else:
+            weights = used[TASKS]
+        expected = sum(w * g[key] for w, g in zip(weights, gradients, strict=True))
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_tasks_gram_matrix_of_mixtures(name):
+    model = architectures.build(name, "eager", experts_implementation="eager")
+    inputs, labels = architectures.batch(name)
+    flat = torch.stack(
+        [torch.cat([one.flatten() for one in g.values()]) for g in architectures.gradients_of(model, inputs, labels)]
+    )
+    meter = Meter(model, tasks=2, gram=True)
+    with meter.observe(tasks=TASKS, prompts=[0, 1, 1, 0]):
+        architectures.loss_of(model, inputs, labels).backward()
+    of_tasks = torch.zeros(2, flat.shape[1], dtype=flat.dtype).index_add_(0, TASKS, flat)
+    torch.testing.assert_close(meter.stats.task_gram, of_tasks @ of_tasks.T)
+    torch.testing.assert_close(meter.stats.prompt_norm, of_tasks.norm(dim=1))
+
+
+@pytest.mark.parametrize("implementation", ("eager", "grouped_mm", "batched_mm"))
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_experts_implementation_and_the_routers_loss(name, implementation):
+    model = architectures.build(name, "eager", dtype=torch.float32, experts_implementation=implementation)
+    inputs, _ = architectures.batch(name)
+    found = {}
+    for measured in (False, True):
+        model.zero_grad()
+        meter = Meter(model)
+        with meter.observe() if measured else torch.enable_grad():
+            outputs = model(**inputs, labels=inputs["input_ids"], output_router_logits=True, use_cache=False)
+            outputs.loss.backward()
+        found[measured] = {key: p.grad.clone() for key, p in model.named_parameters()}
+    torch.testing.assert_close(found[True], found[False])
+    total = torch.cat([one.flatten() for one in found[False].values()]).norm()
+    torch.testing.assert_close(meter.stats.task_norm[0], total)
+
+
+def test_experts_spread_over_devices_are_refused():
+    model = architectures.build("mixtral", "eager", experts_implementation="eager")
+    for module in model.modules():
+        if hasattr(module, "_is_expert_parallel"):
+            module._is_expert_parallel = True
+    inputs, labels = architectures.batch("mixtral")
+    message = r"the experts of .*gate_up_proj must be on one device, got expert parallelism"
+    with pytest.raises(RuntimeError, match=message), Meter(model).observe():
+        architectures.loss_of(model, inputs, labels).backward()
+
+
+def test_reentrant_checkpoints_are_refused():
+    model = architectures.build("gpt2")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    inputs, labels = architectures.batch("gpt2")
+    message = r"checkpoints must not be reentrant, got use_reentrant=True; pass use_reentrant=False"
+    with pytest.raises(RuntimeError, match=message), Meter(model).observe():
+        architectures.loss_of(model, inputs, labels).backward()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_checker(name, capsys):
+    model = architectures.build(name, "eager", dtype=torch.float32)
+    inputs, _ = architectures.batch(name, dtype=torch.float32)
+
+    def loss(outputs):
+        return outputs.logits.square().flatten(1).mean(1).sum()
+
+    found = check(model, loss, kwargs=inputs, tasks=TASKS)
+    assert found.differing == [] and "agree with autograd" in capsys.readouterr().out
