@@ -153,7 +153,7 @@ class Reweighted(torch.optim.Optimizer):
                 f"{batch['backwards']}; add up the losses, or use passes=1"
             )
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
-            self._observed.clear()  # of gradients that are gone: model.zero_grad(), where a GradScaler skipped the step
+            self._begin_step()  # what was observed is gone: model.zero_grad(), where a GradScaler skipped the step
         self._usable = torch.ones((), dtype=torch.bool)
         if self.meter.exact_tasks:
             self._keep_grads()

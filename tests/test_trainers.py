@@ -106,6 +106,32 @@ def blocks_of_step(plain, step, accumulate):
         yield example_gradients(model, inputs, items), inputs[TASKS]
 
 
+def test_exact_tasks_are_of_the_whole_step():
+    options = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 5, "max_grad_norm": 0}
+    dataset, exact = Dataset.from_list(rows(45)), {"exact_tasks": True}
+    plain = recorded(options, model=without_tasks(), dataset=dataset)
+    measured = train(Trainer, options, dataset, task_column="source", meter_options=exact)
+    same_weights(measured.model, plain.model)
+    once = options | {"max_steps": 1}
+    policy = gradnorm_ext.InverseNorm()
+    reweighed = train(Trainer, once, dataset, task_column="source", meter_options=exact, policy=policy)
+    for step in range(3):
+        gradients, tasks = (torch.cat(each) for each in zip(*blocks_of_step(plain, step, 3), strict=True))
+        log = measured.state.log_history[step]
+        for k, name in enumerate(NAMES):
+            mine = gradients[tasks == k]
+            gram = mine @ mine.T
+            expected = (gram.sum() - gram.trace()).item() / (len(mine) * (len(mine) - 1))
+            assert closest(log[f"gradnorm/task/{name}/norm"], mine.sum(0).norm().item(), ROUNDED)
+            assert closest(log[f"gradnorm/task/{name}/sqnorm_unbiased"], expected, ROUNDED)
+        if step == 0:
+            of_task = torch.stack([gradients[tasks == k].sum(0) for k in range(2)])
+            moved = 0.5 * inverse_norm(gradients, of_task, tasks) @ gradients
+    start = torch.cat([p.detach().flatten() for p in trainers.llama().parameters()])
+    end = torch.cat([p.detach().flatten() for p in reweighed.model.parameters()])
+    assert (start - moved - end).abs().max() <= ROUNDED * end.abs().max()
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_log_is_what_autograd_says_of_every_example(accumulate, tied):
@@ -308,9 +334,11 @@ def test_a_grad_scalers_scale_is_in_no_figure_and_no_weight(policy):
         assert all(closest(log[key], value, ROUNDED) for key, value in expected.items() if "norm" in key)
 
 
-def test_a_step_that_the_scaler_skips_does_not_spoil_the_next():
-    scaled = train(Overflowing, {"max_steps": 3}, task_column="source", policy=gradnorm_ext.InverseNorm())
-    once = train(Overflowing, {"max_steps": 2}, task_column="source", policy=gradnorm_ext.InverseNorm())
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_step_that_the_scaler_skips_does_not_spoil_the_next(exact):
+    kwargs = {"task_column": "source", "policy": gradnorm_ext.InverseNorm(), "meter_options": {"exact_tasks": exact}}
+    scaled = train(Overflowing, {"max_steps": 3}, **kwargs)
+    once = train(Overflowing, {"max_steps": 2}, **kwargs)
     assert scaled.state.log_history[2]["gradnorm/skipped_steps"] == 0  # the scaler's, not ours
     assert any(not torch.equal(a, b) for a, b in zip(scaled.model.parameters(), once.model.parameters(), strict=True))
 

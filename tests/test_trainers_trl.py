@@ -201,14 +201,17 @@ def test_sft_without_padding_is_measured_row_by_row():
         assert keys and all(closest(log[key], expected[key]) for key in keys if not math.isnan(expected[key]))
 
 
-def test_dpo_logs_what_autograd_says_of_chosen_and_rejected():
-    trainer = train("dpo", {"per_device_train_batch_size": 6})
-    for log, batch in zip(trainer.state.log_history, trainer.batches, strict=False):
-        gradients, tasks, _ = dpo_gradients(batch)
-        check_tasks(log, gradients, tasks, [*range(6), *range(6)])
-        chosen, rejected = gradients.norm(dim=1).chunk(2)
-        assert closest(log["gradnorm/chosen_norm"], chosen.mean().item())
-        assert closest(log["gradnorm/rejected_norm"], rejected.mean().item())
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_dpo_logs_what_autograd_says_of_chosen_and_rejected(accumulate):
+    options = {"per_device_train_batch_size": 6 // accumulate, "gradient_accumulation_steps": accumulate}
+    trainer = train("dpo", options, meter_options={"exact_tasks": accumulate > 1})
+    for step, log in enumerate(trainer.state.log_history[:3]):
+        blocks = [dpo_gradients(batch, accumulate) for batch in trainer.batches[step * accumulate :][:accumulate]]
+        chosen, rejected = (torch.cat([block[0].chunk(2)[side] for block in blocks]) for side in (0, 1))
+        tasks = torch.cat([block[1].chunk(2)[0] for block in blocks])
+        check_tasks(log, torch.cat([chosen, rejected]), tasks.repeat(2), [*range(6), *range(6)])
+        assert closest(log["gradnorm/chosen_norm"], chosen.norm(dim=1).mean().item())
+        assert closest(log["gradnorm/rejected_norm"], rejected.norm(dim=1).mean().item())
 
 
 @pytest.mark.parametrize("space", ["parameter", "probability"])
@@ -391,6 +394,7 @@ def test_completions_that_no_reward_function_scores_are_left_out():
             {"policy": gradnorm_ext.RewardStd()},
             "whole groups, got steps_per_generation=2",
         ),
+        ("grpo", {"gradient_accumulation_steps": 2}, {"meter_options": {"exact_tasks": True}}, "leave exact_tasks out"),
         ("grpo", {}, {"policy": gradnorm_ext.PairBalance("parameter")}, "got PairBalance, which needs pairs"),
         ("dpo", {}, {"policy": gradnorm_ext.MTGRPO(1.0, 1.0)}, "got MTGRPO, which needs rewards"),
         *((kind, {}, {"task_column": "domain"}, "must have the column 'domain'") for kind in MAKE),

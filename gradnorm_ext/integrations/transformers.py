@@ -48,7 +48,8 @@ class TrainerMixin(_AnyTrainer):
 
     Under gradient accumulation a step's figures are those of its micro-batches, merged (:meth:`~gradnorm_ext.Stats.merged`):
     unbiased figures stay unbiased, the norm of a task's summed gradient is left out, and a policy weighs each
-    micro-batch by its own statistics. Evaluation is not measured.
+    micro-batch by its own statistics. With ``meter_options={"exact_tasks": True}`` all of these are of the step as a whole.
+    Evaluation is not measured.
 
     Args:
         args, kwargs: of the trainer.
@@ -193,9 +194,17 @@ class TrainerMixin(_AnyTrainer):
         self.history.append(stats, weights, of)
         self._steps.append(self._figures(stats, weights, of))
         self._blocks.clear()
+        if self._exact and isinstance(self._observer, Meter):
+            self._observer.reset()
+
+    @property
+    def _exact(self) -> bool:
+        return bool(self._meter_options.get("exact_tasks"))
 
     def _merged(self) -> tuple[Stats, Tensor | None]:
         """The statistics of a step, and the weights its gradients got: of tasks, a mean over micro-batches."""
+        if self._exact:  # of all blocks of the step, every time
+            return self._blocks[-1]
         blocks, weights = zip(*self._blocks, strict=True)
         stats = blocks[0] if len(blocks) == 1 else Stats.merged(blocks)
         if weights[0] is None:
@@ -204,7 +213,7 @@ class TrainerMixin(_AnyTrainer):
 
     def _figures(self, stats: Stats, weights: Tensor | None, of: str) -> dict[str, Any]:
         """What `_averages` needs of a step; nothing here waits for the device."""
-        figures: dict[str, Any] = {"stats": stats, "more": self._more_figures()}
+        figures: dict[str, Any] = {"stats": stats, "more": self._more_figures(stats)}
         if weights is not None:
             if of == "examples":
                 total = torch.zeros_like(stats.task_sqnorm_unbiased).index_add_(0, stats.tasks, weights)
@@ -212,7 +221,7 @@ class TrainerMixin(_AnyTrainer):
             figures["weights"] = weights
         return figures
 
-    def _more_figures(self) -> dict[str, Tensor]:
+    def _more_figures(self, stats: Stats) -> dict[str, Tensor]:
         """Scalars that a trainer adds to a step's figures."""
         return {}
 

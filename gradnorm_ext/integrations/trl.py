@@ -125,6 +125,11 @@ class GRPOMixin(_TRLMixin):
 
     def _refusals(self) -> Iterable[str]:
         yield from super()._refusals()
+        if self._exact and self.args.steps_per_generation > 1:
+            yield (
+                "exact_tasks takes what a prompt has in each micro-batch for a unit of its own, got steps_per_generation="
+                f"{self.args.steps_per_generation}, which spreads its completions over them; leave exact_tasks out"
+            )
         for policy in self._policies():
             if isinstance(policy, self._serves) and self.args.steps_per_generation > 1:
                 yield (
@@ -144,9 +149,14 @@ class DPOMixin(_TRLMixin):
 
     _serves: ClassVar[tuple[type, ...]] = (PairBalance,)
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._sizes: list[int] = []  # of the micro-batches since the last optimizer step
+        super().__init__(*args, **kwargs)
+
     def _given(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         given, rest = super()._given(inputs)
         pairs = len(rest["input_ids"]) // 2
+        self._sizes.append(2 * pairs)
         if TASKS in inputs:
             given["tasks"] = given["tasks"].repeat(2)
         given["prompts"] = torch.arange(pairs).repeat(2)
@@ -156,8 +166,9 @@ class DPOMixin(_TRLMixin):
                 self._block.callback(self.model.register_forward_hook(_Feeder(policy)).remove)
         return given, rest
 
-    def _more_figures(self) -> dict[str, Tensor]:
-        chosen, rejected = zip(*(stats.example_norm.chunk(2) for stats, _ in self._blocks), strict=True)
+    def _more_figures(self, stats: Stats) -> dict[str, Tensor]:
+        chosen, rejected = zip(*(block.chunk(2) for block in stats.example_norm.split(self._sizes)), strict=True)
+        self._sizes.clear()
         return {"chosen_norm": torch.cat(chosen).mean(), "rejected_norm": torch.cat(rejected).mean()}
 
 
