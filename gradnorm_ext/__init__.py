@@ -7,6 +7,7 @@ from gradnorm_ext.layers import HeadScores, fused_head, measure_as
 from gradnorm_ext.logits import TokenScores, logit_gradient_rates, logit_scores
 from gradnorm_ext.meter import Meter
 from gradnorm_ext.optimizer import Reweighted
+from gradnorm_ext.packing import cu_seqlens
 from gradnorm_ext.policies import (
     GSA,
     IMTLG,
@@ -53,6 +54,7 @@ __all__ = [
     "TaskSampler",
     "TokenScores",
     "check",
+    "cu_seqlens",
     "fused_head",
     "group_advantages",
     "logit_gradient_rates",

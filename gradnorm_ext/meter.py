@@ -184,7 +184,8 @@ class Meter:
             prompts: one integer per example, equal for the samples of one prompt; each prompt lies in one task.
             rewards: one number per example, for ``stats.reward``; needs ``prompts``.
             cu_seqlens: ``[B + 1]``, of a packed batch: example b has the rows ``cu_seqlens[b]`` to
-                ``cu_seqlens[b + 1]``, at least one. Tensors then have ``[R, ...]`` or ``[1, R, ...]`` rows.
+                ``cu_seqlens[b + 1]``, at least one. Tensors then have ``[R, ...]`` or ``[1, R, ...]`` rows. What collators
+                call ``cu_seq_lens_q``; :func:`gradnorm_ext.cu_seqlens` makes it of ``position_ids``.
             example_ids: the same for rows in any order: each row's example, ``R`` integers of any shape.
             batch_dim: where the model's inputs have the examples: 0, or 1 (sequence-first).
             backwards: how many backward passes the block has at most. With more than one (a loss each for chosen and

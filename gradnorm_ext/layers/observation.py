@@ -304,7 +304,7 @@ class Observation:
         if tensor.requires_grad and (known := self._layouts.get(shape)) is not None:
             return known
         kind = self.batch.kind_of(shape, self.rows_per_example)
-        if followable and len(shape) > 1 and kind != "leading" and (followed := self._followed(tensor, shape)):
+        if followable and len(shape) > 1 and kind in (None, "second") and (followed := self._followed(tensor, shape)):
             return followed
         if kind is None or (kind == "second" and self.batch_dim == 0 and not self.inputs):
             raise self._unexplained(shape, name)
@@ -323,8 +323,8 @@ class Observation:
         """Of rows that were selected on their way from where it is known whose they are."""
         assert self.batch is not None
         followed = follow(tensor, self._layout_of_sizes)
-        if followed is None:
-            return None
+        if followed is None or not (followed.selected or (self.batch.packing is not None and len(shape) > 1)):
+            return None  # the sizes say as much
         if not followed.regular:
             return Layout.of_owners(followed.owners, self.batch)
         self.rows_per_example.add(math.prod(shape) // self.batch.count)

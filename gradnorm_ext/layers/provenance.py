@@ -7,6 +7,7 @@ is evidence of what happened, not a guess from sizes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,17 +20,23 @@ Shape = tuple[int, ...]
 
 
 class Followed(NamedTuple):
-    """``owners``: each row's example, in the shape of the rows; ``regular``: they are in batch-major order, equally many."""
+    """Whose rows are.
+
+    Attributes:
+        owners: each row's example, in the shape of the rows.
+        regular: they are in batch-major order, equally many.
+        selected: they are not all that there were: sizes say nothing.
+    """
 
     owners: Tensor
     regular: bool
+    selected: bool
 
 
 def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None]) -> Followed | None:
     """The owners of a tensor's rows, its last dimension set aside, or None where the graph does not say.
 
-    Also None where nothing was selected on the way: then the sizes say as much. ``layout_of`` knows the rows of a shape
-    that shows the batch.
+    ``layout_of`` knows the rows of a shape that shows the batch.
     """
     steps: list[tuple[Any, Shape, Shape]] = []
     node, shape = tensor.grad_fn, tuple(tensor.shape)
@@ -45,14 +52,15 @@ def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None]) -> Follo
         if name not in _STEPS or (name in _SAVING and _saved_tensors_are_hooked()):
             break
         before = node.next_functions[0][0]
-        if before is None or not (source := _shape_after(before)) or source[-1] != shape[-1]:
+        if before is None or not (source := _shape_after(before)):
+            break
+        if source[-1] != shape[-1] and not (_STEPS[name] is _view and _splits(source, shape)):
             break
         steps.append((node, source, shape))
         selects |= name in _SELECTING
         node, shape = before, source
     known = None if node is None else _layout_at(node, shape)
-    if not selects and (known is None or known.kind != "followed"):
-        return None
+    selects |= known is not None and known.kind == "followed"
     known = known or layout_of(shape[:-1])
     if known is None:
         return None
@@ -63,7 +71,7 @@ def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None]) -> Follo
             return None
         owners = found
         regular = regular and step.name() not in _MOVING and _keeps_batch(step, source)
-    return Followed(owners, regular)
+    return Followed(owners, regular, selects)
 
 
 def _shape_after(node: Any) -> Shape:
@@ -104,7 +112,15 @@ def _same(step: Any, owners: Tensor, source: Shape, shape: Shape) -> Tensor | No
 
 
 def _view(step: Any, owners: Tensor, source: Shape, shape: Shape) -> Tensor | None:
+    if _splits(source, shape):
+        return owners.reshape(*owners.shape, *[1] * (len(shape) - len(source))).expand(shape[:-1])
     return owners.reshape(shape[:-1])
+
+
+def _splits(source: Shape, shape: Shape) -> bool:
+    """Whether the last dimension was taken apart, as into heads."""
+    kept = len(source) - 1
+    return source[-1] != shape[-1] and shape[:kept] == source[:-1] and math.prod(shape[kept:]) == source[-1]
 
 
 def _slice(step: Any, owners: Tensor, source: Shape, shape: Shape) -> Tensor | None:

@@ -29,7 +29,7 @@ from gradnorm_ext.layers.calls import (
 )
 from gradnorm_ext.layers.contributions import Contribution, Lookup
 from gradnorm_ext.layers.convolutions import convolution, transposed_convolution
-from gradnorm_ext.layers.layouts import Layout
+from gradnorm_ext.layers.layouts import Examples, Layout
 from gradnorm_ext.layers.linears import addmm, bilinear, linear, linear_module, matmul
 from gradnorm_ext.layers.normalizations import batch_norm, group_norm, instance_norm, layer_norm, layer_norm_module
 from gradnorm_ext.layers.observation import Observation, Use
@@ -355,10 +355,27 @@ def expand(tap: Tap, *sizes: Any) -> Any:
     elif len(shape) > 1 and shape[0] == 1 and shape[1] == batch.count and own[1] == 1:
         layout = Layout("second", shape[:2], batch)
     else:
-        return NotImplemented
+        return _expand_to_packed(tap, own, shape, batch)
     use = tap.use("expand", layout, sums=True)
     call = Call(tap.observation, layout, use)
     return _Expand.apply(call, use.operand, shape, *call.probes)
+
+
+def _expand_to_packed(tap: Tap, own: Sequence[int], shape: torch.Size, batch: Examples) -> Any:
+    """``w.expand(1, ..., R, ...)`` to packed rows, wherever they are: attention sinks."""
+    rows = None if batch.packing is None else batch.packing.rows
+    places = [i for i, (before, after) in enumerate(zip(own, shape, strict=True)) if before == 1 and after == rows]
+    if len(places) != 1:
+        return NotImplemented
+    moved = tap.viewed(tap.value.view(own).movedim(places[0], 0), "permute")
+    layout = Layout("packed", (shape[places[0]],), batch)
+    use = moved.use("expand", layout, sums=True)
+    rest = [size for i, size in enumerate(shape) if i != places[0]]
+    given = _Expand.apply(
+        *(Call(tap.observation, layout, use), use.operand, torch.Size([*layout.shape, *rest])),
+        tap.observation.probe_rows[use.slot.index],
+    )
+    return given.movedim(0, places[0])
 
 
 def repeat(tap: Tap, *sizes: Any) -> Any:
