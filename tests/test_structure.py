@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "meter": {"layers", "rewards", "segments", "stats"},
     "optimizer": {"history", "layers", "meter", "policies", "stats"},
     "check": {"layers", "meter"},
-    "integrations": {"history", "integrations", "meter", "optimizer", "policies", "rewards", "stats"},
+    "integrations": {"history", "integrations", "meter", "optimizer", "packing", "policies", "rewards", "stats"},
     "__main__": {"backends", "native"},
     "__init__": {
         "check",

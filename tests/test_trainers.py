@@ -367,6 +367,16 @@ def test_a_head_of_some_positions_only():
     assert closest(measured.state.log_history[0]["gradnorm/example_norm/max"], max(norms), ROUNDED)
 
 
+def test_rows_that_a_collator_lays_end_to_end_are_measured_one_by_one():
+    kept = [dict(row, labels=[-100, *row["labels"][1:]]) for row in rows()]  # as the collator has them
+    for options in ({"task_column": "source"}, {}):
+        padded = train(Trainer, {}, kept, **options)
+        flat = train(Trainer, {}, kept, data_collator=transformers.DataCollatorWithFlattening(), **options)
+        for log, expected in zip(flat.state.log_history[:3], padded.state.log_history[:3], strict=True):
+            keys = [key for key in expected if key.startswith("gradnorm")]
+            assert keys and all(closest(log[key], expected[key], ROUNDED) for key in keys)
+
+
 LIGER = {"rope": False, "swiglu": False, "rms_norm": False, "fused_linear_cross_entropy": True}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from gradnorm_ext.history import History
 from gradnorm_ext.meter import Meter
 from gradnorm_ext.optimizer import Reweighted
+from gradnorm_ext.packing import cu_seqlens
 from gradnorm_ext.policies import GSA, MTGRPO, PairBalance, RewardStd, weighs_of
 from gradnorm_ext.stats import Stats
 
@@ -169,14 +170,15 @@ class TrainerMixin(_AnyTrainer):
     def _given(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a batch says of its examples, as `observe` takes it, and the batch without it."""
         rest = {key: value for key, value in inputs.items() if key != TASKS}
+        given = _packed(rest)
         if self.task_column is None:
-            return {}, rest
+            return given, rest
         if TASKS not in inputs:
             raise RuntimeError(
                 f"{type(self).__name__}: a training batch must carry {TASKS!r}, got {sorted(inputs)}; "
                 "if get_train_dataloader is your own, wrap its collate_fn in TaskCollator"
             )
-        return {"tasks": inputs[TASKS]}, rest
+        return given | {"tasks": inputs[TASKS]}, rest
 
     def _task_collator(self, collator: Callable[[list[Any]], Any], keep: bool) -> Callable[[list[Any]], Any]:
         assert self.task_column is not None
@@ -366,6 +368,16 @@ class TaskCollator:
         batch = self.collator(list(rows))
         batch[TASKS] = ids
         return batch
+
+
+def _packed(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the examples of a batch without padding begin, as its collator says: several rows in one."""
+    if "cu_seq_lens_q" in inputs:
+        return {"cu_seqlens": inputs["cu_seq_lens_q"]}
+    positions = inputs.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 2 and len(positions) == 1:
+        return {"cu_seqlens": cu_seqlens(positions)}
+    return {}
 
 
 def task_ids(who: str, rows: Sequence[Mapping[str, Any]], column: str, tasks: Sequence[str]) -> Tensor:

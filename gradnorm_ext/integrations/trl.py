@@ -179,12 +179,6 @@ class SFTMixin(_TRLMixin):
     are whose. ``padding_free=True`` (several whole rows in one) is measured row by row.
     """
 
-    def _given(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        given, rest = super()._given(inputs)
-        if self.padding_free:
-            given["cu_seqlens"] = rest["cu_seq_lens_q"]
-        return given, rest
-
     def _refusals(self) -> Iterable[str]:
         yield from super()._refusals()
         if self.args.packing:
