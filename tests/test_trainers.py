@@ -416,6 +416,20 @@ def test_evaluation_is_left_alone_and_a_model_may_train_on():
     assert isinstance(measured.optimizer.optimizer.optimizer, torch.optim.SGD)
 
 
+def test_an_optimizer_and_a_schedule_of_ones_own():
+    def run(**kwargs):
+        model = trainers.llama()
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+        options = {"dataloader_num_workers": 1, "max_grad_norm": 0}
+        return train(Trainer, options, model=model, task_column="source", optimizers=(optimizer, schedule), **kwargs)
+
+    plain, weighted = run(), run(policy=gradnorm_ext.Equal())
+    same_weights(weighted.model, plain.model)
+    assert weighted.state.log_history[2]["gradnorm/task/code/weight"] == 1
+    assert [log["learning_rate"] for log in weighted.state.log_history[:3]] == [0.5, 0.25, 0.5 / 3]
+
+
 def test_figures_of_a_log_are_those_of_its_steps():
     every = train(Trainer, {"max_steps": 4}, task_column="source").state.log_history
     pair = train(Trainer, {"max_steps": 4, "logging_steps": 2}, task_column="source").state.log_history

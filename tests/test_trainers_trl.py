@@ -38,6 +38,10 @@ def recording(cls):
     return Recording
 
 
+def lengths(completions, **_):
+    return [float(len(text)) for text in completions]
+
+
 def score(completions, **_):
     """Rewards of completions: the share of the letter a, and some for the length."""
     return [text.count("a") + 0.25 * len(text) for text in completions]
@@ -271,7 +275,8 @@ def rewards_of(batches):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_grpo_logs_the_rewards_of_whole_groups(accumulate):
     options = {"gradient_accumulation_steps": accumulate, "per_device_train_batch_size": 16 // accumulate}
-    trainer = train("grpo", options)
+    parts = [lambda completions, **_: [2.0 * text.count("a") for text in completions], lengths]
+    trainer = train("grpo", options | {"reward_weights": [0.5, 0.25]}, reward_funcs=parts)
     for step, log in enumerate(trainer.state.log_history[:3]):
         groups = rewards_of(trainer.batches[step * accumulate : (step + 1) * accumulate])
         assert all(len(rewards) == 4 for rewards in groups.values())
