@@ -79,8 +79,7 @@ def errors(name, dtype, autocast, checkpointing):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of plain torch, where autocast meets RMSNorm
-@pytest.mark.parametrize("checkpointing", (False, True))
-@pytest.mark.parametrize("kind", ("float32", "bfloat16", "autocast"))
+@pytest.mark.parametrize(("kind", "checkpointing"), [("float32", False), ("bfloat16", True), ("autocast", True)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_errs_at_most_twice_as_much_as_plain_torch(name, kind, checkpointing):
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
@@ -205,3 +204,25 @@ def test_the_checker(name, capsys):
 
     found = check(model, loss, kwargs=inputs, tasks=TASKS)
     assert found.differing == [] and "agree with autograd" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("name", architectures.MORE)
+def test_more_architectures(name):
+    torch.manual_seed(0)
+    model = architectures.sized(architectures.MORE[name]()).double().train()
+    inputs, labels = architectures.batch_of(model)
+    gradients = architectures.gradients_of(model, inputs, labels)
+    meter = Meter(model, tasks=2)
+    with meter.observe(tasks=TASKS):
+        architectures.loss_of(model, inputs, labels).backward()
+    agrees(meter.stats, gradients)
+
+
+@pytest.mark.parametrize("name", architectures.REFUSED)
+def test_what_cannot_be_measured_is_refused_by_name(name):
+    make, message = architectures.REFUSED[name]
+    model = make().double().train()
+    inputs, labels = architectures.batch_of(model)
+    with pytest.raises((ValueError, RuntimeError), match=message), Meter(model).observe():
+        architectures.loss_of(model, inputs, labels % 2 if labels.dim() == 1 else labels).backward()

@@ -109,8 +109,14 @@ def addmm(bias: Tensor, x: Tensor, weight: Tensor, **scaled: Any) -> Any:
     return NotImplemented if scaled else multiply_rows(x, weight, bias, "addmm", swapped=True)
 
 
-def matmul(x: Tensor, weight: Tensor) -> Any:
-    return multiply_rows(x, weight, None, "matmul", swapped=True) if isinstance(weight, Tap) else NotImplemented
+def matmul(first: Tensor, second: Tensor) -> Any:
+    """``x W``, or ``W x``, which is ``(xᵀ Wᵀ)ᵀ``."""
+    if isinstance(second, Tap):
+        return multiply_rows(first, second, None, "matmul", swapped=True)
+    if first.dim() != 2 or second.dim() < 3:
+        return NotImplemented
+    y = multiply_rows(second.mT, first, None, "matmul")
+    return y if y is NotImplemented else y.mT
 
 
 class _Bilinear(torch.autograd.Function):
