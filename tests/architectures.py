@@ -308,3 +308,12 @@ def gradients_of(model, inputs, labels):
         )
     model.zero_grad()
     return found
+
+
+def same_gradients(model, gradients, weights):
+    """Whether ``.grad`` is the weighted sum of the examples' gradients, to the rounding of float64."""
+    expected = {key: sum(w * g[key] for w, g in zip(weights, gradients, strict=True)) for key in gradients[0]}
+    scale = max(float(one.abs().max()) for one in expected.values())
+    found = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+    off = [(expected[key] - (0 if one is None else one)).abs().max() for key, one in found.items()]
+    assert found.keys() == expected.keys() and float(max(off)) <= 1e3 * torch.finfo(torch.float64).eps * scale
