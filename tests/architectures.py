@@ -144,18 +144,119 @@ ARCHITECTURES = {
 }
 MIXTURES = ("qwen3 moe", "mixtral", "gpt-oss")
 
+_SHARES = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "experts_implementation": "eager"}
+_SIDES = {
+    f"{side}_{name}": size
+    for side in ("encoder", "decoder")
+    for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 24))
+}
+_IMAGES = {"image_size": 16, "patch_size": 4, "num_labels": 3}
+_VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, **_IMAGES}
+_PLAIN = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 4, "qk_nope_head_dim": 4}
+_NEOX = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+MORE = {  # in their default configuration
+    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_DECODER)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_DECODER)),
+    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_DECODER, pad_token_id=0)),
+    "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**_DECODER)),
+    "granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**_DECODER)),
+    "opt": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(**_NEOX, vocab_size=VOCABULARY, ffn_dim=24, word_embed_proj_dim=16, dropout=0.0)
+    ),
+    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(
+        hf.GPTNeoXConfig(**_NEOX, vocab_size=VOCABULARY, intermediate_size=24, max_position_embeddings=32)
+    ),
+    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=4)),
+    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**_NEOX, vocab_size=VOCABULARY)),
+    "deepseek v3": lambda: hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(
+            **{**_DECODER, **_LATENT, **_SHARES, "num_key_value_heads": 4, "n_routed_experts": 4},
+            **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        )
+    ),
+    "qwen2 moe": lambda: hf.Qwen2MoeForCausalLM(
+        hf.Qwen2MoeConfig(**_DECODER, **_SHARES, num_experts=4, shared_expert_intermediate_size=16)
+    ),
+    "mamba": lambda: hf.MambaForCausalLM(
+        hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=2)
+    ),
+    "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**_BERT)),
+    "electra": lambda: hf.ElectraForSequenceClassification(hf.ElectraConfig(**_BERT, embedding_size=8)),
+    "albert": lambda: hf.AlbertForSequenceClassification(
+        hf.AlbertConfig(**_BERT, embedding_size=8, classifier_dropout_prob=0.0)
+    ),
+    "mpnet": lambda: hf.MPNetForSequenceClassification(hf.MPNetConfig(**_BERT)),
+    "modernbert": lambda: hf.ModernBertForSequenceClassification(
+        hf.ModernBertConfig(**_NEOX, vocab_size=VOCABULARY, intermediate_size=24, num_labels=3, pad_token_id=0)
+    ),
+    "convnext": lambda: hf.ConvNextForImageClassification(
+        hf.ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_labels=3, patch_size=2)
+    ),
+    "dinov2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**_VISION)),
+    "deit": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**_VISION, **_PLAIN, intermediate_size=24)),
+}
+REFUSED = {  # and by which words
+    "deberta v2": (
+        lambda: hf.DebertaV2ForSequenceClassification(
+            hf.DebertaV2Config(**_BERT, relative_attention=True, pos_att_type=["p2c", "c2p"])
+        ),
+        r"the rows of .*pos_key_proj.weight must belong to the batch's 4 examples, got rows of shape \[1, 64\]",
+    ),
+    "xlnet": (
+        lambda: hf.XLNetForSequenceClassification(
+            hf.XLNetConfig(vocab_size=VOCABULARY, d_model=16, n_layer=2, n_head=4, d_inner=24, dropout=0.0)
+        ),
+        r"no rule for einsum of .*rel_attn.q ",
+    ),
+    "swin": (
+        lambda: hf.SwinForImageClassification(
+            hf.SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4)
+        ),
+        r"no rule for scaled_dot_product_attention of .*relative_position_bias_table",
+    ),
+    "beit": (
+        lambda: hf.BeitForImageClassification(
+            hf.BeitConfig(**_VISION, **_PLAIN, intermediate_size=24, use_relative_position_bias=True)
+        ),
+        r"no rule for interpolate of .*relative_position_bias_table",
+    ),
+    "resnet": (
+        lambda: hf.ResNetForImageClassification(
+            hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+        ),
+        r"examples must not influence each other, got .*normalization \(BatchNorm2d\) in training mode",
+    ),
+}
+
 
 def build(name, attention="sdpa", checkpointing=False, dtype=torch.float64, **options):
     """The model in training mode, with parameters that are all of some size."""
     torch.manual_seed(0)
-    model = ARCHITECTURES[name](attn_implementation=attention, **options)
+    model = sized(ARCHITECTURES[name](attn_implementation=attention, **options))
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(dtype).train()
+
+
+def sized(model):
+    """With parameters that start at 0 or 1 moved away from there."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1 or parameter.count_nonzero() == 0:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(dtype).train()
+    return model
+
+
+def batch_of(model):
+    """Of one of `MORE` or `REFUSED`."""
+    if model.main_input_name == "pixel_values":
+        inputs, classes = batch("vit")
+        return {"pixel_values": inputs["pixel_values"].repeat(1, 1, 2, 2)}, classes
+    if "Mamba" in type(model).__name__:
+        return batch("mamba2")
+    return batch("bert" if "Classification" in type(model).__name__ else "llama")
 
 
 def batch(name, length=LENGTH, dtype=torch.float64):
@@ -207,3 +308,12 @@ def gradients_of(model, inputs, labels):
         )
     model.zero_grad()
     return found
+
+
+def same_gradients(model, gradients, weights):
+    """Whether ``.grad`` is the weighted sum of the examples' gradients, to the rounding of float64."""
+    expected = {key: sum(w * g[key] for w, g in zip(weights, gradients, strict=True)) for key in gradients[0]}
+    scale = max(float(one.abs().max()) for one in expected.values())
+    found = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+    off = [(expected[key] - (0 if one is None else one)).abs().max() for key, one in found.items()]
+    assert found.keys() == expected.keys() and float(max(off)) <= 1e3 * torch.finfo(torch.float64).eps * scale

@@ -70,8 +70,17 @@ def multiply_rows(
     taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
     if any(tap.looked_up or tap.is_met_by_constant(x) for tap in taps):
         return NotImplemented
+    if isinstance(weight, Tap) and bias is None and _is_identity(taps[0].observation, x):
+        return weight if swapped else weight.viewed(weight.value.t(), "t")
     call, weight, bias = tapped_call(x, weight, bias, function, layout=layout, swapped=swapped)
     return _apply_linear(call, x, weight, bias)
+
+
+def _is_identity(observation: Observation, x: Tensor) -> bool:
+    """Whether this is no batch but asks for the matrix itself, as DoRA does."""
+    if x.requires_grad or x.dim() != 2 or x.shape[0] != x.shape[1] or observation.is_input(x):
+        return False
+    return torch.equal(x, torch.eye(len(x), dtype=x.dtype, device=x.device))
 
 
 def _apply_linear(call: Call, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
@@ -84,6 +93,8 @@ def _apply_linear(call: Call, x: Tensor, weight: Any, bias: Tensor | None) -> An
 
 def linear_module(observation: Observation, module: nn.Linear, input: Tensor) -> Any:
     """`linear` without the detour through taps."""
+    if type(input) is Tensor and _is_identity(observation, input):
+        return NotImplemented
     if (found := module_call(observation, module, input, "linear")) is None:
         return NotImplemented
     call, weight, bias = found
@@ -98,8 +109,14 @@ def addmm(bias: Tensor, x: Tensor, weight: Tensor, **scaled: Any) -> Any:
     return NotImplemented if scaled else multiply_rows(x, weight, bias, "addmm", swapped=True)
 
 
-def matmul(x: Tensor, weight: Tensor) -> Any:
-    return multiply_rows(x, weight, None, "matmul", swapped=True) if isinstance(weight, Tap) else NotImplemented
+def matmul(first: Tensor, second: Tensor) -> Any:
+    """``x W``, or ``W x``, which is ``(xᵀ Wᵀ)ᵀ``."""
+    if isinstance(second, Tap):
+        return multiply_rows(first, second, None, "matmul", swapped=True)
+    if first.dim() != 2 or second.dim() < 3:
+        return NotImplemented
+    y = multiply_rows(second.mT, first, None, "matmul")
+    return y if y is NotImplemented else y.mT
 
 
 class _Bilinear(torch.autograd.Function):

@@ -670,6 +670,7 @@ class Observation:
         """
         used = [use for slot in self.slots.values() for use in slot.uses]
         if self.examples is None or not used:
+            self._refuse_unproven([])
             raise RuntimeError(
                 f"{self.who}: the model must be called with gradients inside the observe block, got no call; put the "
                 "forward and the backward inside the block"

@@ -66,8 +66,8 @@ def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None]) -> Follo
         return None
     owners, regular = known.owners, known.kind in ("leading", "flat")
     for step, source, shape in reversed(steps):
-        found = _STEPS[step.name()](step, owners, source, shape)
-        if found is None:
+        found = _STEPS[step.name()](step, owners, source, shape) if owners.shape == source[:-1] else None
+        if found is None or found.shape != shape[:-1]:
             return None
         owners = found
         regular = regular and step.name() not in _MOVING and _keeps_batch(step, source)
@@ -120,7 +120,7 @@ def _view(step: Any, owners: Tensor, source: Shape, shape: Shape) -> Tensor | No
 def _splits(source: Shape, shape: Shape) -> bool:
     """Whether the last dimension was taken apart, as into heads."""
     kept = len(source) - 1
-    return source[-1] != shape[-1] and shape[:kept] == source[:-1] and math.prod(shape[kept:]) == source[-1]
+    return len(shape) > len(source) and shape[:kept] == source[:-1] and math.prod(shape[kept:]) == source[-1]
 
 
 def _slice(step: Any, owners: Tensor, source: Shape, shape: Shape) -> Tensor | None:
@@ -155,8 +155,7 @@ def _index(step: Any, owners: Tensor, source: Shape, shape: Shape) -> Tensor | N
     covered = sum(1 if i is None or i.dtype not in (torch.bool, torch.uint8) else i.dim() for i in indices)
     if covered > owners.dim():
         return None
-    found: Tensor = owners[tuple(slice(None) if i is None else i for i in indices)]
-    return found if found.shape == shape[:-1] else None
+    return owners[tuple(slice(None) if i is None else i for i in indices)]
 
 
 def _index_select(step: Any, owners: Tensor, source: Shape, shape: Shape) -> Tensor | None:

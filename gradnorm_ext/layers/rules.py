@@ -348,6 +348,8 @@ def expand(tap: Tap, *sizes: Any) -> Any:
     shape, batch = tap.value.expand(*sizes).shape, tap.observation.batch
     own = (1,) * (len(shape) - tap.dim()) + tap.shape
     assert batch is not None
+    if tap.looked_up is not None and shape == (batch.count, *tap.shape[1:]):
+        return _given(tap)
     if tap.looked_up is not None or not shape:
         return NotImplemented
     if shape[0] == batch.count and own[0] == 1:
@@ -438,10 +440,15 @@ def _slices_rule(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _given(tap: Tap) -> Any:
     """Rows that all examples share, ``[1, ...]``, as each example's own: ``[B, ...]``."""
-    count = tap.observation.examples
-    if tap.looked_up is None or tap.dim() < 2 or tap.shape[0] != 1 or count is None:
+    batch = tap.observation.batch
+    if batch is None or batch.packing is not None or tap.looked_up is None or tap.dim() < 2:
         return NotImplemented
-    return add(tap, tap.value.new_zeros(()).expand(count, *tap.shape[1:]))
+    zeros = tap.value.new_zeros(()).expand(batch.count, *tap.shape[1:])
+    if tap.shape[0] != 1 or (meeting := _meet(tap, zeros, "expand")) is None:
+        return NotImplemented
+    call, use = meeting
+    use.needs_proof = False  # the batch is made here
+    return _Sum.apply(call, zeros, use.operand, tap.looked_up, *call.probes)
 
 
 def where(condition: Any, first: Any, second: Any) -> Any:
@@ -456,7 +463,8 @@ def scaled_dot_product_attention(
     query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **options: Any
 ) -> Any:
     """With a bias per pair of positions."""
-    mask = _given(attn_mask) if isinstance(attn_mask, Tap) else NotImplemented
+    batched = isinstance(attn_mask, Tap) and query.shape[0] == attn_mask.observation.examples
+    mask = _given(attn_mask) if batched else NotImplemented
     if mask is NotImplemented or any(isinstance(one, Tap) for one in (query, key, value)):
         return NotImplemented
     return F.scaled_dot_product_attention(query, key, value, mask, *args, **options)

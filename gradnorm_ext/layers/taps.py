@@ -121,7 +121,7 @@ class Tap(Tensor):
 
     def use(self, function: str, layout: Layout, *, sums: bool = False) -> Use:
         """Write down that a function consumes this tap; ``sums``: its gradient is a `Sums`."""
-        if "curved" in self.views and not sums:
+        if (self.is_derived and not self.observation.derives) or ("curved" in self.views and not sums):
             raise self.refusal(f"{function} (of a function of it)")
         shared = self.looked_up is not None
         value = self.looked_up.table if self.looked_up is not None else self.value
@@ -157,7 +157,12 @@ class Tap(Tensor):
             for leaf in pytree.tree_leaves(result)
         ):
             name = getattr(func, "__name__", str(func))
-            if not taps[0].observation.derives or any(tap.looked_up is not None for tap in taps):
+            met = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Tap)]
+            of_parameters = (
+                not met and len(taps) > 1
+            )  # perhaps not for a gradient, as in DoRA: refused where it is used
+            derives = taps[0].observation.derives or of_parameters
+            if not derives or any(tap.looked_up is not None for tap in taps):
                 raise taps[0].refusal(name)
             with torch._C.DisableTorchFunctionSubclass():
                 return cls.unruled(func, name, leaves, spec, result)
