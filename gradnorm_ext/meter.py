@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
+from gradnorm_ext.distributed import How, Ranks, Shards, empty_rewards, find_ranks, parameter_groups, sharded_modules
 from gradnorm_ext.layers import Examples, Memory, Observation, Packing, Plan, observe_modules, release_modules
 from gradnorm_ext.rewards import RewardStats, reward_stats
 from gradnorm_ext.segments import Groups
@@ -86,7 +89,16 @@ class Meter:
             all tasks are in memory at a time.
         on_unsupported: what becomes of a use of a parameter that no rule knows: "error", or "vmap": that use alone is
             differentiated one example at a time, exact, at the price of a backward pass of it per example.
+        ranks: what the tasks' figures are of, where DDP or FSDP2 divides the batch among processes. "unbiased" (None,
+            the default, is the same): of all ranks' examples, ``task_norm`` as the root of an unbiased estimate, from 64
+            bytes per task and block. "exact": from gradients summed over the ranks for each task, as many bytes as K
+            models. "local": of this rank's. Examples' and prompts' norms are always this rank's own.
+        process_group: the processes that have other examples of this model, where it is neither under DDP nor FSDP2 or
+            is not given as that; it is taken to average gradients.
         backend: "auto" (the fastest that is there; also settable by GRADNORM_BACKEND), "native" or "reference".
+
+    Under DDP and FSDP2 every norm is that of a contribution to the *reduced* ``.grad``: divided by the number of ranks,
+    which the engines average over. Every rank must run every block; one without examples with ``tasks=[]``.
 
     Raises:
         ValueError: no trainable parameter, or no task.
@@ -110,6 +122,8 @@ class Meter:
         per_layer: bool = False,
         gram: bool = False,
         on_unsupported: Literal["error", "vmap"] = "error",
+        ranks: How | None = None,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -123,7 +137,10 @@ class Meter:
             )
         if on_unsupported not in ("error", "vmap"):
             raise ValueError(f'Meter: on_unsupported must be "error" or "vmap", got {on_unsupported!r}')
+        if ranks not in (None, "unbiased", "exact", "local"):
+            raise ValueError(f'Meter: ranks must be "unbiased", "exact" or "local", got {ranks!r}')
         self.model, self.task_names, self.per_layer, self.backend = model, names, per_layer, backend
+        self.ranks, self.process_group = ranks, process_group
         self.modules = None if modules is None else (modules,) if isinstance(modules, str) else tuple(modules)
         self.gram, self.on_unsupported = gram, on_unsupported
         self.memory = Memory()
@@ -217,11 +234,19 @@ class Meter:
             wanted = self._wanted([name for name, _ in trainable])
             if not plan.reweights:  # weights are for all parameters; where there are none, the others are left alone
                 parameters = [one for one in trainable if one[0] in wanted]
-        if self.gram:
-            plan = dataclasses.replace(plan, gram=True)
+        ranks = self.find_ranks(who)
+        if ranks is not None:
+            loss_scale *= ranks.divisor
+            if self.gram and not ranks.exact:
+                raise ValueError(
+                    f"{who}: over several ranks the tasks' Gram matrix comes from summed gradients, got "
+                    f'ranks={self.ranks!r}; pass ranks="exact", or "local" for each rank\'s own'
+                )
+        if self.gram or (ranks is not None and ranks.exact):
+            plan = dataclasses.replace(plan, gram=True, over_ranks=ranks.total if ranks is not None else None)
         _refuse_coupled_examples(who, modules)
-        device = parameters[0][1].device
-        batch = self._batch(who, device, given)
+        device = _device_of(parameters[0][1])
+        batch = self._batch(who, device, given, ranks)
 
         def start(examples: int) -> None:
             tasks = self._tasks_of(batch, examples, device)
@@ -241,11 +266,13 @@ class Meter:
             derives=self.on_unsupported == "vmap",
             constants=functools.partial(_constants, self.model),
             always_verify=always_verify,
+            **self._sharding(ranks, modules),
         )
         names = [name for name, _ in parameters]
 
         def stats_of(figures: Tensor) -> Stats:
-            return self._make_stats(observation, batch, figures.detach() / loss_scale**2, names)
+            stats = self._make_stats(observation, batch, figures.detach() / loss_scale**2, names)
+            return stats if ranks is None else ranks.together(stats)
 
         block = Block(observation, stats_of)
         if batch.examples is not None:
@@ -253,10 +280,11 @@ class Meter:
         observe_modules(modules, observation)
         try:
             try:
-                yield block
+                with _eager():
+                    yield block
             finally:
                 release_modules(modules, observation)
-            known = {id(p) for _, p in trainable}
+            known = {id(p) for _, p in trainable} | {id(slot.parameter) for slot in observation.slots.values()}
             if any(p.requires_grad and id(p) not in known for p in self.model.parameters()):
                 added = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
                 raise RuntimeError(
@@ -283,7 +311,24 @@ class Meter:
     ) -> None:
         self.close()
 
-    def _batch(self, who: str, device: torch.device, batch: Given) -> _Batch:
+    def find_ranks(self, who: str) -> Ranks | None:
+        """The processes among which the batch is divided; None: this one has all of it, or ``ranks="local"``."""
+        return find_ranks(who, self.model, self.ranks, self.process_group)
+
+    def _sharding(self, ranks: Ranks | None, modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Any]:
+        """What an observation has to know of FSDP2: the ranks that verify together, and whose parameters are exchanged."""
+        groups = [group for module in sharded_modules(self.model) for group in parameter_groups(module)]
+        if not groups:
+            return {}
+        exchanged = {id(one.sharded_param) for group in groups for one in group.fsdp_params}
+        places: dict[int, list[tuple[int, str]]] = {}
+        for _, module in modules:
+            for name, parameter in module._parameters.items():
+                if id(parameter) in exchanged:
+                    places.setdefault(id(parameter), []).append((id(module), name))
+        return {"places": places, "shards": None if ranks is None else Shards(ranks, groups)}
+
+    def _batch(self, who: str, device: torch.device, batch: Given, ranks: Ranks | None) -> _Batch:
         tasks, prompts, rewards = batch.get("tasks"), batch.get("prompts"), batch.get("rewards")
         n_tasks = len(self.task_names)
         if tasks is None and n_tasks > 1:
@@ -307,9 +352,9 @@ class Meter:
             got = ", ".join(f"{name} of {length}" for name, length in lengths.items())
             raise ValueError(f"{who}: tasks, prompts and rewards must have one entry per example, got {got}")
         examples = next(iter(lengths.values()), None)
-        if examples == 0:
+        if examples == 0 and ranks is None:
             raise ValueError(f"{who}: a batch must have at least one example, got none; skip empty batches")
-        if task_ids is not None and task_ids.device.type == "cpu":
+        if task_ids is not None and len(task_ids) and task_ids.device.type == "cpu":
             _check_range(who, task_ids, n_tasks)
         prompt_index, task_of_prompt, n_prompts = None, None, 0
         if prompt_ids is not None:
@@ -321,14 +366,17 @@ class Meter:
                     f"{who}: rewards need prompts, one integer per example, got None; pass observe(prompts=...)"
                 )
             of_task = None if task_ids is None else task_ids.cpu()
-            reward = reward_stats(reward_values.cpu(), prompt_ids.cpu(), of_task, n_tasks=n_tasks)
+            if examples == 0:
+                reward = empty_rewards(reward_values.cpu(), n_tasks)
+            else:
+                reward = reward_stats(reward_values.cpu(), prompt_ids.cpu(), of_task, n_tasks=n_tasks)
         tasks_there = None if task_ids is None else task_ids.to(device)
         there = [None if ids is None else ids.to(device) for ids in (prompt_index, task_of_prompt)]
         return _Batch(examples, tasks_there, there[0], there[1], n_prompts, reward, packing)
 
     def _has_tasks(self, plan: Plan) -> bool:
         # A single task's norm is that of the whole gradient, which is formed anyway unless weights per example come first.
-        return len(self.task_names) > 1 or self.gram or plan.by_task or not (plan.keep or plan.passes == 2)
+        return len(self.task_names) > 1 or plan.gram or plan.by_task or not (plan.keep or plan.passes == 2)
 
     def _wanted(self, names: Sequence[str]) -> set[str]:
         """Which parameters are measured."""
@@ -372,8 +420,10 @@ class Meter:
 
         def stats(parameters: Tensor, **more: Any) -> Stats:
             total = parameters.sum(0)
-            gram = total[columns:].view(n_tasks, n_tasks) if self.gram else None
-            return Stats.of(total[:columns], task_gram=gram, **common, **more)  # type: ignore[arg-type]
+            gram = total[columns:].view(n_tasks, n_tasks) if observation.plan.gram else None
+            if gram is not None and observation.plan.over_ranks is not None:
+                total[columns - n_tasks : columns] = gram.diagonal()
+            return Stats.of(total[:columns], task_gram=gram if self.gram else None, **common, **more)  # type: ignore[arg-type]
 
         layers: dict[str, Stats] = {}
         if self.per_layer and len(figures) == len(names):
@@ -404,10 +454,32 @@ def _trainable(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.P
     return list(found.values())
 
 
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Compiled functions run as they were written: a graph has neither the taps nor a block's books."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled
+        return contextlib.nullcontext()
+    try:
+        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    except RuntimeError as error:
+        raise RuntimeError(
+            "Meter: an observe block must be opened outside of compiled functions, got one inside of torch.compile; compile "
+            "the model, not the training step"
+        ) from error
+    return stance
+
+
+def _device_of(parameter: nn.Parameter) -> torch.device:
+    """Where a parameter is computed with: a shard may wait elsewhere."""
+    mesh = getattr(parameter, "device_mesh", None)
+    return parameter.device if mesh is None else torch.device(mesh.device_type)
+
+
 def _constants(model: nn.Module) -> frozenset[int]:
     """Where buffers and frozen parameters lie."""
     frozen = (p for p in model.parameters() if not p.requires_grad)
-    return frozenset(t.untyped_storage().data_ptr() for t in (*model.buffers(), *frozen))
+    return frozenset(
+        t.untyped_storage().data_ptr() for t in (*model.buffers(), *frozen) if not hasattr(t, "device_mesh")
+    )
 
 
 def _refuse_coupled_examples(who: str, modules: Sequence[tuple[str, nn.Module]]) -> None:

@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "logits": {"ops"},
     "report": {"history"},
     "sampling": {"rewards"},
-    "meter": {"layers", "rewards", "segments", "stats"},
-    "optimizer": {"history", "layers", "meter", "policies", "stats"},
+    "distributed": {"rewards", "stats"},
+    "meter": {"distributed", "layers", "rewards", "segments", "stats"},
+    "optimizer": {"distributed", "history", "layers", "meter", "policies", "stats"},
     "check": {"layers", "meter"},
     "__main__": {"backends", "native"},
     "__init__": {

@@ -2,8 +2,8 @@
 
 Where no form fits, a gradient is what a backward pass of its own
 gives (pulled). Every contribution offers the same: `sqnorm` (squared norms per segment and group), `wgrad` (the gradient,
-optionally weighted, and the norms from the same pass), `total` (the weighted gradient alone), `gram` (the inner products
-of the gradients of the coarsest groups, the tasks), and `kept` (what must not change until it is used).
+optionally weighted, and the norms from the same pass), `total` (the weighted gradient alone), `by_task` (the gradients of
+the coarsest groups, the tasks), `gram` (their inner products), and `kept` (what must not change until it is used).
 `combined_sqnorm` squares the *sum* of several contributions.
 """
 
@@ -68,8 +68,11 @@ class Outer:
         out = self.x.new_empty(shape, dtype=accumulator(self.x.dtype))
         return out, self.by_group(out)
 
+    def by_task(self) -> Tensor:
+        return self.by_new_group()[0]
+
     def gram(self) -> Tensor:
-        return gram_of(self.by_new_group()[0])
+        return gram_of(self.by_task())
 
     def transposed(self) -> Outer:
         return Outer(self.g, self.x, self.segments, self.backend, not self.swapped)
@@ -110,6 +113,12 @@ class Lookup:
         if weight is not None:
             g = g * per_row(weight.to(g.dtype), self.segments)[:, None]
         return g.new_zeros(self.vocabulary, g.shape[1]).index_add_(0, self.ids, g)
+
+    def by_task(self) -> Tensor:
+        run = find("lookup_wgrad", self.g.device.type, self.backend)
+        tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
+        rows = self.ids, self.live_g, self.vocabulary, self.segments
+        return run(*rows, outputs=tasks, n_outputs=count)[0]  # type: ignore[no-any-return]
 
     def gram(self) -> Tensor:
         """Only the entries that were looked up have a gradient."""
@@ -164,9 +173,12 @@ class Sums:
         total = self.sums.sum(0) if weight is None else torch.tensordot(weight.to(self.sums.dtype), self.sums, 1)
         return total.view(self.sums.shape[1:])
 
-    def gram(self) -> Tensor:
+    def by_task(self) -> Tensor:
         tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
-        return gram_of(self.flat.new_zeros(count, self.flat.shape[1]).index_add_(0, tasks, self.flat))
+        return self.sums.new_zeros(count, *self.sums.shape[1:]).index_add_(0, tasks, self.sums)
+
+    def gram(self) -> Tensor:
+        return gram_of(self.by_task())
 
     def of_segments(self, segments: Tensor) -> Tensor:
         return self.sums[segments].sum(0)
@@ -265,8 +277,11 @@ class Convolved:
         out = self.x.new_empty(count, *self.shape, dtype=accumulator(self.x.dtype))
         return out, self.by_group(out)
 
+    def by_task(self) -> Tensor:
+        return self.by_new_group()[0]
+
     def gram(self) -> Tensor:
-        return gram_of(self.by_new_group()[0])
+        return gram_of(self.by_task())
 
     def total(self, weight: Tensor | None = None) -> Tensor:
         g = self.g
@@ -406,9 +421,12 @@ class Pulled:
     def total(self, weight: Tensor | None = None) -> Tensor:
         return self.pull(weight)
 
-    def gram(self) -> Tensor:
+    def by_task(self) -> Tensor:
         count = self.segments.groups.counts[-1]
-        return gram_of(torch.stack([self.of_segments(task) for task in members_of_columns(self.segments)[-count:]]))
+        return torch.stack([self.of_segments(task) for task in members_of_columns(self.segments)[-count:]])
+
+    def gram(self) -> Tensor:
+        return gram_of(self.by_task())
 
     def of_segments(self, segments: Tensor) -> Tensor:
         return self.pull(chosen(segments, self.segments))
@@ -626,9 +644,14 @@ def combined_gram(placed: Sequence[Placed]) -> Tensor:
     uses = [one.in_parameter_space() for one in placed]
     if len(uses) == 1 and not uses[0].views:
         return uses[0].contribution.gram()
+    return gram_of(combined_by_task(uses))
+
+
+def combined_by_task(uses: Sequence[Placed]) -> Tensor:
+    """The tasks' gradients, ``[K, *shape of the parameter]``, each the sum of several contributions to it."""
     segments = uses[0].contribution.segments
     tasks = members_of_columns(segments)[-segments.groups.counts[-1] :]
-    return gram_of(torch.stack([_dense_gradient(uses, task) for task in tasks]))
+    return torch.stack([_dense_gradient(uses, task) for task in tasks])
 
 
 def gram_of(gradients: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ what the uses delivered: a use that was not seen is an error, not a missing summ
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ from gradnorm_ext.layers.contributions import (
     Place,
     Placed,
     TiedOuter,
+    combined_by_task,
     combined_gram,
     combined_sqnorm,
     gram_of,
@@ -57,8 +60,11 @@ class Slot:
         self.measured = False  # by a single use, through the probe
         self.deferred: list[tuple[Use, Contribution | TiedOuter]] = []  # several uses: combined when the block closes
         self.kept: list[tuple[Use, Contribution | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
+        self.of_tasks: Tensor | None = None  # the tasks' gradients, to be summed over ranks
         self.weights: Tensor | None = None  # per example, where the parameter has its own
         self.hooked = False  # audited in this block
+        self.shard: nn.Parameter | None = None  # FSDP2 puts the whole parameter in place of it
+        self.audit_due = False  # audited as soon as it has
         self.delivered: Tensor | None = None  # audit: the sum of what the rules gave
 
 
@@ -129,6 +135,8 @@ class Plan:
 
     Attributes:
         gram: also the inner products of the gradients of the coarsest groups, the tasks.
+        over_ranks: sums a tensor over the processes, in place: the tasks' gradients are kept until the block closes and
+            their inner products are those of the sums.
         passes: 2: one backward for the norms and, once the weights are known, one for the gradients.
         layer_weights: from a parameter's name and its figures to weights per example, ``[B]``: each parameter is
             weighed by its own.
@@ -141,6 +149,7 @@ class Plan:
     """
 
     gram: bool = False
+    over_ranks: Callable[[Tensor], Tensor] | None = None
     passes: Literal[1, 2] = 1
     layer_weights: Callable[[str, Tensor], Tensor] | None = None
     task_weights: Tensor | None = None
@@ -163,11 +172,22 @@ class Memory:
     corrected: dict[tuple[str, str, int], Kind] = field(default_factory=dict)  # (parameter, function, dimensions)
     audited: set[str] = field(default_factory=set)  # parameters whose whole gradient was accounted for
     blocks: int = 0  # closed so far
+    unverified: bool = False  # FSDP2: the last block had a use of a new kind, which all ranks verify in the next
 
     @property
     def due(self) -> bool:
         """Whether the next block verifies itself although nothing looks new: the 10th, the 100th, ..."""
         return str(self.blocks + 1).strip("0") == "1"
+
+
+class Shards(Protocol):
+    """What verifying needs where a backward takes collectives (FSDP2), which all ranks must run alike."""
+
+    def agree(self, *numbers: int) -> list[int]:
+        """The largest of each number over the ranks."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A backward inside another: what the outer one still needs is neither freed nor reduced."""
 
 
 class Observation:
@@ -188,12 +208,20 @@ class Observation:
         derives: bool = False,
         constants: Callable[[], frozenset[int]] = frozenset,
         always_verify: bool = False,
+        shards: Shards | None = None,
+        places: Mapping[int, tuple[tuple[int, str], ...]] | None = None,
     ) -> None:
         self.who, self.memory, self.plan, self.backend = who, memory, plan, choose(backend)
         self.start = start  # calls `begin`, once the number of examples is known
         self.slots = {
             id(p): Slot(i, name, p, wanted is None or name in wanted) for i, (name, p) in enumerate(parameters)
         }
+        self.shards = shards
+        self.by_place: dict[tuple[int, str], Slot] = {}  # (module, name), of parameters that FSDP2 exchanges
+        for key, found in (places or {}).items():
+            if key in self.slots:
+                self.slots[key].shard = self.slots[key].parameter
+                self.by_place |= dict.fromkeys(found, self.slots[key])
         self.batch_dim, self.backwards = batch_dim, backwards
         self.derives = derives  # uses without a rule are differentiated one example at a time
         self.constants = functools.cache(constants)  # where the model's buffers and frozen parameters lie
@@ -233,8 +261,24 @@ class Observation:
         self.probe_rows = self.probe.unbind(0)
         self.probe_node = self.probe_rows[0].grad_fn
         for slot in self.slots.values():
-            if self.verify or slot.name not in self.memory.audited:
+            if (self.verify or slot.name not in self.memory.audited) and batch.count > 0:
                 self._audit(slot)
+
+    def slot_of(self, module: nn.Module, name: str, parameter: Tensor) -> Slot | None:
+        """The slot of a parameter that is read through a module.
+
+        Between FSDP2's hooks a module has the whole parameter, another object, in place of the shard.
+        """
+        slot = self.slots.get(id(parameter)) or self.by_place.get((id(module), name))
+        if slot is not None and slot.shard is not None:
+            if parameter is slot.shard:
+                return None  # what FSDP2 itself reads
+            if slot.parameter is slot.shard:
+                assert isinstance(parameter, nn.Parameter)
+                slot.parameter = parameter
+                if slot.audit_due:
+                    self._audit(slot)
+        return slot
 
     def look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What a module's arguments say; the first ones are the model's inputs."""
@@ -273,7 +317,7 @@ class Observation:
         """Which of the hypotheses speaks for a tensor, its last ``features`` dimensions set aside."""
         assert self.batch is not None
         shape = tuple(tensor.shape[: tensor.dim() - features])
-        if self.examples == 1:
+        if self.examples is not None and self.examples <= 1:
             return Layout("leading", shape, self.batch)
         kind = self.batch.kind_of(shape, self.rows_per_example)
         if kind is None or (kind == "second" and self.batch_dim == 0 and not self.inputs):
@@ -333,8 +377,12 @@ class Observation:
         if not recomputed:
             slot.uses.append(use)
         if use.key not in self.memory.verified:
-            self.verify = self.verify or self.examples != 1
-            self._audit(slot)
+            if self.shards is None:
+                self.verify = self.verify or self.examples != 1
+            else:  # ranks that verify alone would wait for the others' collectives
+                self.memory.unverified |= not self.verify and (self.examples or 0) > 1
+            if self.examples != 0:
+                self._audit(slot)
         return use
 
     def deliver(
@@ -377,6 +425,16 @@ class Observation:
             norms = norms.to(self._one)
         return gradient, torch.cat([norms, self._one])
 
+    def deliver_nothing(self, use: Use, needs_gradient: bool) -> tuple[Tensor | None, Tensor | None]:
+        """What a use's backward returns where this rank has no examples."""
+        gradient = torch.zeros_like(use.value) if needs_gradient else None
+        if self.tagging is not None or self.phase == "weigh":
+            use.tagged = use.tagged or self.tagging == "scaled"
+            return gradient, None
+        use.slot.arrived += 1
+        self.measured_uses += 1
+        return gradient, self._unmeasured
+
     def _adds_up(self, slot: Slot) -> bool:
         """Whether a parameter's gradient is of several uses or passes, whose norms are not those of their sum."""
         return len(slot.uses) > 1 or self.backwards > 1
@@ -399,18 +457,19 @@ class Observation:
             and isinstance(contribution, (Outer, Convolved))
             and (out := self._buffer(slot, contribution)) is not None
         ):
-            norms = self._with_gram(contribution.by_group(out), functools.partial(gram_of, out))
+            buffer = out
+            norms = self._with_gram(contribution.by_group(out), use, lambda: gram_of(buffer), lambda: buffer)
             slot.kept.append((use, out, ()))
             return out.sum(0) if needs_gradient else None, norms
         if keep:
             slot.kept.append((use, contribution, tuple(kept._version for kept in contribution.kept)))
             audited = self.plan.keep or slot.hooked
             unweighted = contribution.total() if needs_gradient and audited else None
-            return unweighted, None if apart else self._with_gram(contribution.sqnorm(), contribution.gram)
+            return unweighted, None if apart else self._with_gram_of(contribution.sqnorm(), use, contribution)
         if apart:
             return contribution.total(self.weights) if needs_gradient else None, None
         if not needs_gradient or by_layer is not None:
-            norms = self._with_gram(contribution.sqnorm(), contribution.gram)
+            norms = self._with_gram_of(contribution.sqnorm(), use, contribution)
             if not needs_gradient or by_layer is None:
                 return None, norms
             return contribution.total(by_layer(slot.name, norms)), norms
@@ -419,12 +478,36 @@ class Observation:
             out, norms = contribution.by_new_group()
             weights = self.plan.task_weights
             total = out.sum(0) if weights is None else torch.tensordot(weights.to(out), out, 1)
-            return total, self._with_gram(norms, functools.partial(gram_of, out))
+            return total, self._with_gram(norms, use, lambda: gram_of(out), lambda: out)
         total, norms = contribution.wgrad(self.weights)
-        return total, self._with_gram(norms, contribution.gram)
+        return total, self._with_gram_of(norms, use, contribution)
 
-    def _with_gram(self, norms: Tensor, gram: Callable[[], Tensor]) -> Tensor:
-        return torch.cat([norms, gram().flatten().to(norms)]) if self.plan.gram else norms
+    def _with_gram_of(self, norms: Tensor, use: Use, contribution: Contribution) -> Tensor:
+        return self._with_gram(norms, use, contribution.gram, contribution.by_task)
+
+    def _with_gram(self, norms: Tensor, use: Use, gram: Callable[[], Tensor], by_task: Callable[[], Tensor]) -> Tensor:
+        """The norms and, with ``Plan.gram``, the inner products; over ranks these follow when the block closes."""
+        if not self.plan.gram:
+            return norms
+        if self.plan.over_ranks is None:
+            return torch.cat([norms, gram().flatten().to(norms)])
+        gradients = by_task()
+        if use.views:
+            gradients = torch.stack([use.adjoint(gradient) for gradient in gradients])
+        use.slot.of_tasks = gradients
+        return torch.cat([norms, norms.new_zeros(len(gradients) ** 2)])
+
+    def _sum_over_ranks(self, figures: Tensor, total: Callable[[Tensor], Tensor]) -> None:
+        """The tasks' inner products over all ranks; every rank sums every parameter, whatever it used, in one order."""
+        assert self.batch is not None
+        tasks = self.batch.groups.counts[-1]
+        for slot in self.slots.values():
+            if slot.wanted:
+                gradients = figures.new_zeros(tasks, slot.parameter.numel())
+                if slot.of_tasks is not None:
+                    gradients.copy_(slot.of_tasks.reshape(tasks, -1))
+                slot.of_tasks = None
+                figures[slot.index, -(tasks**2) :] = gram_of(total(gradients)).flatten()
 
     def _audited(self, use: Use, gradient: Tensor | None) -> Tensor | None:
         """The gradient in the shape of what was used, written down where the parameter is audited."""
@@ -466,7 +549,9 @@ class Observation:
         return TiedOuter.of(placed.contribution, lookups)
 
     def _audit(self, slot: Slot) -> None:
-        if not slot.hooked:
+        if slot.parameter is slot.shard:
+            slot.audit_due = True
+        elif not slot.hooked:
             slot.hooked = True
             hook = slot.parameter.register_hook(self._auditor(slot))
             # Before hooks of others, which may change the gradient; the engine goes by the order of insertion.
@@ -497,18 +582,24 @@ class Observation:
 
     def run_tagging(self, inputs: Sequence[Input], uses: Sequence[Use]) -> None:
         """The tagging test of everything upstream of a use: called in its backward, with the gradients of its inputs."""
-        if self.examples == 1 or self.tagging is not None or all(use.tagged for use in uses):
+        alone = self.examples == 1 and self.shards is None
+        if alone or self.tagging is not None or all(use.tagged for use in uses):
             return
         root = uses[0].layout
         tried: set[Layout] = set()
+        assert self.examples is not None
+        digits = max(1, math.ceil(math.log(max(1, self.examples), 8)))
+        if self.shards is not None:
+            (digits,) = self.shards.agree(digits)
         while True:
-            self._run_tagging_once(inputs)
+            with nullcontext() if self.shards is None else self.shards.paused():
+                self._run_tagging_once(inputs, digits)
             again = {use.layout for use in self.refuted if use.layout.alternative is not None} - tried
             if not again and self.refuted and not self.proven and root.alternative is not None and root not in tried:
                 for layout in tried:  # they were judged by a root that was not right
                     layout.correct()
                 tried, again = {root}, {root}
-            if not again:
+            if not (again if self.shards is None else self.shards.agree(len(again))[0]):
                 break
             for layout in again:
                 layout.correct()
@@ -525,7 +616,7 @@ class Observation:
             "example each, or not to the example their place says"
         )
 
-    def _run_tagging_once(self, inputs: Sequence[Input]) -> None:
+    def _run_tagging_once(self, inputs: Sequence[Input], digits: int) -> None:
         assert self.examples is not None
         edges, gradients, layouts = zip(*inputs, strict=True)
         example = torch.arange(self.examples, device=gradients[0].device)
@@ -534,10 +625,11 @@ class Observation:
             self.tagging = "base"
             self._backward_to_probe(edges, gradients)
             self.tagging = "scaled"
-            for digit in range(max(1, math.ceil(math.log(self.examples, 8)))):
+            for digit in range(digits):
                 self.tag_factor = 2.0 ** ((example // 8**digit) % 8).to(gradients[0].dtype)
-                scaled = [layout.scaled(g, self.tag_factor) for g, layout in zip(gradients, layouts, strict=True)]
-                self._backward_to_probe(edges, scaled)
+                if self.examples > 0:
+                    scaled = [layout.scaled(g, self.tag_factor) for g, layout in zip(gradients, layouts, strict=True)]
+                self._backward_to_probe(edges, scaled if self.examples > 0 else gradients)
         finally:
             self.tagging = None
 
@@ -596,6 +688,8 @@ class Observation:
                 figures[slot.index] = self._combined(slot).to(figures)
             if slot.kept and self.plan.layer_weights is not None:
                 slot.weights = self.plan.layer_weights(slot.name, figures[slot.index])
+        if self.plan.over_ranks is not None:
+            self._sum_over_ranks(figures, self.plan.over_ranks)
         self._learn()
         return figures
 
@@ -607,7 +701,7 @@ class Observation:
             self.accumulate_weighted(self.weights)
 
     def _refuse_unproven(self, used: Sequence[Use]) -> None:
-        if self.verify and self.examples != 1:
+        if self.verify and self.examples is not None and self.examples > 1:
             for use in used:
                 if use.needs_proof and use.slot.arrived and not (use.tagged or use.layout.anchored):
                     self.failures.append(self._not_per_example(use))
@@ -654,13 +748,16 @@ class Observation:
             for use, part in slot.deferred
             if not isinstance(part, TiedOuter)
         ]
-        return self._with_gram(combined_sqnorm(placed).clamp(min=0), functools.partial(combined_gram, placed))
+        norms, use = combined_sqnorm(placed).clamp(min=0), slot.deferred[0][0]
+        whole = dataclasses.replace(use, views=())
+        return self._with_gram(norms, whole, lambda: combined_gram(placed), lambda: combined_by_task(placed))
 
     def _learn(self) -> None:
         self.memory.blocks += 1
         seen = [slot for slot in self.slots.values() if slot.arrived or slot.deferred]
-        self.memory.audited |= {slot.name for slot in seen}
-        if self.examples != 1:
+        if self.examples != 0:
+            self.memory.audited |= {slot.name for slot in seen}
+        if self.examples is not None and self.examples > 1 and (self.shards is None or self.verify):
             self.memory.verified |= {use.key for slot in seen for use in slot.uses}
         for slot in self.slots.values():
             for use in slot.uses:
