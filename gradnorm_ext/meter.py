@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from gradnorm_ext.distributed import How, Ranks, Shards, empty_rewards, find_ranks, parameter_groups, sharded_modules
-from gradnorm_ext.layers import Examples, Memory, Observation, Packing, Plan, observe_modules, release_modules
+from gradnorm_ext.layers import (
+    Examples,
+    Memory,
+    Observation,
+    Packing,
+    Plan,
+    observe_modules,
+    release_modules,
+    repeatable_checkpoints,
+)
 from gradnorm_ext.rewards import RewardStats, reward_stats
 from gradnorm_ext.segments import Groups
 from gradnorm_ext.stats import Stats
@@ -280,7 +289,7 @@ class Meter:
         observe_modules(modules, observation)
         try:
             try:
-                with _eager():
+                with _eager(), repeatable_checkpoints(observation):
                     yield block
             finally:
                 release_modules(modules, observation)
@@ -458,13 +467,16 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
     """Compiled functions run as they were written: a graph has neither the taps nor a block's books."""
     if "torch._dynamo" not in sys.modules:  # then nothing is compiled
         return contextlib.nullcontext()
+    refusal = (
+        "Meter: an observe block must be opened outside of compiled functions, got one inside of torch.compile; compile "
+        "the model, not the training step"
+    )
+    if torch.compiler.is_compiling():
+        raise RuntimeError(refusal)
     try:
         stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     except RuntimeError as error:
-        raise RuntimeError(
-            "Meter: an observe block must be opened outside of compiled functions, got one inside of torch.compile; compile "
-            "the model, not the training step"
-        ) from error
+        raise RuntimeError(refusal) from error
     return stance
 
 

@@ -2,8 +2,19 @@
 
 from gradnorm_ext.layers import rules as _rules  # noqa: F401  importing them lists them
 from gradnorm_ext.layers import unruled as _unruled  # noqa: F401
+from gradnorm_ext.layers.checkpoints import repeatable_checkpoints
 from gradnorm_ext.layers.layouts import Examples, Layout, Packing
 from gradnorm_ext.layers.observation import Memory, Observation, Plan
 from gradnorm_ext.layers.taps import observe_modules, release_modules
 
-__all__ = ["Examples", "Layout", "Memory", "Observation", "Packing", "Plan", "observe_modules", "release_modules"]
+__all__ = [
+    "Examples",
+    "Layout",
+    "Memory",
+    "Observation",
+    "Packing",
+    "Plan",
+    "observe_modules",
+    "release_modules",
+    "repeatable_checkpoints",
+]

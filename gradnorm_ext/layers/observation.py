@@ -172,12 +172,17 @@ class Memory:
     corrected: dict[tuple[str, str, int], Kind] = field(default_factory=dict)  # (parameter, function, dimensions)
     audited: set[str] = field(default_factory=set)  # parameters whose whole gradient was accounted for
     blocks: int = 0  # closed so far
-    unverified: bool = False  # FSDP2: the last block had a use of a new kind, which all ranks verify in the next
+    unverified: bool = False  # there was a use of a new kind that only a later block can verify
 
     @property
     def due(self) -> bool:
         """Whether the next block verifies itself although nothing looks new: the 10th, the 100th, ..."""
         return str(self.blocks + 1).strip("0") == "1"
+
+    @property
+    def asks_ranks(self) -> bool:
+        """FSDP2: whether the ranks ask each other, waiting for the device, if the next block is to verify itself."""
+        return self.blocks < 10 or self.blocks % 10 == 9
 
 
 class Shards(Protocol):
@@ -228,7 +233,10 @@ class Observation:
         self.examples: int | None = None
         self.batch: Examples | None = None
         self.weights: Tensor | None = None  # per example
-        self.verify = always_verify or memory.due
+        self.verify = always_verify or memory.due or memory.unverified
+        if shards is not None:
+            self.verify = memory.asks_ranks and bool(shards.agree(int(self.verify))[0])
+        self.backward_once = False  # through a selective checkpoint: verifying has to wait for the next block
         self.phase: Literal["norms", "weigh"] | None = None  # of two passes
         self.tagging: Literal["base", "scaled"] | None = None
         self.tag_factor: Tensor | None = None
@@ -377,7 +385,7 @@ class Observation:
         if not recomputed:
             slot.uses.append(use)
         if use.key not in self.memory.verified:
-            if self.shards is None:
+            if self.shards is None and not self.backward_once:
                 self.verify = self.verify or self.examples != 1
             else:  # ranks that verify alone would wait for the others' collectives
                 self.memory.unverified |= not self.verify and (self.examples or 0) > 1
@@ -434,6 +442,11 @@ class Observation:
         use.slot.arrived += 1
         self.measured_uses += 1
         return gradient, self._unmeasured
+
+    @property
+    def repeats_backward(self) -> bool:
+        """Whether the graph is gone through more than once."""
+        return self.verify or self.plan.passes == 2 or self.backwards > 1
 
     def _adds_up(self, slot: Slot) -> bool:
         """Whether a parameter's gradient is of several uses or passes, whose norms are not those of their sum."""
@@ -754,10 +767,12 @@ class Observation:
 
     def _learn(self) -> None:
         self.memory.blocks += 1
+        if self.verify:
+            self.memory.unverified = False
         seen = [slot for slot in self.slots.values() if slot.arrived or slot.deferred]
         if self.examples != 0:
             self.memory.audited |= {slot.name for slot in seen}
-        if self.examples is not None and self.examples > 1 and (self.shards is None or self.verify):
+        if self.examples is not None and self.examples > 1 and self.verify:
             self.memory.verified |= {use.key for slot in seen for use in slot.uses}
         for slot in self.slots.values():
             for use in slot.uses:
