@@ -223,6 +223,11 @@ class Meter:
     @contextmanager
     def block(self, who: str, plan: Plan, given: Given, *, always_verify: bool = False) -> Iterator[Block]:
         """`observe` with a plan of what else is to happen: what `Reweighted` and `check` are built on."""
+        with _eager(), self._opened(who, plan, given, always_verify) as block:
+            yield block
+
+    @contextmanager
+    def _opened(self, who: str, plan: Plan, given: Given, always_verify: bool) -> Iterator[Block]:
         if self._closed:
             raise RuntimeError(f"{who}: the meter must be open, got one that was closed; make a new Meter")
         loss_scale, batch_dim, backwards = (
@@ -289,7 +294,7 @@ class Meter:
         observe_modules(modules, observation)
         try:
             try:
-                with _eager(), repeatable_checkpoints(observation):
+                with repeatable_checkpoints(observation):
                     yield block
             finally:
                 release_modules(modules, observation)

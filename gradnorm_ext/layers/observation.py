@@ -3,9 +3,9 @@
 Which row belongs to which example is a hypothesis (`gradnorm_ext.layers.layouts`) until the *tagging test* has passed:
 in the first block, in the 10th, 100th and so on, and whenever a use of a new kind appears, the backward runs again from
 the most downstream use, every example's gradient scaled by its own power of two. Each row of every use must then scale
-bit for bit by the factor of the example it is counted for. The layout of that most downstream use itself is taken as
-its sizes say; where they say only a count of rows, or had to be corrected, a use upstream whose sizes leave no choice
-must confirm it.
+bit for bit by the factor of the example it is counted for (nearly, where float16 rounds small numbers). The layout of
+that most downstream use itself is taken as its sizes say; where they say only a count of rows, or had to be corrected,
+a use upstream whose sizes leave no choice must confirm it.
 
 The *audit* of the same block compares, for every parameter, the gradient that autograd accumulates with the sum of
 what the uses delivered: a use that was not seen is an error, not a missing summand.
@@ -185,6 +185,12 @@ class Memory:
         return self.blocks < 10 or self.blocks % 10 == 9
 
 
+def _computes_in_half(parameter: Tensor) -> bool:
+    device = parameter.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return autocast or parameter.dtype == torch.float16
+
+
 class Shards(Protocol):
     """What verifying needs where a backward takes collectives (FSDP2), which all ranks must run alike."""
 
@@ -236,6 +242,8 @@ class Observation:
         self.verify = always_verify or memory.due or memory.unverified
         if shards is not None:
             self.verify = memory.asks_ranks and bool(shards.agree(int(self.verify))[0])
+        self.half = False  # something is computed in float16
+        self.blurred = False  # the tagging test met numbers that were not finite, and is to be run again
         self.backward_once = False  # through a selective checkpoint: verifying has to wait for the next block
         self.phase: Literal["norms", "weigh"] | None = None  # of two passes
         self.tagging: Literal["base", "scaled"] | None = None
@@ -384,6 +392,7 @@ class Observation:
         recomputed = torch._C._current_graph_task_id() != -1 and slot.uses
         if not recomputed:
             slot.uses.append(use)
+        self.half = self.half or _computes_in_half(value)
         if use.key not in self.memory.verified:
             if self.shards is None and not self.backward_once:
                 self.verify = self.verify or self.examples != 1
@@ -639,9 +648,15 @@ class Observation:
             self._backward_to_probe(edges, gradients)
             self.tagging = "scaled"
             for digit in range(digits):
-                self.tag_factor = 2.0 ** ((example // 8**digit) % 8).to(gradients[0].dtype)
+                power = ((example // 8**digit) % 8).to(torch.float32)
+                self.tag_factor = 2.0 ** (
+                    power - 7 if self.half else power
+                )  # no larger than what the loss's scale allows
                 if self.examples > 0:
-                    scaled = [layout.scaled(g, self.tag_factor) for g, layout in zip(gradients, layouts, strict=True)]
+                    scaled = [
+                        layout.scaled(g, self.tag_factor.to(g.dtype))
+                        for g, layout in zip(gradients, layouts, strict=True)
+                    ]
                 self._backward_to_probe(edges, scaled if self.examples > 0 else gradients)
         finally:
             self.tagging = None
@@ -660,11 +675,18 @@ class Observation:
             factor = per_row(factor, contribution.segments)
         expected = use.fingerprint * factor
         use.tagged = True
-        if torch.equal(fingerprint, expected):
+        if torch.equal(fingerprint, expected) or (self.half and self._nearly_equal(fingerprint, expected)):
             proves = use.layout.proves(self.rows_per_example) and (use.layout.anchored or not use.needs_proof)
             self.proven |= proves and bool((fingerprint > 0).any())
-        elif bool(torch.isfinite(fingerprint).all()) and use not in self.refuted:
+        elif not bool(torch.isfinite(fingerprint).all()):
+            self.blurred = True
+        elif use not in self.refuted:
             self.refuted.append(use)
+
+    def _nearly_equal(self, fingerprint: Tensor, expected: Tensor) -> bool:
+        """float16 rounds small numbers to multiples of 2^-24: another example's factor is off by two at least."""
+        small = fingerprint.new_tensor(2.0**-10)
+        return bool(((fingerprint - expected).abs() <= torch.maximum(expected / 8, small)).all())
 
     def norms_pass(self, loss: Tensor) -> None:
         """The first of two backward passes: norms only, no weight gradient."""
@@ -768,11 +790,11 @@ class Observation:
     def _learn(self) -> None:
         self.memory.blocks += 1
         if self.verify:
-            self.memory.unverified = False
+            self.memory.unverified = self.blurred
         seen = [slot for slot in self.slots.values() if slot.arrived or slot.deferred]
         if self.examples != 0:
             self.memory.audited |= {slot.name for slot in seen}
-        if self.examples is not None and self.examples > 1 and self.verify:
+        if self.examples is not None and self.examples > 1 and self.verify and not self.blurred:
             self.memory.verified |= {use.key for slot in seen for use in slot.uses}
         for slot in self.slots.values():
             for use in slot.uses:
