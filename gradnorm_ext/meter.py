@@ -23,6 +23,7 @@ from gradnorm_ext.layers import (
     Observation,
     Packing,
     Plan,
+    gram_of,
     observe_modules,
     release_modules,
     repeatable_checkpoints,
@@ -96,6 +97,9 @@ class Meter:
         per_layer: also give ``stats.layers``: the same figures for every module that owns parameters.
         gram: also give ``stats.task_gram``, the inner products of the tasks' gradients, exact; a layer's gradients of
             all tasks are in memory at a time.
+        exact_tasks: ``stats`` are of all blocks since the last `reset` (``Reweighted`` resets with every step), as of one
+            batch, with ``task_norm`` and ``task_gram`` of the tasks' summed gradients: under gradient accumulation a
+            batch's own are only a part. Keeps every task's gradient: K times the parameters' memory.
         on_unsupported: what becomes of a use of a parameter that no rule knows: "error", or "vmap": that use alone is
             differentiated one example at a time, exact, at the price of a backward pass of it per example.
         ranks: what the tasks' figures are of, where DDP or FSDP2 divides the batch among processes. "unbiased" (None,
@@ -130,6 +134,7 @@ class Meter:
         modules: str | Sequence[str] | None = None,
         per_layer: bool = False,
         gram: bool = False,
+        exact_tasks: bool = False,
         on_unsupported: Literal["error", "vmap"] = "error",
         ranks: How | None = None,
         process_group: Any = None,
@@ -151,12 +156,14 @@ class Meter:
         self.model, self.task_names, self.per_layer, self.backend = model, names, per_layer, backend
         self.ranks, self.process_group = ranks, process_group
         self.modules = None if modules is None else (modules,) if isinstance(modules, str) else tuple(modules)
-        self.gram, self.on_unsupported = gram, on_unsupported
+        self.gram, self.exact_tasks, self.on_unsupported = gram, exact_tasks, on_unsupported
+        self.totals: dict[str, Tensor] = {}  # with exact_tasks: each parameter's gradients per task since the reset
+        self._blocks: list[tuple[float, Stats]] = []  # since then, and their loss scales
         self.memory = Memory()
-        self._wanted([name for name, _ in _trainable(list(model.named_modules()))])
+        self._wanted([name for name, _ in _trainable(_modules(model))])
         self._stats: Stats | None = None
         self._parameter_sqnorm: tuple[Sequence[str], Sequence[Tensor] | Tensor] = (), ()
-        self._idless: tuple[tuple[int, torch.device, int], Groups] | None = None  # of the last block without ids
+        self._last_groups: tuple[bool, Groups] | None = None  # of the last block, and whether it was given ids
         self._closed = False
 
     @property
@@ -241,7 +248,7 @@ class Meter:
             raise ValueError(f"{who}: batch_dim must be 0 or 1, got {batch_dim}; move the batch there")
         if not (isinstance(backwards, int) and backwards >= 1):
             raise ValueError(f"{who}: backwards must be a whole number of at least 1, got {backwards!r}")
-        modules = list(self.model.named_modules())
+        modules = _modules(self.model)
         trainable = _trainable(modules)
         parameters, wanted = trainable, None
         if self.modules is not None:
@@ -250,14 +257,16 @@ class Meter:
                 parameters = [one for one in trainable if one[0] in wanted]
         ranks = self.find_ranks(who)
         if ranks is not None:
-            loss_scale *= ranks.divisor
-            if self.gram and not ranks.exact:
+            plan, loss_scale = self._over_ranks(who, plan, ranks), loss_scale * ranks.divisor
+        if self.gram:
+            plan = dataclasses.replace(plan, gram=True)
+        if self.exact_tasks:
+            plan = dataclasses.replace(plan, totals=self.totals)
+            if self._blocks and self._blocks[0][0] != loss_scale:
                 raise ValueError(
-                    f"{who}: over several ranks the tasks' Gram matrix comes from summed gradients, got "
-                    f'ranks={self.ranks!r}; pass ranks="exact", or "local" for each rank\'s own'
+                    f"{who}: with exact_tasks all blocks of a step must have one loss_scale, got {self._blocks[0][0]} and "
+                    f"{loss_scale}; change it between steps"
                 )
-        if self.gram or (ranks is not None and ranks.exact):
-            plan = dataclasses.replace(plan, gram=True, over_ranks=ranks.total if ranks is not None else None)
         _refuse_coupled_examples(who, modules)
         device = _device_of(parameters[0][1])
         batch = self._batch(who, device, given, ranks)
@@ -278,20 +287,22 @@ class Meter:
             backwards=backwards,
             wanted=wanted,
             derives=self.on_unsupported == "vmap",
-            constants=functools.partial(_constants, self.model),
+            constants=functools.partial(_constants, modules),
             always_verify=always_verify,
             **self._sharding(ranks, modules),
         )
         names = [name for name, _ in parameters]
 
         def stats_of(figures: Tensor) -> Stats:
-            stats = self._make_stats(observation, batch, figures.detach() / loss_scale**2, names)
+            unscaled = figures if loss_scale == 1 else figures / loss_scale**2
+            stats = self._make_stats(observation, batch, unscaled, names)
             return stats if ranks is None else ranks.together(stats)
 
         block = Block(observation, stats_of)
         if batch.examples is not None:
             start(batch.examples)
         observe_modules(modules, observation)
+        closed = False
         try:
             try:
                 with repeatable_checkpoints(observation):
@@ -299,8 +310,8 @@ class Meter:
             finally:
                 release_modules(modules, observation)
             known = {id(p) for _, p in trainable} | {id(slot.parameter) for slot in observation.slots.values()}
-            if any(p.requires_grad and id(p) not in known for p in self.model.parameters()):
-                added = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+            now = _named_parameters(_modules(self.model))
+            if added := [name for name, p in now if p.requires_grad and id(p) not in known]:
                 raise RuntimeError(
                     f"{who}: a model must keep its parameters inside an observe block, but {', '.join(added)} was added "
                     "inside the block; change it between blocks"
@@ -308,10 +319,24 @@ class Meter:
             if block.stats is None:
                 block.measure()
             observation.close()
+            closed = True
         finally:
             observation.release()
+            if self.exact_tasks and not closed:
+                self.reset()  # the totals hold a part of this block
         self._parameter_sqnorm = names, block.figures[:, : observation.examples] / loss_scale**2
         self._stats = block.stats
+        if self.exact_tasks:
+            assert block.stats is not None
+            self._blocks.append((loss_scale, block.stats))
+            measured = [total for name, total in self.totals.items() if wanted is None or name in wanted]
+            gram = torch.stack([gram_of(total) for total in measured]).sum(0) / loss_scale**2
+            self._stats = Stats.merged([stats for _, stats in self._blocks], gram)
+
+    def reset(self) -> None:
+        """With ``exact_tasks``: begin a new step; the next block's statistics are its own."""
+        self.totals.clear()
+        self._blocks.clear()
 
     def close(self) -> None:
         """End the measuring. The model is untouched outside observe blocks, so there is nothing to undo on it."""
@@ -328,6 +353,15 @@ class Meter:
     def find_ranks(self, who: str) -> Ranks | None:
         """The processes among which the batch is divided; None: this one has all of it, or ``ranks="local"``."""
         return find_ranks(who, self.model, self.ranks, self.process_group)
+
+    def _over_ranks(self, who: str, plan: Plan, ranks: Ranks) -> Plan:
+        if (self.gram and not ranks.exact) or self.exact_tasks:
+            option, instead = ("exact_tasks", "") if self.exact_tasks else ("gram", 'pass ranks="exact", or ')
+            raise ValueError(
+                f"{who}: over several ranks gradients are not summed for every task, got {option}=True; {instead}measure "
+                'each rank by itself with ranks="local"'
+            )
+        return dataclasses.replace(plan, gram=True, totals={}, over_ranks=ranks.total) if ranks.exact else plan
 
     def _sharding(self, ranks: Ranks | None, modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Any]:
         """What an observation has to know of FSDP2: the ranks that verify together, and whose parameters are exchanged."""
@@ -390,7 +424,8 @@ class Meter:
 
     def _has_tasks(self, plan: Plan) -> bool:
         # A single task's norm is that of the whole gradient, which is formed anyway unless weights per example come first.
-        return len(self.task_names) > 1 or plan.gram or plan.by_task or not (plan.keep or plan.passes == 2)
+        tasks = len(self.task_names) > 1 or plan.gram or self.exact_tasks or plan.by_task
+        return tasks or not (plan.keep or plan.passes == 2)
 
     def _wanted(self, names: Sequence[str]) -> set[str]:
         """Which parameters are measured."""
@@ -409,12 +444,23 @@ class Meter:
         levels = [] if batch.prompts is None else [(batch.prompts, batch.n_prompts)]
         if self._has_tasks(plan):
             levels.append((tasks, len(self.task_names)))
-        if batch.tasks is not None or batch.prompts is not None:
-            return Groups.of(len(tasks), levels, tasks.device)
-        key = len(tasks), tasks.device, len(levels)  # no ids: nothing else tells one block's groups from another's
-        if self._idless is None or self._idless[0] != key:
-            self._idless = key, Groups.of(len(tasks), levels, tasks.device)
-        return self._idless[1]
+        given = batch.tasks is not None or batch.prompts is not None
+        if self._last_groups is not None and self._last_groups[0] == given:
+            last = self._last_groups[1]
+            alike = last.walk.device == tasks.device and len(last.walk) == len(tasks)
+            # Ids on a device are not looked at; the same ones again keep what backends worked out with the groups.
+            if (
+                alike
+                and last.counts == tuple(count for _, count in levels)
+                and (
+                    not given
+                    or (tasks.device.type == "cpu" and all(map(torch.equal, last.levels, [ids for ids, _ in levels])))
+                )
+            ):
+                return last
+        groups = Groups.of(len(tasks), [(ids.clone(), count) for ids, count in levels], tasks.device)
+        self._last_groups = given, groups
+        return groups
 
     def _tasks_of(self, batch: _Batch, examples: int, device: torch.device) -> Tensor:
         return batch.tasks if batch.tasks is not None else torch.zeros(examples, dtype=torch.int64, device=device)
@@ -453,19 +499,44 @@ class Meter:
         return torch.zeros(batch.n_prompts, dtype=torch.int64, device=batch.prompts.device)
 
 
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """As `nn.Module.named_modules` gives them, in a fraction of the time, which every block pays."""
+    found, waiting = {}, [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = name, module
+            prefix = f"{name}." if name else ""
+            waiting += [(prefix + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+    return list(found.values())
+
+
 def _trainable(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Parameter]]:
     """The trainable parameters and their first names, as `named_parameters` gives them."""
+    trainable = [(name, p) for name, p in _named_parameters(modules) if p.requires_grad]
+    if not trainable:
+        raise ValueError("Meter: the model must have a trainable parameter, got none; unfreeze one")
+    for name, p in trainable:
+        if not p.is_floating_point():
+            raise TypeError(f"Meter: parameters must be real floating point, got {name} of {p.dtype}; freeze it")
+    return trainable
+
+
+def _named_parameters(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Parameter]]:
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for prefix, module in modules:
         for name, p in module._parameters.items():
-            if p is not None and p.requires_grad and id(p) not in found:
+            if p is not None and id(p) not in found:
                 found[id(p)] = f"{prefix}.{name}" if prefix else name, p
-    if not found:
-        raise ValueError("Meter: the model must have a trainable parameter, got none; unfreeze one")
-    for name, p in found.values():
-        if not p.is_floating_point():
-            raise TypeError(f"Meter: parameters must be real floating point, got {name} of {p.dtype}; freeze it")
     return list(found.values())
+
+
+def _constants(modules: Sequence[tuple[str, nn.Module]]) -> frozenset[int]:
+    """Where buffers and frozen parameters lie."""
+    buffers = (buffer for _, module in modules for buffer in module._buffers.values() if buffer is not None)
+    frozen = (p for _, p in _named_parameters(modules) if not p.requires_grad)
+    whole = (t for t in (*buffers, *frozen) if not hasattr(t, "device_mesh"))  # a shard has no memory of its own
+    return frozenset(t.untyped_storage().data_ptr() for t in whole)
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:
@@ -489,14 +560,6 @@ def _device_of(parameter: nn.Parameter) -> torch.device:
     """Where a parameter is computed with: a shard may wait elsewhere."""
     mesh = getattr(parameter, "device_mesh", None)
     return parameter.device if mesh is None else torch.device(mesh.device_type)
-
-
-def _constants(model: nn.Module) -> frozenset[int]:
-    """Where buffers and frozen parameters lie."""
-    frozen = (p for p in model.parameters() if not p.requires_grad)
-    return frozenset(
-        t.untyped_storage().data_ptr() for t in (*model.buffers(), *frozen) if not hasattr(t, "device_mesh")
-    )
 
 
 def _refuse_coupled_examples(who: str, modules: Sequence[tuple[str, nn.Module]]) -> None:

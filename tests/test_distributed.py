@@ -368,9 +368,10 @@ def check_refusals(rank: int) -> None:
                 optimizer.observe(tasks=TASKS),
             ):
                 pass
-        meter = Meter(model, tasks=2, gram=True)
-        with pytest.raises(ValueError, match="Gram matrix comes from summed gradients"), meter.observe(tasks=TASKS):
-            pass
+        for option in ({"gram": True}, {"exact_tasks": True}):
+            meter = Meter(model, tasks=2, **option)
+            with pytest.raises(ValueError, match="gradients are not summed for every task"), meter.observe(tasks=TASKS):
+                pass
         local = Reweighted(torch.optim.SGD(model.parameters(), 0.1), model, InverseNorm(), tasks=2, ranks="local")
         with pytest.raises(RuntimeError, match="must weigh alike"), local.observe(tasks=TASKS):
             pass

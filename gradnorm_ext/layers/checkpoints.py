@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.utils import checkpoint
+import torch.utils.checkpoint
 
 from gradnorm_ext.layers.observation import Observation
 
+checkpoint: Any = torch.utils.checkpoint  # two of its names are exchanged while a block is open
 _open: list[Observation] = []
 _checkpoint_function, _generator = checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator
 

@@ -2,8 +2,9 @@
 
 Where no form fits, a gradient is what a backward pass of its own
 gives (pulled). Every contribution offers the same: `sqnorm` (squared norms per segment and group), `wgrad` (the gradient,
-optionally weighted, and the norms from the same pass), `total` (the weighted gradient alone), `by_task` (the gradients of
-the coarsest groups, the tasks), `gram` (their inner products), and `kept` (what must not change until it is used).
+optionally weighted, and the norms from the same pass), `total` (the weighted gradient alone), `by_new_group` (the
+gradients of the coarsest groups, the tasks, and the norms), `gram` (the inner products of the tasks' gradients), and
+`kept` (what must not change until it is used).
 `combined_sqnorm` squares the *sum* of several contributions.
 """
 
@@ -68,11 +69,8 @@ class Outer:
         out = self.x.new_empty(shape, dtype=accumulator(self.x.dtype))
         return out, self.by_group(out)
 
-    def by_task(self) -> Tensor:
-        return self.by_new_group()[0]
-
     def gram(self) -> Tensor:
-        return gram_of(self.by_task())
+        return gram_of(self.by_new_group()[0])
 
     def transposed(self) -> Outer:
         return Outer(self.g, self.x, self.segments, self.backend, not self.swapped)
@@ -114,12 +112,6 @@ class Lookup:
             g = g * per_row(weight.to(g.dtype), self.segments)[:, None]
         return g.new_zeros(self.vocabulary, g.shape[1]).index_add_(0, self.ids, g)
 
-    def by_task(self) -> Tensor:
-        run = find("lookup_wgrad", self.g.device.type, self.backend)
-        tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
-        rows = self.ids, self.live_g, self.vocabulary, self.segments
-        return run(*rows, outputs=tasks, n_outputs=count)[0]  # type: ignore[no-any-return]
-
     def gram(self) -> Tensor:
         """Only the entries that were looked up have a gradient."""
         looked_up, ids = torch.unique(self.ids, return_inverse=True)
@@ -127,6 +119,13 @@ class Lookup:
         tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
         rows = ids, self.live_g, len(looked_up), self.segments
         return gram_of(run(*rows, outputs=tasks, n_outputs=count)[0])
+
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        run = find("lookup_wgrad", self.g.device.type, self.backend)
+        tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
+        rows = self.ids, self.live_g, self.vocabulary, self.segments
+        return run(*rows, outputs=tasks, n_outputs=count)  # type: ignore[no-any-return]
 
     def of_column(self, rows: Tensor) -> Tensor:
         g = self.live_g[rows]
@@ -173,12 +172,16 @@ class Sums:
         total = self.sums.sum(0) if weight is None else torch.tensordot(weight.to(self.sums.dtype), self.sums, 1)
         return total.view(self.sums.shape[1:])
 
-    def by_task(self) -> Tensor:
-        tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
-        return self.sums.new_zeros(count, *self.sums.shape[1:]).index_add_(0, tasks, self.sums)
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        return self._of_tasks(), self.sqnorm()
 
     def gram(self) -> Tensor:
-        return gram_of(self.by_task())
+        return gram_of(self._of_tasks())
+
+    def _of_tasks(self) -> Tensor:
+        tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
+        return self.sums.new_zeros(count, *self.sums.shape[1:]).index_add_(0, tasks, self.sums)
 
     def of_segments(self, segments: Tensor) -> Tensor:
         return self.sums[segments].sum(0)
@@ -277,11 +280,8 @@ class Convolved:
         out = self.x.new_empty(count, *self.shape, dtype=accumulator(self.x.dtype))
         return out, self.by_group(out)
 
-    def by_task(self) -> Tensor:
-        return self.by_new_group()[0]
-
     def gram(self) -> Tensor:
-        return gram_of(self.by_task())
+        return gram_of(self.by_new_group()[0])
 
     def total(self, weight: Tensor | None = None) -> Tensor:
         g = self.g
@@ -421,12 +421,16 @@ class Pulled:
     def total(self, weight: Tensor | None = None) -> Tensor:
         return self.pull(weight)
 
-    def by_task(self) -> Tensor:
-        count = self.segments.groups.counts[-1]
-        return torch.stack([self.of_segments(task) for task in members_of_columns(self.segments)[-count:]])
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        return self._of_tasks(), self.norms()
 
     def gram(self) -> Tensor:
-        return gram_of(self.by_task())
+        return gram_of(self._of_tasks())
+
+    def _of_tasks(self) -> Tensor:
+        count = self.segments.groups.counts[-1]
+        return torch.stack([self.of_segments(task) for task in members_of_columns(self.segments)[-count:]])
 
     def of_segments(self, segments: Tensor) -> Tensor:
         return self.pull(chosen(segments, self.segments))
@@ -644,14 +648,9 @@ def combined_gram(placed: Sequence[Placed]) -> Tensor:
     uses = [one.in_parameter_space() for one in placed]
     if len(uses) == 1 and not uses[0].views:
         return uses[0].contribution.gram()
-    return gram_of(combined_by_task(uses))
-
-
-def combined_by_task(uses: Sequence[Placed]) -> Tensor:
-    """The tasks' gradients, ``[K, *shape of the parameter]``, each the sum of several contributions to it."""
     segments = uses[0].contribution.segments
     tasks = members_of_columns(segments)[-segments.groups.counts[-1] :]
-    return torch.stack([_dense_gradient(uses, task) for task in tasks])
+    return gram_of(torch.stack([_dense_gradient(uses, task) for task in tasks]))
 
 
 def gram_of(gradients: Tensor) -> Tensor:

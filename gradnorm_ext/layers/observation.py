@@ -13,7 +13,6 @@ what the uses delivered: a use that was not seen is an error, not a missing summ
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -35,7 +34,6 @@ from gradnorm_ext.layers.contributions import (
     Place,
     Placed,
     TiedOuter,
-    combined_by_task,
     combined_gram,
     combined_sqnorm,
     gram_of,
@@ -60,7 +58,6 @@ class Slot:
         self.measured = False  # by a single use, through the probe
         self.deferred: list[tuple[Use, Contribution | TiedOuter]] = []  # several uses: combined when the block closes
         self.kept: list[tuple[Use, Contribution | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
-        self.of_tasks: Tensor | None = None  # the tasks' gradients, to be summed over ranks
         self.weights: Tensor | None = None  # per example, where the parameter has its own
         self.hooked = False  # audited in this block
         self.shard: nn.Parameter | None = None  # FSDP2 puts the whole parameter in place of it
@@ -137,6 +134,8 @@ class Plan:
         gram: also the inner products of the gradients of the coarsest groups, the tasks.
         over_ranks: sums a tensor over the processes, in place: the tasks' gradients are kept until the block closes and
             their inner products are those of the sums.
+        totals: where every task's gradient is added up over the blocks of a step, ``[K, *shape]``, by parameter; with
+            ``keep`` nothing else is kept.
         passes: 2: one backward for the norms and, once the weights are known, one for the gradients.
         layer_weights: from a parameter's name and its figures to weights per example, ``[B]``: each parameter is
             weighed by its own.
@@ -150,6 +149,7 @@ class Plan:
 
     gram: bool = False
     over_ranks: Callable[[Tensor], Tensor] | None = None
+    totals: dict[str, Tensor] | None = None
     passes: Literal[1, 2] = 1
     layer_weights: Callable[[str, Tensor], Tensor] | None = None
     task_weights: Tensor | None = None
@@ -253,6 +253,7 @@ class Observation:
         self.refuted: list[Use] = []  # in the running test
         self.proven = False  # in the running test, a use has passed whose sizes leave no choice
         self.refuted_lookups: list[Use] = []  # taken for batched, and not
+        self._layouts: dict[tuple[int, ...], Layout] = {}  # of activations, by their sizes
         self.rows_per_example: set[int] = set()  # of tensors that show the batch
         self.inputs: set[int] = set()  # where the model's inputs lie that show the batch
         self.data: set[int] = set()  # where the arguments of modules lie that carry no gradient
@@ -332,9 +333,11 @@ class Observation:
     def layout(self, tensor: Tensor, features: int, name: str, function: str) -> Layout:
         """Which of the hypotheses speaks for a tensor, its last ``features`` dimensions set aside."""
         assert self.batch is not None
-        shape = tuple(tensor.shape[: tensor.dim() - features])
+        shape = tuple(tensor.shape)[: tensor.dim() - features]
         if self.examples is not None and self.examples <= 1:
             return Layout("leading", shape, self.batch)
+        if tensor.requires_grad and (known := self._layouts.get(shape)) is not None:
+            return known
         kind = self.batch.kind_of(shape, self.rows_per_example)
         if kind is None or (kind == "second" and self.batch_dim == 0 and not self.inputs):
             raise self._unexplained(shape, name)
@@ -345,6 +348,8 @@ class Observation:
             layout.correct()
         if kind == "leading" or kind == "second":
             self.rows_per_example.add(layout.rows // self.batch.count)
+        if tensor.requires_grad and layout.alternative is None:
+            self._layouts[shape] = layout  # nothing will be corrected, and nothing but the sizes decided
         return layout
 
     def is_input(self, tensor: Tensor) -> bool:
@@ -472,6 +477,14 @@ class Observation:
                 f'{self.who}: with scope="layer" each parameter has a weight of its own, got {slot.name}, which is used '
                 f'only together with {together}; use scope="model"'
             )
+        if self.plan.totals is not None:
+            of_tasks, norms = contribution.by_new_group()
+            for one in (use, *use.followers):
+                self._add_up(one, of_tasks)
+            if use.is_derived and not self.plan.keep:
+                _keep(use, contribution)
+            figures = None if apart else self._with_gram(norms, functools.partial(gram_of, of_tasks))
+            return self._of_known_tasks(of_tasks) if needs_gradient else None, figures
         keep = self.plan.keep or use.is_derived or (by_layer is not None and apart)
         if (
             self.plan.keep
@@ -479,56 +492,59 @@ class Observation:
             and isinstance(contribution, (Outer, Convolved))
             and (out := self._buffer(slot, contribution)) is not None
         ):
-            buffer = out
-            norms = self._with_gram(contribution.by_group(out), use, lambda: gram_of(buffer), lambda: buffer)
+            norms = self._with_gram(contribution.by_group(out), functools.partial(gram_of, out))
             slot.kept.append((use, out, ()))
             return out.sum(0) if needs_gradient else None, norms
         if keep:
-            slot.kept.append((use, contribution, tuple(kept._version for kept in contribution.kept)))
+            _keep(use, contribution)
             audited = self.plan.keep or slot.hooked
             unweighted = contribution.total() if needs_gradient and audited else None
-            return unweighted, None if apart else self._with_gram_of(contribution.sqnorm(), use, contribution)
+            return unweighted, None if apart else self._with_gram(contribution.sqnorm(), contribution.gram)
         if apart:
             return contribution.total(self.weights) if needs_gradient else None, None
         if not needs_gradient or by_layer is not None:
-            norms = self._with_gram_of(contribution.sqnorm(), use, contribution)
+            norms = self._with_gram(contribution.sqnorm(), contribution.gram)
             if not needs_gradient or by_layer is None:
                 return None, norms
             return contribution.total(by_layer(slot.name, norms)), norms
         if self.plan.gram and isinstance(contribution, (Outer, Convolved)):
             # The tasks' gradients first: one product for all.
             out, norms = contribution.by_new_group()
-            weights = self.plan.task_weights
-            total = out.sum(0) if weights is None else torch.tensordot(weights.to(out), out, 1)
-            return total, self._with_gram(norms, use, lambda: gram_of(out), lambda: out)
+            return self._of_known_tasks(out), self._with_gram(norms, functools.partial(gram_of, out))
         total, norms = contribution.wgrad(self.weights)
-        return total, self._with_gram_of(norms, use, contribution)
+        return total, self._with_gram(norms, contribution.gram)
 
-    def _with_gram_of(self, norms: Tensor, use: Use, contribution: Contribution) -> Tensor:
-        return self._with_gram(norms, use, contribution.gram, contribution.by_task)
+    def _of_known_tasks(self, gradients: Tensor) -> Tensor:
+        weights = self.plan.task_weights
+        return gradients.sum(0) if weights is None else torch.tensordot(weights.to(gradients), gradients, 1)
 
-    def _with_gram(self, norms: Tensor, use: Use, gram: Callable[[], Tensor], by_task: Callable[[], Tensor]) -> Tensor:
-        """The norms and, with ``Plan.gram``, the inner products; over ranks these follow when the block closes."""
-        if not self.plan.gram:
-            return norms
-        if self.plan.over_ranks is None:
-            return torch.cat([norms, gram().flatten().to(norms)])
-        gradients = by_task()
+    def _add_up(self, use: Use, gradients: Tensor) -> None:
+        """Add what a use gives every task to the parameter's totals."""
+        assert self.plan.totals is not None
+        slot, shape = use.slot, (len(gradients), *use.slot.parameter.shape)
+        total = self.plan.totals.get(slot.name)
+        if total is None:
+            total = self.plan.totals[slot.name] = gradients.new_zeros(shape)
         if use.views:
-            gradients = torch.stack([use.adjoint(gradient) for gradient in gradients])
-        use.slot.of_tasks = gradients
-        return torch.cat([norms, norms.new_zeros(len(gradients) ** 2)])
+            gradients = torch.stack([use.adjoint(gradient) for gradient in gradients.unbind(0)])
+        total += gradients.view(shape)
+
+    def _with_gram(self, norms: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+        """The norms and, with ``Plan.gram``, the inner products; over ranks these follow when the block closes."""
+        if self.plan.over_ranks is not None:
+            assert self.batch is not None
+            return torch.cat([norms, norms.new_zeros(self.batch.groups.counts[-1] ** 2)])
+        return torch.cat([norms, gram().flatten().to(norms)]) if self.plan.gram else norms
 
     def _sum_over_ranks(self, figures: Tensor, total: Callable[[Tensor], Tensor]) -> None:
         """The tasks' inner products over all ranks; every rank sums every parameter, whatever it used, in one order."""
-        assert self.batch is not None
+        assert self.batch is not None and self.plan.totals is not None
         tasks = self.batch.groups.counts[-1]
         for slot in self.slots.values():
             if slot.wanted:
                 gradients = figures.new_zeros(tasks, slot.parameter.numel())
-                if slot.of_tasks is not None:
-                    gradients.copy_(slot.of_tasks.reshape(tasks, -1))
-                slot.of_tasks = None
+                if (of_rank := self.plan.totals.pop(slot.name, None)) is not None:
+                    gradients.copy_(of_rank.flatten(1))
                 figures[slot.index, -(tasks**2) :] = gram_of(total(gradients)).flatten()
 
     def _audited(self, use: Use, gradient: Tensor | None) -> Tensor | None:
@@ -783,9 +799,7 @@ class Observation:
             for use, part in slot.deferred
             if not isinstance(part, TiedOuter)
         ]
-        norms, use = combined_sqnorm(placed).clamp(min=0), slot.deferred[0][0]
-        whole = dataclasses.replace(use, views=())
-        return self._with_gram(norms, whole, lambda: combined_gram(placed), lambda: combined_by_task(placed))
+        return self._with_gram(combined_sqnorm(placed).clamp(min=0), functools.partial(combined_gram, placed))
 
     def _learn(self) -> None:
         self.memory.blocks += 1
@@ -828,14 +842,11 @@ class Observation:
             slot.kept.clear()
 
     def _accumulate(self, use: Use, gradient: Tensor) -> None:
-        parameter = use.slot.parameter
-        if use.value is not parameter or parameter._backward_hooks:
-            with torch.enable_grad():  # through views, past hooks
-                torch.autograd.backward((use.value,), (gradient,), retain_graph=use.is_derived)
-        elif parameter.grad is None:
-            parameter.grad = gradient
+        if use.value is use.slot.parameter:
+            accumulate(use.slot.parameter, gradient)
         else:
-            parameter.grad += gradient
+            with torch.enable_grad():  # through views
+                torch.autograd.backward((use.value,), (gradient,), retain_graph=use.is_derived)
 
     def release(self) -> None:
         """Take the audit's hooks off the parameters."""
@@ -850,3 +861,19 @@ class Observation:
                 kept.clear()
         self.slots.clear()
         del self.start
+
+
+def _keep(use: Use, contribution: Contribution) -> None:
+    versions = tuple(kept._version for kept in contribution.kept)
+    use.slot.kept.append((use, contribution, versions))
+
+
+def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add to ``.grad`` as a backward would, past the parameter's hooks."""
+    if parameter._backward_hooks:
+        with torch.enable_grad():
+            torch.autograd.backward((parameter,), (gradient,))
+    elif parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient
