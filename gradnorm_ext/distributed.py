@@ -238,6 +238,12 @@ def find_ranks(who: str, model: nn.Module, how: How | None, process_group: Any) 
     return None if ranks.size == 1 else dataclasses.replace(ranks, divisor=float(divisor or ranks.size))
 
 
+def split_among(model: nn.Module) -> int:
+    """How many processes have parts of the same layers and the same examples (tensor parallelism); else 1."""
+    meshes = [getattr(parameter, "device_mesh", None) for parameter in model.parameters()]
+    return max((mesh.size() for mesh in meshes if mesh is not None), default=1)
+
+
 def sharded_modules(model: nn.Module) -> list[nn.Module]:
     """Those that FSDP2's ``fully_shard`` was called on."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradnorm_ext.distributed import How, Ranks, find_ranks
+from gradnorm_ext.distributed import How, Ranks, find_ranks, split_among
 from gradnorm_ext.history import History
 from gradnorm_ext.layers import Plan, accumulate
 from gradnorm_ext.meter import Block, Given, Meter
@@ -392,7 +392,7 @@ class Reweighted(torch.optim.Optimizer):
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         size = torch.distributed.get_world_size() if several else 1
         if ranks is None:
-            if size > 1 and self.meter.ranks != "local":
+            if size > split_among(self.meter.model) and self.meter.ranks != "local":
                 raise RuntimeError(
                     "Reweighted: processes that train one model must weigh alike, got a process group of "
                     f"{size} and a model that is neither DDP nor FSDP2; give the DDP module itself, or process_group=..., "

@@ -10,7 +10,15 @@ import torch
 from oracle import Case, Transformer, group_norms, per_example_gradients, relative, token_loss
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from worlds import run_world
 
@@ -51,9 +59,9 @@ def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
 class Truth:
     """Each example's contribution to the averaged gradient, and what follows from it."""
 
-    def __init__(self, case: Case, tasks: torch.Tensor = TASKS) -> None:
+    def __init__(self, case: Case, tasks: torch.Tensor = TASKS, ranks: int = RANKS) -> None:
         one_by_one = per_example_gradients(case)
-        self.gradients = [{name: g / RANKS for name, g in of.items()} for of in one_by_one]
+        self.gradients = [{name: g / ranks for name, g in of.items()} for of in one_by_one]
         self.tasks = tasks
         self.example_norm = group_norms(self.gradients, torch.arange(len(self.gradients)), len(self.gradients))
         self.task_norm = group_norms(self.gradients, tasks, 2)
@@ -357,6 +365,103 @@ def check_options_of_fsdp(rank: int) -> None:
             optimizer.step()
 
 
+class Split(nn.Module):
+    """What DTensor splits: a vocabulary, columns and rows of products with and without bias, norms of parts of sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.norm1, self.norm2 = nn.Embedding(13, 8), nn.LayerNorm(8), nn.RMSNorm(8)
+        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 14, bias=False)
+        self.gate, self.back = nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False)
+        self.own = nn.Linear(8, 8)  # not split
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.tokens(ids)
+        h = h + self.down(torch.tanh(self.up(self.norm1(h))))
+        h = h + self.back(torch.tanh(self.gate(self.norm2(h))))
+        return self.head(torch.tanh(self.own(h)))
+
+
+def split(model: nn.Module, mesh, sequence: bool, embedding: str) -> nn.Module:
+    rows = Shard(1) if sequence else Replicate()
+    into, out_of = ColwiseParallel(input_layouts=rows), RowwiseParallel(output_layouts=rows)
+    whole = {"input_layouts": Replicate(), "output_layouts": rows}
+    plan = {
+        "tokens": RowwiseParallel(**whole) if embedding == "rows" else ColwiseParallel(**whole),
+        **{"up": into, "gate": into, "down": out_of, "back": out_of},
+        "head": ColwiseParallel(input_layouts=rows, output_layouts=Replicate()),
+        **({name: SequenceParallel() for name in ("norm1", "norm2")} if sequence else {}),
+    }
+    return parallelize_module(model, mesh, plan)
+
+
+def check_split_layers(mesh, wrap, data_ranks: int, part: slice, sequence: bool) -> None:
+    torch.manual_seed(0)
+    x, y = (torch.randint(0, 13, (EXAMPLES, 6), generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    case = Case(Split(), x, y, token_loss).to(torch.float64)
+    if sequence:  # a layer that is not split would see this rank's rows only, in its gradient as in its norms
+        case.model.own.requires_grad_(False)
+    truth = Truth(case, ranks=data_ranks)
+    bound = float(truth.example_norm.median())
+    for embedding in ("rows", "columns") if data_ranks == 1 else ("rows",):
+        for how in (None, {}, {"passes": 2}, {"apply": "next_step"}) if data_ranks == 1 else ({"passes": 2},):
+            model = wrap(split(copy.deepcopy(case.model), mesh, sequence, embedding))
+            observer = Meter(model, tasks=2)
+            if how is not None:
+                policy = InverseNorm() if "apply" in how else ClipExamples(bound)
+                observer = Reweighted(torch.optim.SGD(model.parameters(), 0.0), observer, policy, **how)
+            for _ in range(2):
+                model.zero_grad()
+                with observer.observe(tasks=TASKS[part]):
+                    loss = case.loss(model(case.x[part]), case.y[part])
+                    loss.backward() if how is None else observer.backward(loss)
+                assert relative(observer.stats.example_norm, truth.example_norm[part]) <= CLOSE, (how, embedding)
+                if data_ranks == 1:
+                    assert relative(observer.stats.task_norm, truth.task_norm) <= CLOSE
+                weights = torch.ones(EXAMPLES)
+                if how is not None:
+                    weights = observer.weights[TASKS] if "apply" in how else (bound / truth.example_norm).clamp(max=1)
+                assert_gradients(model, truth.weighted(weights))
+
+
+def check_tensor_parallel(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for sequence in (False, True):
+        check_split_layers(mesh, lambda model: model, 1, slice(None), sequence)
+
+
+class Gain(nn.Module):
+    """A norm of its own, as transformers' models have: no rule expects a DTensor here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x
+
+
+def check_split_layers_without_a_rule(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Sequential(nn.Linear(8, 8), Gain())
+    model = parallelize_module(model, mesh, {"1": SequenceParallel()})
+    with (
+        pytest.raises(RuntimeError, match=r"no rule for 1.weight of Gain, which is trainable and split"),
+        Meter(model).observe(),
+    ):
+        model(torch.randn(2, 4, 8))
+    model = parallelize_module(nn.Sequential(nn.Linear(8, 8)), mesh, {"0": RowwiseParallel()})
+    with pytest.raises(RuntimeError, match="of whole parameters, got 0.weight"), Meter(model, gram=True).observe():
+        model(torch.randn(2, 4, 4))
+
+
+def check_fsdp_of_tensor_parallel(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "split"))
+    for sequence in (False, True):
+        wrap = lambda model: fully_shard(model, mesh=mesh["data"])  # noqa: E731
+        check_split_layers(mesh["split"], wrap, 2, OF_RANK[rank // 2], sequence)
+
+
 def check_refusals(rank: int) -> None:
     case, part = make_case(), OF_RANK[rank]
     for wrap in (ddp, fsdp):
@@ -400,3 +505,11 @@ def test_fsdp2_measures_and_weighs_as_one_process_would(tmp_path):
     checks = [check_meters_of_fsdp, check_two_passes_of_fsdp, check_next_step_of_fsdp, check_an_empty_rank_of_fsdp]
     checks += [check_accumulation_of_fsdp, check_options_of_fsdp]
     run_world(RANKS, checks, tmp_path)
+
+
+def test_layers_that_dtensor_splits_are_measured_whole(tmp_path):
+    run_world(2, [check_tensor_parallel, check_split_layers_without_a_rule], tmp_path)
+
+
+def test_fsdp2_over_tensor_parallel_layers(tmp_path):
+    run_world(4, [check_fsdp_of_tensor_parallel], tmp_path)

@@ -1,6 +1,7 @@
 """How a model's layers are observed: taps see a parameter's uses, rules measure them, the observation adds them up."""
 
 from gradnorm_ext.layers import rules as _rules  # noqa: F401  importing them lists them
+from gradnorm_ext.layers import tensor_parallel as _tensor_parallel  # noqa: F401
 from gradnorm_ext.layers import unruled as _unruled  # noqa: F401
 from gradnorm_ext.layers.checkpoints import repeatable_checkpoints
 from gradnorm_ext.layers.contributions import gram_of

@@ -17,7 +17,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -33,6 +33,7 @@ from gradnorm_ext.layers.contributions import (
     Outer,
     Place,
     Placed,
+    Sums,
     TiedOuter,
     combined_gram,
     combined_sqnorm,
@@ -62,6 +63,8 @@ class Slot:
         self.hooked = False  # audited in this block
         self.shard: nn.Parameter | None = None  # FSDP2 puts the whole parameter in place of it
         self.audit_due = False  # audited as soon as it has
+        self.split_over: Any = None  # the process group that has the parameter's other parts (tensor parallelism)
+        self.rows_over: Any = None  # the one that has the examples' other rows (sequence parallelism)
         self.delivered: Tensor | None = None  # audit: the sum of what the rules gave
 
 
@@ -103,6 +106,8 @@ class Use:
     def place(self) -> Place | None:
         """Where the value lies in the parameter's memory; None where it is not a view of it."""
         value, parameter = self.value, self.slot.parameter
+        if hasattr(parameter, "device_mesh"):
+            return None
         is_view = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
         if not is_view or value.dtype != parameter.dtype:
             return None
@@ -189,6 +194,12 @@ def _computes_in_half(parameter: Tensor) -> bool:
     device = parameter.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
     return autocast or parameter.dtype == torch.float16
+
+
+def _sum_over(group: Any, tensor: Tensor) -> Tensor:
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(tensor, group=group)
+    return tensor
 
 
 class Shards(Protocol):
@@ -297,10 +308,25 @@ class Observation:
                     self._audit(slot)
         return slot
 
+    def split_read(self, slot: Slot, module: nn.Module) -> RuntimeError:
+        """The error for a DTensor that is read where no rule expects one."""
+        return RuntimeError(
+            f"{self.who}: no rule for {slot.name} of {type(module).__name__}, which is trainable and split among ranks; "
+            "let Linear, Embedding, LayerNorm or RMSNorm use it, with DTensors as inputs, or freeze it"
+        )
+
+    def check_split(self, slot: Slot) -> None:
+        """Refuse what needs the whole gradient of a parameter that has parts on other ranks."""
+        if self.plan.totals is not None or self.plan.layer_weights is not None or self.plan.gram:
+            raise RuntimeError(
+                f"{self.who}: the tasks' gradients and norms by layer are formed of whole parameters, got {slot.name}, which "
+                'is split among ranks; leave out gram, exact_tasks, ranks="exact" and scope="layer"'
+            )
+
     def look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What a module's arguments say; the first ones are the model's inputs."""
         for one in args:
-            if isinstance(one, Tensor) and not one.requires_grad:
+            if isinstance(one, Tensor) and not one.requires_grad and not hasattr(one, "device_mesh"):
                 self.data.add(one.untyped_storage().data_ptr())
         if not self.rows_per_example:
             self._look_at_inputs(args, kwargs)
@@ -314,7 +340,8 @@ class Observation:
             if one.dim() > self.batch_dim and one.shape[self.batch_dim] == self.examples:
                 first = one.shape[1 - self.batch_dim] if one.dim() > 1 else 1
                 self.rows_per_example |= {first * math.prod(one.shape[2:end]) for end in range(2, one.dim() + 1)}
-                self.inputs.add(one.untyped_storage().data_ptr())
+                if not hasattr(one, "device_mesh"):
+                    self.inputs.add(one.untyped_storage().data_ptr())
 
     def _begin_with(self, sizes: Sequence[int]) -> None:
         if not sizes or sizes[0] == 0:
@@ -411,6 +438,9 @@ class Observation:
         self, use: Use, contribution: Contribution, needs_gradient: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """What a use's backward returns for the parameter and for the probe."""
+        if use.slot.rows_over is not None:
+            assert isinstance(contribution, Sums)
+            contribution = replace(contribution, sums=_sum_over(use.slot.rows_over, contribution.sums))
         if self.tagging is not None:
             self._tag(use, contribution)
             return None, None
@@ -536,6 +566,12 @@ class Observation:
             return torch.cat([norms, norms.new_zeros(self.batch.groups.counts[-1] ** 2)])
         return torch.cat([norms, gram().flatten().to(norms)]) if self.plan.gram else norms
 
+    def _add_parts(self, figures: Tensor) -> None:
+        """Of parameters that are split among ranks, add the squared norms of the parts."""
+        for group in dict.fromkeys(slot.split_over for slot in self.slots.values() if slot.split_over is not None):
+            rows = [slot.index for slot in self.slots.values() if slot.split_over is group]
+            figures[rows] = _sum_over(group, figures[rows])
+
     def _sum_over_ranks(self, figures: Tensor, total: Callable[[Tensor], Tensor]) -> None:
         """The tasks' inner products over all ranks; every rank sums every parameter, whatever it used, in one order."""
         assert self.batch is not None and self.plan.totals is not None
@@ -604,6 +640,9 @@ class Observation:
             if self.tagging is not None or self.placing:
                 return None
             delivered, slot.delivered = slot.delivered, None
+            given = total
+            if hasattr(total, "to_local"):
+                total = total.to_local()
             if delivered is None:
                 self.failures.append(f"{slot.name} got a gradient from a use that was not seen")
             elif delivered is not total and not torch.equal(delivered, total):
@@ -614,7 +653,7 @@ class Observation:
                 ):
                     self.failures.append(f"{slot.name} got a gradient that its seen uses account for only in part")
             waits = self.plan.keep or (self.plan.layer_weights is not None and self._adds_up(slot))
-            return torch.zeros_like(total) if waits else None
+            return torch.zeros_like(given) if waits else None
 
         return compare
 
@@ -739,6 +778,7 @@ class Observation:
                 figures[slot.index] = self._combined(slot).to(figures)
             if slot.kept and self.plan.layer_weights is not None:
                 slot.weights = self.plan.layer_weights(slot.name, figures[slot.index])
+        self._add_parts(figures)
         if self.plan.over_ranks is not None:
             self._sum_over_ranks(figures, self.plan.over_ranks)
         self._learn()
