@@ -446,12 +446,12 @@ def check_split_layers_without_a_rule(rank: int) -> None:
     model = nn.Sequential(nn.Linear(8, 8), Gain())
     model = parallelize_module(model, mesh, {"1": SequenceParallel()})
     with (
-        pytest.raises(RuntimeError, match=r"no rule for 1.weight of Gain, which is trainable and split"),
+        pytest.raises(RuntimeError, match=r"no rule for 1\.weight of Gain, which is trainable and split"),
         Meter(model).observe(),
     ):
         model(torch.randn(2, 4, 8))
     model = parallelize_module(nn.Sequential(nn.Linear(8, 8)), mesh, {"0": RowwiseParallel()})
-    with pytest.raises(RuntimeError, match="of whole parameters, got 0.weight"), Meter(model, gram=True).observe():
+    with pytest.raises(RuntimeError, match=r"of whole parameters, got 0\.weight"), Meter(model, gram=True).observe():
         model(torch.randn(2, 4, 4))
 
 
