@@ -119,12 +119,12 @@ class Ranks:
 class Shards:
     """A model under FSDP2, whose backward takes collectives."""
 
-    ranks: Ranks
+    ranks: Ranks | None  # None: there is but one process
     groups: Sequence[Any]  # FSDP2's records of what is sharded together
 
     def agree(self, *numbers: int) -> list[int]:
         """The largest of each number over the ranks."""
-        return self.ranks.agree(*numbers)
+        return list(numbers) if self.ranks is None else self.ranks.agree(*numbers)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

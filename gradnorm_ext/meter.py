@@ -289,7 +289,7 @@ class Meter:
             derives=self.on_unsupported == "vmap",
             constants=functools.partial(_constants, modules),
             always_verify=always_verify,
-            **self._sharding(ranks, modules),
+            **self._engine(who, modules),
         )
         names = [name for name, _ in parameters]
 
@@ -363,8 +363,13 @@ class Meter:
             )
         return dataclasses.replace(plan, gram=True, totals={}, over_ranks=ranks.total) if ranks.exact else plan
 
-    def _sharding(self, ranks: Ranks | None, modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Any]:
-        """What an observation has to know of FSDP2: the ranks that verify together, and whose parameters are exchanged."""
+    def _engine(self, who: str, modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Any]:
+        """What an observation has to know of DDP and FSDP2.
+
+        Whether gradients are reduced during backward, which ranks verify together, and which parameters are exchanged.
+        """
+        if any(isinstance(module, nn.parallel.DistributedDataParallel) for _, module in modules):
+            return {"reduces_early": True}
         groups = [group for module in sharded_modules(self.model) for group in parameter_groups(module)]
         if not groups:
             return {}
@@ -374,7 +379,8 @@ class Meter:
             for name, parameter in module._parameters.items():
                 if id(parameter) in exchanged:
                     places.setdefault(id(parameter), []).append((id(module), name))
-        return {"places": places, "shards": None if ranks is None else Shards(ranks, groups)}
+        shards = Shards(find_ranks(who, self.model, None, self.process_group), groups)
+        return {"places": places, "shards": shards, "reduces_early": True}
 
     def _batch(self, who: str, device: torch.device, batch: Given, ranks: Ranks | None) -> _Batch:
         tasks, prompts, rewards = batch.get("tasks"), batch.get("prompts"), batch.get("rewards")

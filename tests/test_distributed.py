@@ -231,6 +231,19 @@ def check_an_empty_rank_of_fsdp(rank: int) -> None:
     check_missing_tasks_and_an_empty_rank(rank, fsdp)
 
 
+def check_ranks_by_themselves(rank: int) -> None:
+    """Still verified in step with the others."""
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case, ranks=1)
+    model = fsdp(copy.deepcopy(case.model))
+    meter = Meter(model, tasks=2, ranks="local")
+    for _ in range(2):
+        with meter.observe(tasks=TASKS[part]):
+            case.loss(model(case.x[part]), case.y[part]).backward()
+        assert relative(meter.stats.example_norm, truth.example_norm[part]) <= CLOSE
+        assert meter.stats.task_count.tolist() == TASKS[part].bincount().tolist()
+
+
 def check_units_that_no_rank_can_compare(rank: int) -> None:
     """One example of each task on either rank: no pair, hence no estimate; exact norms are there."""
     case = make_case(examples=4)
@@ -480,6 +493,11 @@ def check_refusals(rank: int) -> None:
         local = Reweighted(torch.optim.SGD(model.parameters(), 0.1), model, InverseNorm(), tasks=2, ranks="local")
         with pytest.raises(RuntimeError, match="must weigh alike"), local.observe(tasks=TASKS):
             pass
+    for wrap in (ddp, lambda model: fully_shard(model)):
+        model = wrap(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)))
+        refused = pytest.raises(RuntimeError, match=r"must be formed there, got (module\.)?0\.parametrizations")
+        with refused, Meter(model, on_unsupported="vmap").observe():
+            model(torch.randn(5, 4)).square().sum().backward()
     plain = copy.deepcopy(case.model)
     optimizer = Reweighted(torch.optim.SGD(plain.parameters(), 0.1), plain, InverseNorm(), tasks=2)
     with pytest.raises(RuntimeError, match="neither DDP nor FSDP2"), optimizer.observe(tasks=TASKS):
@@ -503,7 +521,7 @@ def test_ddp_measures_and_weighs_as_one_process_would(tmp_path):
 
 def test_fsdp2_measures_and_weighs_as_one_process_would(tmp_path):
     checks = [check_meters_of_fsdp, check_two_passes_of_fsdp, check_next_step_of_fsdp, check_an_empty_rank_of_fsdp]
-    checks += [check_accumulation_of_fsdp, check_options_of_fsdp]
+    checks += [check_accumulation_of_fsdp, check_options_of_fsdp, check_ranks_by_themselves]
     run_world(RANKS, checks, tmp_path)
 
 

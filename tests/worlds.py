@@ -30,7 +30,7 @@ def run_world(size: int, checks: Sequence[Callable[[int], None]], folder: Path) 
 def _process(rank: int, size: int, checks: Sequence[Callable[[int], None]], folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(minutes=5))
     for check in checks:
         try:
             torch.manual_seed(0)

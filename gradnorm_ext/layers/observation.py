@@ -230,6 +230,7 @@ class Observation:
         derives: bool = False,
         constants: Callable[[], frozenset[int]] = frozenset,
         always_verify: bool = False,
+        reduces_early: bool = False,
         shards: Shards | None = None,
         places: Mapping[int, tuple[tuple[int, str], ...]] | None = None,
     ) -> None:
@@ -238,6 +239,7 @@ class Observation:
         self.slots = {
             id(p): Slot(i, name, p, wanted is None or name in wanted) for i, (name, p) in enumerate(parameters)
         }
+        self.reduces_early = reduces_early  # gradients, in backward: DDP, FSDP2
         self.shards = shards
         self.by_place: dict[tuple[int, str], Slot] = {}  # (module, name), of parameters that FSDP2 exchanges
         for key, found in (places or {}).items():
@@ -500,6 +502,11 @@ class Observation:
         self, use: Use, contribution: Contribution, needs_gradient: bool, apart: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """A use's gradient, or what it is formed of at the block's end, and its norms unless they are taken apart."""
+        if use.is_derived and self.reduces_early:
+            raise RuntimeError(
+                f"{self.who}: gradients that are reduced during backward must be formed there, got {use.slot.name}, which "
+                "another parameter is derived from, and whose gradient comes when the block closes; freeze it"
+            )
         slot, by_layer = use.slot, self.plan.layer_weights
         if by_layer is not None and use.followers:
             together = ", ".join(follower.slot.name for follower in use.followers)
