@@ -59,12 +59,12 @@ def outer_method(rows_per_segment: float, d: int, p: int, with_dw: bool) -> str:
     Counted per row, in multiply-adds of a large matrix product:
 
         gram      (1.5 rows_per_segment + 75) (p + d) / 2
-        direct    (10 / rows_per_segment + 0.06) p d        beside dW, which is formed anyway
-                  (10 / rows_per_segment + 1.06) p d        without dW
+        direct    9 / rows_per_segment p d                  beside dW, which is formed anyway
+                  (9 / rows_per_segment + 0.95) p d         without dW
 
-    A small matrix product is slower (1.5) and has to be set up (75); a pass over a segment's tile in cache costs as
-    much as 10 multiply-adds an entry; multiplying tile by tile loses 6 %. Fitted on 2026-11-21 to segments of 1 to 256
-    rows, 1024 rows in all, at 256², 768 x 256, 1024² and 4096 x 256: one thread of a Xeon (AVX-512), torch 2.13, MKL.
+    A small matrix product is slower (1.5) and has to be set up (75); squaring and adding a segment's tile costs as much
+    as 9 multiply-adds an entry. Fitted on 2026-11-21 to segments of 2 to 256 rows, 1024 rows in all, at 256²,
+    1024 x 256, 4096 x 256, 768² and 1024²: one thread of a Xeon (AVX-512), torch 2.13, MKL.
 
     Args:
         rows_per_segment: rows of a segment, or Σ rows² / Σ rows over segments that differ.
@@ -76,7 +76,7 @@ def outer_method(rows_per_segment: float, d: int, p: int, with_dw: bool) -> str:
         ('gram', 'direct')
     """
     gram = (1.5 * rows_per_segment + 75) * (p + d) / 2
-    direct = (10 / max(rows_per_segment, 1) + (0.06 if with_dw else 1.06)) * p * d
+    direct = (9 / max(rows_per_segment, 1) + (0 if with_dw else 0.95)) * p * d
     return "gram" if gram < direct else "direct"
 
 
