@@ -368,6 +368,8 @@ class Meter:
 
         Whether gradients are reduced during backward, which ranks verify together, and which parameters are exchanged.
         """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return {}
         if any(isinstance(module, nn.parallel.DistributedDataParallel) for _, module in modules):
             return {"reduces_early": True}
         groups = [group for module in sharded_modules(self.model) for group in parameter_groups(module)]

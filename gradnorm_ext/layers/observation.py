@@ -426,7 +426,6 @@ class Observation:
         recomputed = torch._C._current_graph_task_id() != -1 and slot.uses
         if not recomputed:
             slot.uses.append(use)
-        self.half = self.half or _computes_in_half(value)
         if use.key not in self.memory.verified:
             if self.shards is None and not self.backward_once:
                 self.verify = self.verify or self.examples != 1
@@ -434,6 +433,8 @@ class Observation:
                 self.memory.unverified |= not self.verify and (self.examples or 0) > 1
             if self.examples != 0:
                 self._audit(slot)
+        if self.verify and not self.half:
+            self.half = _computes_in_half(value)
         return use
 
     def deliver(
@@ -711,15 +712,14 @@ class Observation:
             self.tagging = "scaled"
             for digit in range(digits):
                 power = ((example // 8**digit) % 8).to(torch.float32)
-                self.tag_factor = 2.0 ** (
+                factor = self.tag_factor = 2.0 ** (
                     power - 7 if self.half else power
-                )  # no larger than what the loss's scale allows
+                )  # 1: all that float16 has room for
+                scaled = gradients
                 if self.examples > 0:
-                    scaled = [
-                        layout.scaled(g, self.tag_factor.to(g.dtype))
-                        for g, layout in zip(gradients, layouts, strict=True)
-                    ]
-                self._backward_to_probe(edges, scaled if self.examples > 0 else gradients)
+                    each = zip(gradients, layouts, strict=True)
+                    scaled = tuple(layout.scaled(g, factor.to(g.dtype)) for g, layout in each)
+                self._backward_to_probe(edges, scaled)
         finally:
             self.tagging = None
 
