@@ -2,6 +2,7 @@
 
     python bench/run.py ops [--backend native ...] [--size small|all] [--threads 1]
     python bench/run.py step [--model gpt gpt512 mlp] [--variant meter ...] [--runs N] [--threads 1] [--profile VARIANT]
+    python bench/run.py scale                  # DDP, FSDP2, checkpoints, autocast, and growth with the sizes
     python bench/run.py gpu [--interpret]      # bench/gpu.sh does what comes before
 
 Nothing is timed before its result was compared with plain torch in float64 (checks.py): what is wrong is refused, and
@@ -61,13 +62,18 @@ def main() -> int:
     of_step.add_argument("--profile", choices=tuple(VARIANTS), help="only show where this variant's time goes")
     of_gpu = commands.add_parser("gpu", help="the Triton kernels, and a step of a large model")
     of_gpu.add_argument("--interpret", action="store_true", help="a dry run on the CPU")
+    of_scale = commands.add_parser("scale", help="larger training: several processes, checkpoints, mixed precision")
     for command in (of_ops, of_step):
         command.add_argument("--threads", type=int, default=1)
+    for command in (of_ops, of_step, of_scale):
         command.add_argument("--quick", action="store_true", help="tiny sizes, nothing is recorded")
     given = parser.parse_args()
     refusals: list[str] = []
     if given.command == "gpu":
         return finish(record_gpu(given.interpret, refusals), refusals)
+    if given.command == "scale":
+        figures = time_scale(given.quick, refusals)
+        return finish(None if given.quick else record(figures, 1, device_name()), refusals)
     torch.set_num_threads(given.threads)
     if given.command == "ops":
         built = [name for name in ("native", "reference") if not isinstance(backends.load(name), str)]
@@ -261,6 +267,29 @@ def peak_in_fresh_process(*arguments: Any) -> int:
     fresh.set_forkserver_preload(["torch._dynamo", "gradnorm_ext"])  # an optimizer's first step imports _dynamo
     with ProcessPoolExecutor(1, mp_context=fresh) as process:
         return process.submit(peak_bytes, *arguments).result()
+
+
+SCALE_BOUNDS = {"ddp_meter": 1.08, "fsdp2_meter": 1.08}  # of the time of a plain step
+MOST_BYTES = 1024  # per task and step, of what "unbiased" figures send
+
+
+def time_scale(quick: bool, refusals: list[str]) -> list[Figure]:
+    """Times what `scale.py` has: ratios of wall times to the plain step, bytes sent, and growth."""
+    import scale
+
+    figures = []
+    for case, size, figure, samples in scale.measure(quick, refusals):
+        one = (
+            Figure.of(case, size, "auto", figure, samples)
+            if len(samples) > 1
+            else Figure(case, size, "auto", figure, samples[0])
+        )
+        bound = None if quick else SCALE_BOUNDS.get(case) if figure == "time_ratio" else None
+        if figure == "bytes_per_task" and not case.endswith("exact"):
+            bound = float(MOST_BYTES)
+        print(f"{case:26} {size:14} {figure:16} {verdict(one, bound)}", flush=True)
+        figures.append(one)
+    return figures
 
 
 def print_profile(variant: str, problem: Problem) -> None:

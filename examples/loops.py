@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,14 +12,17 @@ INTERRUPTED = 130  # exit status after Ctrl-C
 
 
 class Loops:
-    """Counted loops with a progress bar each. After Ctrl-C a loop ends before its next step, after a second at once."""
+    """Counted loops with a progress bar each. After Ctrl-C a loop ends before its next step, after a second at once.
 
-    def __init__(self, totals: dict[str, int], console: Console) -> None:
+    ``in_any_process``: whether a flag is set in any of the processes that go through the loops together.
+    """
+
+    def __init__(self, totals: dict[str, int], console: Console, in_any_process: Callable[[bool], bool] = bool) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
         self.bars = {name: self.progress.add_task(name, total=n, start=False, note="") for name, n in totals.items()}
         self.totals = totals
-        self.stopped = False
+        self.stopped, self.in_any_process = False, in_any_process
 
     def __enter__(self) -> Loops:
         self.previous = signal.signal(signal.SIGINT, self._stop)
@@ -36,7 +39,7 @@ class Loops:
     def steps(self, name: str) -> Iterator[int]:
         self.progress.start_task(self.bars[name])
         for step in range(self.totals[name]):
-            if self.stopped:
+            if self.in_any_process(self.stopped):
                 return
             yield step
             self.progress.advance(self.bars[name])

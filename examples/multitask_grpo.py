@@ -5,11 +5,15 @@ A small Llama learns to copy, reverse, add and reach a target number, one charac
     python examples/multitask_grpo.py             # two to three minutes on two CPU cores
     python examples/multitask_grpo.py --quick     # under forty seconds
     python examples/multitask_grpo.py --help
+    torchrun --nproc-per-node 2 examples/multitask_grpo.py    # DDP: each process trains on its share of the prompts
 
 It leaves tables on the screen and, in ``results/multitask_grpo``, every step as CSV (a file for each run), a summary as
 JSON, and plots.
 Ctrl-C finishes the step under way, reports what there is and exits with status 130; a second Ctrl-C stops at once.
 Needs torch, transformers, matplotlib and rich.
+
+Several processes draw the same rollouts and measure exactly (``ranks="exact"``), so that their statistics are those of
+one process; a training run of its own would have each draw its share.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from loops import INTERRUPTED, Loops
@@ -43,6 +48,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradnorm_ext
@@ -234,15 +240,23 @@ def sample(model: LlamaForCausalLM, problems: list[Problem], samples: int, gener
     )
 
 
-def completion_loss(model: LlamaForCausalLM, tokens: Tensor, attention: Tensor, weight: Tensor) -> Tensor:
+def completion_loss(
+    model: LlamaForCausalLM | DistributedDataParallel,
+    tokens: Tensor,
+    attention: Tensor,
+    weight: Tensor,
+    count: Tensor | float | None = None,
+) -> Tensor:
     """The mean over all completion tokens of -log p(token) times the `weight` `[B]` of its example.
+
+    ``count``: what the sum is divided by, where these are a part of the completions.
 
     With advantages as weights this is the loss of GRPO on policy, where the importance ratio is 1, up to a constant.
     """
     logits = model(input_ids=tokens, attention_mask=attention, use_cache=False).logits[:, PROMPT_LENGTH - 1 : -1]
     surprise = F.cross_entropy(logits.transpose(1, 2), tokens[:, PROMPT_LENGTH:], reduction="none")
     mask = attention[:, PROMPT_LENGTH:]
-    return (weight[:, None] * surprise * mask).sum() / mask.sum()
+    return (weight[:, None] * surprise * mask).sum() / (mask.sum() if count is None else count)
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -251,6 +265,23 @@ def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sch
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
     )
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def in_any_rank(flag: bool) -> bool:
+    if ranks() == 1:
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flags = torch.tensor(int(flag), device=device)
+    dist.all_reduce(flags)
+    return bool(flags)
 
 
 @dataclass(frozen=True)
@@ -285,17 +316,22 @@ def warm_up(model: LlamaForCausalLM, settings: Settings, avoid: frozenset[str], 
         loops.note("warm-up", f"loss {loss.item():.2f}")
 
 
-def plain(model: LlamaForCausalLM, rate: float) -> tuple[torch.optim.Optimizer, gradnorm_ext.Meter]:
-    return adamw(model, rate), gradnorm_ext.Meter(model, tasks=NAMES)
+Model = LlamaForCausalLM | DistributedDataParallel
 
 
-def inverse_norm(model: LlamaForCausalLM, rate: float) -> tuple[torch.optim.Optimizer, gradnorm_ext.Reweighted]:
-    policy = gradnorm_ext.InverseNorm()
-    optimizer = gradnorm_ext.Reweighted(adamw(model, rate), model, policy=policy, apply="same_step", tasks=NAMES)
+def plain(model: Model, rate: float) -> tuple[torch.optim.Optimizer, gradnorm_ext.Meter]:
+    return adamw(model, rate), gradnorm_ext.Meter(model, tasks=NAMES, ranks="exact")
+
+
+def inverse_norm(model: Model, rate: float) -> tuple[torch.optim.Optimizer, gradnorm_ext.Reweighted]:
+    passes = 2 if isinstance(model, DistributedDataParallel) else 1  # DDP reduces gradients while backward forms them
+    optimizer = gradnorm_ext.Reweighted(
+        adamw(model, rate), model, gradnorm_ext.InverseNorm(), passes=passes, tasks=NAMES, ranks="exact"
+    )
     return optimizer, optimizer
 
 
-def adamw(model: LlamaForCausalLM, rate: float) -> torch.optim.AdamW:
+def adamw(model: Model, rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
 
 
@@ -316,7 +352,8 @@ class Run:
 
 def grpo(run: Run, model: LlamaForCausalLM, settings: Settings, avoid: frozenset[str], loops: Loops) -> None:
     """On-policy GRPO. Prompts and random numbers depend on the seed alone: they are the same in every run."""
-    optimizer, observer = RUNS[run.name](model, settings.rate)
+    trained = DistributedDataParallel(model) if ranks() > 1 else model
+    optimizer, observer = RUNS[run.name](trained, settings.rate)
     rate = schedule(optimizer, settings.steps)
     rng = random.Random(f"grpo {settings.seed}")
     for step in loops.steps(run.name):
@@ -325,9 +362,12 @@ def grpo(run: Run, model: LlamaForCausalLM, settings: Settings, avoid: frozenset
         rollouts = sample(model, problems, settings.samples, generator(model.device, settings.seed, 1 + step))
         advantages = gradnorm_ext.group_advantages(rollouts.rewards, rollouts.prompts)
 
-        with observer.observe(tasks=rollouts.tasks, prompts=rollouts.prompts, rewards=rollouts.rewards):
-            loss = completion_loss(model, rollouts.tokens, rollouts.attention, advantages)
-            loss.backward()
+        own = (rollouts.prompts % ranks() == rank()).nonzero()[:, 0]
+        count = rollouts.attention[:, PROMPT_LENGTH:].sum() / ranks()  # DDP averages over the ranks
+        tokens, attention = rollouts.tokens[own], rollouts.attention[own]
+        with observer.observe(tasks=rollouts.tasks[own], prompts=rollouts.prompts[own], rewards=rollouts.rewards[own]):
+            loss = completion_loss(trained, tokens, attention, advantages[own], count)
+            observer.backward(loss) if isinstance(observer, gradnorm_ext.Reweighted) else loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
@@ -484,16 +524,33 @@ def experiment(settings: Settings, device: torch.device, loops: Loops) -> tuple[
 
 
 def main() -> int:
-    started = time.perf_counter()
-    options, console = parse(), Console()
+    """One process of ``torchrun``, or the only one; the first reports."""
+    options, started = parse(), time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return run_all(options, started)
+    if torch.cuda.is_available() and options.device in ("auto", "cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    try:
+        return run_all(options, started)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_all(options: argparse.Namespace, started: float) -> int:
+    console = Console(quiet=rank() > 0)
     options.out.mkdir(parents=True, exist_ok=True)
     settings = replace(QUICK if options.quick else Settings(), seed=options.seed)
     settings = replace(settings, steps=options.steps or settings.steps)
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # more only wait for each other in a model this small
+    torch.set_num_threads(
+        min(2 if ranks() == 1 else 1, torch.get_num_threads())
+    )  # more only wait for each other in a model this small
     has_gpu = torch.cuda.is_available()
     device = torch.device(("cuda" if has_gpu else "cpu") if options.device == "auto" else options.device)
 
-    with Loops({"warm-up": settings.warm_up_steps} | dict.fromkeys(RUNS, settings.steps), console) as loops:
+    with Loops(
+        {"warm-up": settings.warm_up_steps} | dict.fromkeys(RUNS, settings.steps), console, in_any_rank
+    ) as loops:
         before, runs = experiment(settings, device, loops)
         loops.finish()
         verdicts = report(before, runs, console) if runs else ["Stopped before the first GRPO step."]
@@ -503,6 +560,7 @@ def main() -> int:
             "settings": asdict(settings),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
             "threads": torch.get_num_threads(),
+            "ranks": ranks(),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -514,7 +572,7 @@ def main() -> int:
             "runs": {run.name: {"steps": run.steps, "seconds": run.seconds, "tasks": summary_of(run)} for run in runs},
             "verdicts": verdicts,
         }
-        files = write(before, runs, summary, options.out)
+        files = write(before, runs, summary, options.out) if rank() == 0 else []
     console.print(*verdicts, sep="\n", highlight=False)
     console.print(f"\nResults in {options.out}: {', '.join(files)}", highlight=False)
     return INTERRUPTED if loops.stopped else 0

@@ -123,7 +123,7 @@ class History:
             raise ValueError(
                 "History: stats.task_norm must have been measured to smooth it, got None; give the meter more than one task"
             )
-        norm = self.mean("sqnorm").sqrt()
+        norm = self.mean("sqnorm").clamp(min=0).sqrt()
         return dataclasses.replace(
             stats,
             task_norm=norm.nan_to_num().to(stats.task_norm),
@@ -186,6 +186,8 @@ class History:
         sizes, estimates = (count, stats.task_units), (stats.task_sqnorm_unbiased, stats.task_variance)
         figures = torch.stack([*sizes, norm, norm, *estimates, weight, *reward]).double()
         figures[FIGURES.index("sqnorm")].square_()
+        if stats.task_sqnorm is not None:  # an estimate, whose negative values keep its mean unbiased
+            figures[FIGURES.index("sqnorm")] = stats.task_sqnorm.double()
         figures[len(sizes) :].masked_fill_(count == 0, torch.nan)
         return figures
 

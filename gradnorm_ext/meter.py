@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
+from gradnorm_ext.distributed import How, Ranks, Shards, empty_rewards, find_ranks, parameter_groups, sharded_modules
 from gradnorm_ext.layers import (
     Examples,
     Interception,
@@ -24,6 +27,7 @@ from gradnorm_ext.layers import (
     gram_of,
     observe_modules,
     release_modules,
+    repeatable_checkpoints,
 )
 from gradnorm_ext.rewards import RewardStats, reward_stats
 from gradnorm_ext.segments import Groups
@@ -99,7 +103,16 @@ class Meter:
             batch's own are only a part. Keeps every task's gradient: K times the parameters' memory.
         on_unsupported: what becomes of a use of a parameter that no rule knows: "error", or "vmap": that use alone is
             differentiated one example at a time, exact, at the price of a backward pass of it per example.
+        ranks: what the tasks' figures are of, where DDP or FSDP2 divides the batch among processes. "unbiased" (None,
+            the default, is the same): of all ranks' examples, ``task_norm`` as the root of an unbiased estimate, from 64
+            bytes per task and block. "exact": from gradients summed over the ranks for each task, as many bytes as K
+            models. "local": of this rank's. Examples' and prompts' norms are always this rank's own.
+        process_group: the processes that have other examples of this model, where it is neither under DDP nor FSDP2 or
+            is not given as that; it is taken to average gradients.
         backend: "auto" (the fastest that is there; also settable by GRADNORM_BACKEND), "native" or "reference".
+
+    Under DDP and FSDP2 every norm is that of a contribution to the *reduced* ``.grad``: divided by the number of ranks,
+    which the engines average over. Every rank must run every block; one without examples with ``tasks=[]``.
 
     Raises:
         ValueError: no trainable parameter, or no task.
@@ -124,6 +137,8 @@ class Meter:
         gram: bool = False,
         exact_tasks: bool = False,
         on_unsupported: Literal["error", "vmap"] = "error",
+        ranks: How | None = None,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -137,7 +152,10 @@ class Meter:
             )
         if on_unsupported not in ("error", "vmap"):
             raise ValueError(f'Meter: on_unsupported must be "error" or "vmap", got {on_unsupported!r}')
+        if ranks not in (None, "unbiased", "exact", "local"):
+            raise ValueError(f'Meter: ranks must be "unbiased", "exact" or "local", got {ranks!r}')
         self.model, self.task_names, self.per_layer, self.backend = model, names, per_layer, backend
+        self.ranks, self.process_group = ranks, process_group
         self.modules = None if modules is None else (modules,) if isinstance(modules, str) else tuple(modules)
         self.gram, self.exact_tasks, self.on_unsupported = gram, exact_tasks, on_unsupported
         self.totals: dict[str, Tensor] = {}  # with exact_tasks: each parameter's gradients per task since the reset
@@ -214,6 +232,11 @@ class Meter:
     @contextmanager
     def block(self, who: str, plan: Plan, given: Given, *, always_verify: bool = False) -> Iterator[Block]:
         """`observe` with a plan of what else is to happen: what `Reweighted` and `check` are built on."""
+        with _eager(), self._opened(who, plan, given, always_verify) as block:
+            yield block
+
+    @contextmanager
+    def _opened(self, who: str, plan: Plan, given: Given, always_verify: bool) -> Iterator[Block]:
         if self._closed:
             raise RuntimeError(f"{who}: the meter must be open, got one that was closed; make a new Meter")
         loss_scale, batch_dim, backwards = (
@@ -234,6 +257,9 @@ class Meter:
             wanted = self._wanted([name for name, _ in trainable])
             if not plan.reweights:  # weights are for all parameters; where there are none, the others are left alone
                 parameters = [one for one in trainable if one[0] in wanted]
+        ranks = self.find_ranks(who)
+        if ranks is not None:
+            plan, loss_scale = self._over_ranks(who, plan, ranks), loss_scale * ranks.divisor
         if self.gram:
             plan = dataclasses.replace(plan, gram=True)
         if self.exact_tasks:
@@ -244,8 +270,8 @@ class Meter:
                     f"{loss_scale}; change it between steps"
                 )
         _refuse_coupled_examples(who, modules)
-        device = parameters[0][1].device
-        batch = self._batch(who, device, given)
+        device = _device_of(parameters[0][1])
+        batch = self._batch(who, device, given, ranks)
 
         def start(examples: int) -> None:
             tasks = self._tasks_of(batch, examples, device)
@@ -265,12 +291,14 @@ class Meter:
             derives=self.on_unsupported == "vmap",
             constants=functools.partial(_constants, modules),
             always_verify=always_verify,
+            **self._engine(who, modules),
         )
         names = [name for name, _ in parameters]
 
         def stats_of(figures: Tensor) -> Stats:
             unscaled = figures if loss_scale == 1 else figures / loss_scale**2
-            return self._make_stats(observation, batch, unscaled, names)
+            stats = self._make_stats(observation, batch, unscaled, names)
+            return stats if ranks is None else ranks.together(stats)
 
         block = Block(observation, stats_of)
         if batch.examples is not None:
@@ -280,11 +308,12 @@ class Meter:
         closed = False
         try:
             try:
-                yield block
+                with repeatable_checkpoints(observation):
+                    yield block
             finally:
                 functions.end()
                 release_modules(modules, observation)
-            known = {id(p) for _, p in trainable}
+            known = {id(p) for _, p in trainable} | {id(slot.parameter) for slot in observation.slots.values()}
             now = _named_parameters(_modules(self.model))
             if added := [name for name, p in now if p.requires_grad and id(p) not in known]:
                 raise RuntimeError(
@@ -325,7 +354,41 @@ class Meter:
     ) -> None:
         self.close()
 
-    def _batch(self, who: str, device: torch.device, batch: Given) -> _Batch:
+    def find_ranks(self, who: str) -> Ranks | None:
+        """The processes among which the batch is divided; None: this one has all of it, or ``ranks="local"``."""
+        return find_ranks(who, self.model, self.ranks, self.process_group)
+
+    def _over_ranks(self, who: str, plan: Plan, ranks: Ranks) -> Plan:
+        if (self.gram and not ranks.exact) or self.exact_tasks:
+            option, instead = ("exact_tasks", "") if self.exact_tasks else ("gram", 'pass ranks="exact", or ')
+            raise ValueError(
+                f"{who}: over several ranks gradients are not summed for every task, got {option}=True; {instead}measure "
+                'each rank by itself with ranks="local"'
+            )
+        return dataclasses.replace(plan, gram=True, totals={}, over_ranks=ranks.total) if ranks.exact else plan
+
+    def _engine(self, who: str, modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Any]:
+        """What an observation has to know of DDP and FSDP2.
+
+        Whether gradients are reduced during backward, which ranks verify together, and which parameters are exchanged.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return {}
+        if any(isinstance(module, nn.parallel.DistributedDataParallel) for _, module in modules):
+            return {"reduces_early": True}
+        groups = [group for module in sharded_modules(self.model) for group in parameter_groups(module)]
+        if not groups:
+            return {}
+        exchanged = {id(one.sharded_param) for group in groups for one in group.fsdp_params}
+        places: dict[int, list[tuple[int, str]]] = {}
+        for _, module in modules:
+            for name, parameter in module._parameters.items():
+                if id(parameter) in exchanged:
+                    places.setdefault(id(parameter), []).append((id(module), name))
+        shards = Shards(find_ranks(who, self.model, None, self.process_group), groups)
+        return {"places": places, "shards": shards, "reduces_early": True}
+
+    def _batch(self, who: str, device: torch.device, batch: Given, ranks: Ranks | None) -> _Batch:
         tasks, prompts, rewards = batch.get("tasks"), batch.get("prompts"), batch.get("rewards")
         n_tasks = len(self.task_names)
         if tasks is None and n_tasks > 1:
@@ -349,9 +412,9 @@ class Meter:
             got = ", ".join(f"{name} of {length}" for name, length in lengths.items())
             raise ValueError(f"{who}: tasks, prompts and rewards must have one entry per example, got {got}")
         examples = next(iter(lengths.values()), None)
-        if examples == 0:
+        if examples == 0 and ranks is None:
             raise ValueError(f"{who}: a batch must have at least one example, got none; skip empty batches")
-        if task_ids is not None and task_ids.device.type == "cpu":
+        if task_ids is not None and len(task_ids) and task_ids.device.type == "cpu":
             _check_range(who, task_ids, n_tasks)
         prompt_index, task_of_prompt, n_prompts = None, None, 0
         if prompt_ids is not None:
@@ -363,14 +426,17 @@ class Meter:
                     f"{who}: rewards need prompts, one integer per example, got None; pass observe(prompts=...)"
                 )
             of_task = None if task_ids is None else task_ids.cpu()
-            reward = reward_stats(reward_values.cpu(), prompt_ids.cpu(), of_task, n_tasks=n_tasks)
+            if examples == 0:
+                reward = empty_rewards(reward_values.cpu(), n_tasks)
+            else:
+                reward = reward_stats(reward_values.cpu(), prompt_ids.cpu(), of_task, n_tasks=n_tasks)
         tasks_there = None if task_ids is None else task_ids.to(device)
         there = [None if ids is None else ids.to(device) for ids in (prompt_index, task_of_prompt)]
         return _Batch(examples, tasks_there, there[0], there[1], n_prompts, reward, packing)
 
     def _has_tasks(self, plan: Plan) -> bool:
         # A single task's norm is that of the whole gradient, which is formed anyway unless weights per example come first.
-        tasks = len(self.task_names) > 1 or self.gram or self.exact_tasks or plan.by_task
+        tasks = len(self.task_names) > 1 or plan.gram or self.exact_tasks or plan.by_task
         return tasks or not (plan.keep or plan.passes == 2)
 
     def _wanted(self, names: Sequence[str]) -> set[str]:
@@ -426,8 +492,10 @@ class Meter:
 
         def stats(parameters: Tensor, **more: Any) -> Stats:
             total = parameters.sum(0)
-            gram = total[columns:].view(n_tasks, n_tasks) if self.gram else None
-            return Stats.of(total[:columns], task_gram=gram, **common, **more)  # type: ignore[arg-type]
+            gram = total[columns:].view(n_tasks, n_tasks) if observation.plan.gram else None
+            if gram is not None and observation.plan.over_ranks is not None:
+                total[columns - n_tasks : columns] = gram.diagonal()
+            return Stats.of(total[:columns], task_gram=gram if self.gram else None, **common, **more)  # type: ignore[arg-type]
 
         layers: dict[str, Stats] = {}
         if self.per_layer and len(figures) == len(names):
@@ -479,7 +547,31 @@ def _constants(modules: Sequence[tuple[str, nn.Module]]) -> frozenset[int]:
     """Where buffers and frozen parameters lie."""
     buffers = (buffer for _, module in modules for buffer in module._buffers.values() if buffer is not None)
     frozen = (p for _, p in _named_parameters(modules) if not p.requires_grad)
-    return frozenset(t.untyped_storage().data_ptr() for t in (*buffers, *frozen))
+    whole = (t for t in (*buffers, *frozen) if not hasattr(t, "device_mesh"))  # a shard has no memory of its own
+    return frozenset(t.untyped_storage().data_ptr() for t in whole)
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Compiled functions run as they were written: a graph has neither the taps nor a block's books."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled
+        return contextlib.nullcontext()
+    refusal = (
+        "Meter: an observe block must be opened outside of compiled functions, got one inside of torch.compile; compile "
+        "the model, not the training step"
+    )
+    if torch.compiler.is_compiling():
+        raise RuntimeError(refusal)
+    try:
+        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    except RuntimeError as error:
+        raise RuntimeError(refusal) from error
+    return stance
+
+
+def _device_of(parameter: nn.Parameter) -> torch.device:
+    """Where a parameter is computed with: a shard may wait elsewhere."""
+    mesh = getattr(parameter, "device_mesh", None)
+    return parameter.device if mesh is None else torch.device(mesh.device_type)
 
 
 def _refuse_coupled_examples(who: str, modules: Sequence[tuple[str, nn.Module]]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradnorm_ext.distributed import How, Ranks, find_ranks, split_among
 from gradnorm_ext.history import History
 from gradnorm_ext.layers import Plan, accumulate
 from gradnorm_ext.meter import Block, Given, Meter
@@ -135,6 +136,7 @@ class Reweighted(torch.optim.Optimizer):
         self.weights: Tensor | None = None
         self.layer_weights: dict[str, Tensor] = {}
         self._block: Block | None = None  # that is open
+        self._ranks: Ranks | None = None  # of that block
         self.history = History(decay, self.meter.task_names)
         self._next_weights = torch.ones(len(self.meter.task_names))
         self._usable = torch.ones((), dtype=torch.bool)  # whether the last weights were finite
@@ -146,7 +148,7 @@ class Reweighted(torch.optim.Optimizer):
     @contextmanager
     def observe(self, **batch: Unpack[Given]) -> Iterator[None]:
         """As :meth:`Meter.observe`; when it closes, ``.grad`` holds the reweighted gradient."""
-        _refuse_several_processes()
+        ranks = self._ranks = self._check_ranks()
         if self.passes == 2 and batch.get("backwards", 1) != 1:
             raise ValueError(
                 "Reweighted: with passes=2 the weights are known after one backward for the norms, got backwards="
@@ -180,6 +182,8 @@ class Reweighted(torch.optim.Optimizer):
             following = self._weights(self.history.smoothed(stats))
             self._usable = following.isfinite().all()
             self._next_weights = torch.where(stats.finite & self._usable, following, self._next_weights.to(following))
+            if ranks is not None:
+                self._next_weights = ranks.same(self._next_weights)
         block.observation.forget()
         self._observed.append(torch.stack([stats.finite, self._usable.to(stats.finite.device)]))
 
@@ -201,6 +205,8 @@ class Reweighted(torch.optim.Optimizer):
         observation.norms_pass(loss)
         stats = self._block.measure()
         self.weights = self._usable_weights(stats)
+        if self._ranks is not None and weighs_of(self.policy) == "tasks":
+            self.weights = self._ranks.same(self.weights)
         observation.weighted_pass(loss, self._of_examples(self.weights, stats))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -298,7 +304,7 @@ class Reweighted(torch.optim.Optimizer):
         return {name: getattr(self, name) for name in (*names, *more)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _buffers={}, _grads={}, _block=None)
+        self.__dict__.update(state, _buffers={}, _grads={}, _block=None, _ranks=None)
         self._share_hooks()
 
     def _share_hooks(self) -> None:
@@ -377,6 +383,37 @@ class Reweighted(torch.optim.Optimizer):
             )
         return weights if weighs == "examples" else torch.where(stats.task_count > 0, weights, 1)  # 1 / norm may be inf
 
+    def _check_ranks(self) -> Ranks | None:
+        """The processes that weigh alike, or None; refuses what would let their weights or gradients differ."""
+        how: How | None = "exact" if self.meter.ranks == "exact" else None
+        ranks = find_ranks("Reweighted", self.meter.model, how, self.meter.process_group)
+        if ranks is not None and self.meter.ranks == "local":
+            raise RuntimeError(
+                f'Reweighted: the {ranks.size} ranks must weigh alike, got a meter with ranks="local"; leave ranks out'
+            )
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        size = torch.distributed.get_world_size() if several else 1
+        if ranks is None:
+            if size > split_among(self.meter.model) and self.meter.ranks != "local":
+                raise RuntimeError(
+                    "Reweighted: processes that train one model must weigh alike, got a process group of "
+                    f"{size} and a model that is neither DDP nor FSDP2; give the DDP module itself, or process_group=..., "
+                    'or, where each process trains a model of its own, ranks="local"'
+                )
+            return None
+        if self.scope == "layer" or (self.apply == "same_step" and self.passes == 1):
+            late = 'scope="layer"' if self.scope == "layer" else 'apply="same_step" with passes=1'
+            raise RuntimeError(
+                f"Reweighted: over {ranks.size} ranks gradients are reduced during backward, got {late}, which forms them "
+                'afterwards; use passes=2, or apply="next_step"'
+            )
+        if self.passes == 2 and ranks.one_backward:
+            raise RuntimeError(
+                "Reweighted: passes=2 has two backward passes, got DDP with static_graph=True, which reduces gradients "
+                'after the first one; use apply="next_step", or DDP without static_graph'
+            )
+        return ranks
+
     def _refuse_early_gradients(self) -> None:
         """Whatever acts on ``.grad`` as soon as backward writes it would act before the weights are known."""
         for name, parameter in self.meter.model.named_parameters():
@@ -393,12 +430,3 @@ class _Grad(NamedTuple):
     before: Tensor | None
     left: Tensor | None
     version: int
-
-
-def _refuse_several_processes() -> None:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "Reweighted: weights are of one process's examples, got a process group of "
-            f"{torch.distributed.get_world_size()}, whose processes would weigh differently; measure with a Meter"
-        )

@@ -41,6 +41,8 @@ class Stats:
         finite: a boolean scalar: all norms (and rewards) are finite.
         task_gram: ``[K, K]``: the inner products of the tasks' gradients, whose diagonal is ``task_norm²``; None until
             measured.
+        task_sqnorm: ``[K]``: of several ranks, the estimate that ``task_norm`` is the root of, which may be negative;
+            else None.
     """
 
     example_norm: Tensor
@@ -57,6 +59,7 @@ class Stats:
     reward: RewardStats | None = None
     finite: Tensor = field(default_factory=lambda: torch.tensor(True))
     task_gram: Tensor | None = None
+    task_sqnorm: Tensor | None = None
 
     @property
     def noise_scale(self) -> Tensor:
@@ -243,6 +246,7 @@ class Stats:
                 prompt_norm=None,
                 prompts=None,
                 task_norm=None,
+                task_sqnorm=None,
                 task_sqnorm_unbiased=nan,
                 task_variance=nan,
                 task_gram=None,
@@ -256,6 +260,7 @@ class Stats:
             example_norm=size[self.tasks] * self.example_norm,
             prompt_norm=prompt_norm,
             task_norm=None if self.task_norm is None else size * self.task_norm,
+            task_sqnorm=None if self.task_sqnorm is None else size.square() * self.task_sqnorm,
             task_sqnorm_unbiased=size.square() * self.task_sqnorm_unbiased,
             task_variance=size.square() * self.task_variance,
             task_gram=None if self.task_gram is None else weights * weights[:, None] * self.task_gram,

@@ -2,7 +2,9 @@
 
 from gradnorm_ext.layers import experts as _experts  # noqa: F401  importing them lists them
 from gradnorm_ext.layers import rules as _rules  # noqa: F401
+from gradnorm_ext.layers import tensor_parallel as _tensor_parallel  # noqa: F401
 from gradnorm_ext.layers import unruled as _unruled  # noqa: F401
+from gradnorm_ext.layers.checkpoints import repeatable_checkpoints
 from gradnorm_ext.layers.contributions import gram_of
 from gradnorm_ext.layers.functions import Interception, measure_as
 from gradnorm_ext.layers.heads import HeadScores, fused_head
@@ -25,4 +27,5 @@ __all__ = [
     "measure_as",
     "observe_modules",
     "release_modules",
+    "repeatable_checkpoints",
 ]

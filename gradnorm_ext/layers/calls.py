@@ -72,8 +72,8 @@ def module_call(
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if type(x) is not Tensor or weight is None or (bias is None and "bias" not in module._parameters):
         return None
-    slot = observation.slots.get(id(weight))
-    bias_slot = None if bias is None else observation.slots.get(id(bias))
+    slot = observation.slot_of(module, "weight", weight)
+    bias_slot = None if bias is None else observation.slot_of(module, "bias", bias)
     if slot is None or not weight.requires_grad or (bias is not None and (bias_slot is None or not bias.requires_grad)):
         return None
     layout = observation.layout(x, features, slot.name, function)
@@ -99,6 +99,8 @@ class Backward:
         """The gradients of an argument and of its probe row: by its use's rule, or plainly where nothing observes it."""
         needed = bool(self.ctx.needs_input_grad[argument])
         use = self.call.uses[which]
+        if use is not None and self.measures and self.call.observation.examples == 0:
+            return self.call.observation.deliver_nothing(use, needed)
         if use is not None and self.measures:
             return self.call.observation.deliver(use, make(), needed)
         if needed:

@@ -75,7 +75,7 @@ class Examples:
 
     def segments(self, rows: int) -> Segments:
         """The segments of ``rows`` rows in batch-major order, equally many per example."""
-        return self.groups.equal(rows // self.count)
+        return self.groups.equal(rows // max(1, self.count))
 
     def packed(self, inner: int) -> Segments:
         """The segments of the packed rows, of ``inner`` rows each."""

@@ -3,9 +3,9 @@
 Which row belongs to which example is a hypothesis (`gradnorm_ext.layers.layouts`) until the *tagging test* has passed:
 in the first block, in the 10th, 100th and so on, and whenever a use of a new kind appears, the backward runs again from
 the most downstream use, every example's gradient scaled by its own power of two. Each row of every use must then scale
-bit for bit by the factor of the example it is counted for. The layout of that most downstream use itself is taken as
-its sizes say; where they say only a count of rows, or had to be corrected, a use upstream whose sizes leave no choice
-must confirm it.
+bit for bit by the factor of the example it is counted for (nearly, where float16 rounds small numbers). The layout of
+that most downstream use itself is taken as its sizes say; where they say only a count of rows, or had to be corrected,
+a use upstream whose sizes leave no choice must confirm it.
 
 The *audit* of the same block compares, for every parameter, the gradient that autograd accumulates with the sum of
 what the uses delivered: a use that was not seen is an error, not a missing summand.
@@ -16,9 +16,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,10 @@ class Slot:
         self.kept: list[tuple[Use, Contribution | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
         self.weights: Tensor | None = None  # per example, where the parameter has its own
         self.hooked = False  # audited in this block
+        self.shard: nn.Parameter | None = None  # FSDP2 puts the whole parameter in place of it
+        self.audit_due = False  # audited as soon as it has
+        self.split_over: Any = None  # the process group that has the parameter's other parts (tensor parallelism)
+        self.rows_over: Any = None  # the one that has the examples' other rows (sequence parallelism)
         self.delivered: Tensor | None = None  # audit: the sum of what the rules gave
 
 
@@ -110,6 +115,8 @@ class Use:
     def place(self) -> Place | None:
         """Where the value lies in the parameter's memory; None where it is not a view of it."""
         value, parameter = self.value, self.slot.parameter
+        if hasattr(parameter, "device_mesh"):
+            return None
         is_view = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
         if not is_view or value.dtype != parameter.dtype:
             return None
@@ -148,6 +155,8 @@ class Plan:
 
     Attributes:
         gram: also the inner products of the gradients of the coarsest groups, the tasks.
+        over_ranks: sums a tensor over the processes, in place: the tasks' gradients are kept until the block closes and
+            their inner products are those of the sums.
         totals: where every task's gradient is added up over the blocks of a step, ``[K, *shape]``, by parameter; with
             ``keep`` nothing else is kept.
         passes: 2: one backward for the norms and, once the weights are known, one for the gradients.
@@ -162,6 +171,7 @@ class Plan:
     """
 
     gram: bool = False
+    over_ranks: Callable[[Tensor], Tensor] | None = None
     totals: dict[str, Tensor] | None = None
     passes: Literal[1, 2] = 1
     layer_weights: Callable[[str, Tensor], Tensor] | None = None
@@ -185,11 +195,39 @@ class Memory:
     corrected: dict[tuple[str, str, int], Kind] = field(default_factory=dict)  # (parameter, function, dimensions)
     audited: set[str] = field(default_factory=set)  # parameters whose whole gradient was accounted for
     blocks: int = 0  # closed so far
+    unverified: bool = False  # there was a use of a new kind that only a later block can verify
 
     @property
     def due(self) -> bool:
         """Whether the next block verifies itself although nothing looks new: the 10th, the 100th, ..."""
         return str(self.blocks + 1).strip("0") == "1"
+
+    @property
+    def asks_ranks(self) -> bool:
+        """FSDP2: whether the ranks ask each other, waiting for the device, if the next block is to verify itself."""
+        return self.blocks < 10 or self.blocks % 10 == 9
+
+
+def _computes_in_half(parameter: Tensor) -> bool:
+    device = parameter.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return autocast or parameter.dtype == torch.float16
+
+
+def _sum_over(group: Any, tensor: Tensor) -> Tensor:
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(tensor, group=group)
+    return tensor
+
+
+class Shards(Protocol):
+    """What verifying needs where a backward takes collectives (FSDP2), which all ranks must run alike."""
+
+    def agree(self, *numbers: int) -> list[int]:
+        """The largest of each number over the ranks."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A backward inside another: what the outer one still needs is neither freed nor reduced."""
 
 
 class Observation:
@@ -210,19 +248,34 @@ class Observation:
         derives: bool = False,
         constants: Callable[[], frozenset[int]] = frozenset,
         always_verify: bool = False,
+        reduces_early: bool = False,
+        shards: Shards | None = None,
+        places: Mapping[int, tuple[tuple[int, str], ...]] | None = None,
     ) -> None:
         self.who, self.memory, self.plan, self.backend = who, memory, plan, choose(backend)
         self.start = start  # calls `begin`, once the number of examples is known
         self.slots = {
             id(p): Slot(i, name, p, wanted is None or name in wanted) for i, (name, p) in enumerate(parameters)
         }
+        self.reduces_early = reduces_early  # gradients, in backward: DDP, FSDP2
+        self.shards = shards
+        self.by_place: dict[tuple[int, str], Slot] = {}  # (module, name), of parameters that FSDP2 exchanges
+        for key, found in (places or {}).items():
+            if key in self.slots:
+                self.slots[key].shard = self.slots[key].parameter
+                self.by_place |= dict.fromkeys(found, self.slots[key])
         self.batch_dim, self.backwards = batch_dim, backwards
         self.derives = derives  # uses without a rule are differentiated one example at a time
         self.constants = functools.cache(constants)  # where the model's buffers and frozen parameters lie
         self.examples: int | None = None
         self.batch: Examples | None = None
         self.weights: Tensor | None = None  # per example
-        self.verify = always_verify or memory.due
+        self.verify = always_verify or memory.due or memory.unverified
+        if shards is not None:
+            self.verify = memory.asks_ranks and bool(shards.agree(int(self.verify))[0])
+        self.half = False  # something is computed in float16
+        self.blurred = False  # the tagging test met numbers that were not finite, and is to be run again
+        self.backward_once = False  # through a selective checkpoint: verifying has to wait for the next block
         self.phase: Literal["norms", "weigh"] | None = None  # of two passes
         self.tagging: Literal["base", "scaled"] | None = None
         self.tag_factor: Tensor | None = None
@@ -256,13 +309,44 @@ class Observation:
         self.probe_rows = self.probe.unbind(0)
         self.probe_node = self.probe_rows[0].grad_fn
         for slot in self.slots.values():
-            if self.verify or slot.name not in self.memory.audited:
+            if (self.verify or slot.name not in self.memory.audited) and batch.count > 0:
                 self._audit(slot)
+
+    def slot_of(self, module: nn.Module, name: str, parameter: Tensor) -> Slot | None:
+        """The slot of a parameter that is read through a module.
+
+        Between FSDP2's hooks a module has the whole parameter, another object, in place of the shard.
+        """
+        slot = self.slots.get(id(parameter)) or self.by_place.get((id(module), name))
+        if slot is not None and slot.shard is not None:
+            if parameter is slot.shard:
+                return None  # what FSDP2 itself reads
+            if slot.parameter is slot.shard:
+                assert isinstance(parameter, nn.Parameter)
+                slot.parameter = parameter
+                if slot.audit_due:
+                    self._audit(slot)
+        return slot
+
+    def split_read(self, slot: Slot, module: nn.Module) -> RuntimeError:
+        """The error for a DTensor that is read where no rule expects one."""
+        return RuntimeError(
+            f"{self.who}: no rule for {slot.name} of {type(module).__name__}, which is trainable and split among ranks; "
+            "let Linear, Embedding, LayerNorm or RMSNorm use it, with DTensors as inputs, or freeze it"
+        )
+
+    def check_split(self, slot: Slot) -> None:
+        """Refuse what needs the whole gradient of a parameter that has parts on other ranks."""
+        if self.plan.totals is not None or self.plan.layer_weights is not None or self.plan.gram:
+            raise RuntimeError(
+                f"{self.who}: the tasks' gradients and norms by layer are formed of whole parameters, got {slot.name}, which "
+                'is split among ranks; leave out gram, exact_tasks, ranks="exact" and scope="layer"'
+            )
 
     def look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What a module's arguments say; the first ones are the model's inputs."""
         for one in args:
-            if isinstance(one, Tensor) and not one.requires_grad:
+            if isinstance(one, Tensor) and not one.requires_grad and not hasattr(one, "device_mesh"):
                 self.data.add(one.untyped_storage().data_ptr())
         if not self.rows_per_example:
             self._look_at_inputs(args, kwargs)
@@ -276,7 +360,8 @@ class Observation:
             if one.dim() > self.batch_dim and one.shape[self.batch_dim] == self.examples:
                 first = one.shape[1 - self.batch_dim] if one.dim() > 1 else 1
                 self.rows_per_example |= {first * math.prod(one.shape[2:end]) for end in range(2, one.dim() + 1)}
-                self.inputs.add(one.untyped_storage().data_ptr())
+                if not hasattr(one, "device_mesh"):
+                    self.inputs.add(one.untyped_storage().data_ptr())
 
     def _begin_with(self, sizes: Sequence[int]) -> None:
         if not sizes or sizes[0] == 0:
@@ -296,7 +381,7 @@ class Observation:
         """Which of the hypotheses speaks for a tensor, its last ``features`` dimensions set aside."""
         assert self.batch is not None
         shape = tuple(tensor.shape)[: tensor.dim() - features]
-        if self.examples == 1:
+        if self.examples is not None and self.examples <= 1:
             return Layout("leading", shape, self.batch)
         followable = features == 1 and tensor.requires_grad
         if followable and len(shape) == 1 and (followed := self._followed(tensor, shape)) is not None:
@@ -382,14 +467,23 @@ class Observation:
         if not recomputed:
             slot.uses.append(use)
         if use.key not in self.memory.verified:
-            self.verify = self.verify or self.examples != 1
-            self._audit(slot)
+            if self.shards is None and not self.backward_once:
+                self.verify = self.verify or self.examples != 1
+            else:  # ranks that verify alone would wait for the others' collectives
+                self.memory.unverified |= not self.verify and (self.examples or 0) > 1
+            if self.examples != 0:
+                self._audit(slot)
+        if self.verify and not self.half:
+            self.half = _computes_in_half(value)
         return use
 
     def deliver(
         self, use: Use, contribution: Contribution, needs_gradient: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """What a use's backward returns for the parameter and for the probe."""
+        if use.slot.rows_over is not None:
+            assert isinstance(contribution, Sums)
+            contribution = replace(contribution, sums=_sum_over(use.slot.rows_over, contribution.sums))
         if self.tagging is not None:
             self._tag(use, contribution)
             return None, None
@@ -426,6 +520,21 @@ class Observation:
             norms = norms.to(self._one)
         return gradient, torch.cat([norms, self._one])
 
+    def deliver_nothing(self, use: Use, needs_gradient: bool) -> tuple[Tensor | None, Tensor | None]:
+        """What a use's backward returns where this rank has no examples."""
+        gradient = torch.zeros_like(use.value) if needs_gradient else None
+        if self.tagging is not None or self.phase == "weigh":
+            use.tagged = use.tagged or self.tagging == "scaled"
+            return gradient, None
+        use.slot.arrived += 1
+        self.measured_uses += 1
+        return gradient, self._unmeasured
+
+    @property
+    def repeats_backward(self) -> bool:
+        """Whether the graph is gone through more than once."""
+        return self.verify or self.plan.passes == 2 or self.backwards > 1
+
     def _adds_up(self, slot: Slot) -> bool:
         """Whether a parameter's gradient is of several uses or passes, whose norms are not those of their sum."""
         return len(slot.uses) > 1 or self.backwards > 1
@@ -434,6 +543,11 @@ class Observation:
         self, use: Use, contribution: Contribution, needs_gradient: bool, apart: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """A use's gradient, or what it is formed of at the block's end, and its norms unless they are taken apart."""
+        if use.is_derived and self.reduces_early:
+            raise RuntimeError(
+                f"{self.who}: gradients that are reduced during backward must be formed there, got {use.slot.name}, which "
+                "another parameter is derived from, and whose gradient comes when the block closes; freeze it"
+            )
         slot, by_layer = use.slot, self.plan.layer_weights
         if by_layer is not None and use.followers:
             together = ", ".join(follower.slot.name for follower in use.followers)
@@ -499,7 +613,28 @@ class Observation:
         total += gradients.view(shape)
 
     def _with_gram(self, norms: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+        """The norms and, with ``Plan.gram``, the inner products; over ranks these follow when the block closes."""
+        if self.plan.over_ranks is not None:
+            assert self.batch is not None
+            return torch.cat([norms, norms.new_zeros(self.batch.groups.counts[-1] ** 2)])
         return torch.cat([norms, gram().flatten().to(norms)]) if self.plan.gram else norms
+
+    def _add_parts(self, figures: Tensor) -> None:
+        """Of parameters that are split among ranks, add the squared norms of the parts."""
+        for group in dict.fromkeys(slot.split_over for slot in self.slots.values() if slot.split_over is not None):
+            rows = [slot.index for slot in self.slots.values() if slot.split_over is group]
+            figures[rows] = _sum_over(group, figures[rows])
+
+    def _sum_over_ranks(self, figures: Tensor, total: Callable[[Tensor], Tensor]) -> None:
+        """The tasks' inner products over all ranks; every rank sums every parameter, whatever it used, in one order."""
+        assert self.batch is not None and self.plan.totals is not None
+        tasks = self.batch.groups.counts[-1]
+        for slot in self.slots.values():
+            if slot.wanted:
+                gradients = figures.new_zeros(tasks, slot.parameter.numel())
+                if (of_rank := self.plan.totals.pop(slot.name, None)) is not None:
+                    gradients.copy_(of_rank.flatten(1))
+                figures[slot.index, -(tasks**2) :] = gram_of(total(gradients)).flatten()
 
     def _audited(self, use: Use, gradient: Tensor | None) -> Tensor | None:
         """The gradient in the shape of what was used, written down where the parameter is audited."""
@@ -541,7 +676,9 @@ class Observation:
         return TiedOuter.of(placed.contribution, lookups)
 
     def _audit(self, slot: Slot) -> None:
-        if not slot.hooked:
+        if slot.parameter is slot.shard:
+            slot.audit_due = True
+        elif not slot.hooked:
             slot.hooked = True
             hook = slot.parameter.register_hook(self._auditor(slot))
             # Before hooks of others, which may change the gradient; the engine goes by the order of insertion.
@@ -556,6 +693,9 @@ class Observation:
             if self.tagging is not None or self.placing:
                 return None
             delivered, slot.delivered = slot.delivered, None
+            given = total
+            if hasattr(total, "to_local"):
+                total = total.to_local()
             if delivered is None:
                 self.failures.append(f"{slot.name} got a gradient from a use that was not seen")
             elif delivered is not total and not torch.equal(delivered, total):
@@ -566,24 +706,30 @@ class Observation:
                 ):
                     self.failures.append(f"{slot.name} got a gradient that its seen uses account for only in part")
             waits = self.plan.keep or (self.plan.layer_weights is not None and self._adds_up(slot))
-            return torch.zeros_like(total) if waits else None
+            return torch.zeros_like(given) if waits else None
 
         return compare
 
     def run_tagging(self, inputs: Sequence[Input], uses: Sequence[Use]) -> None:
         """The tagging test of everything upstream of a use: called in its backward, with the gradients of its inputs."""
-        if self.examples == 1 or self.tagging is not None or all(use.tagged for use in uses):
+        alone = self.examples == 1 and self.shards is None
+        if alone or self.tagging is not None or all(use.tagged for use in uses):
             return
         root = uses[0].layout
         tried: set[Layout] = set()
+        assert self.examples is not None
+        digits = max(1, math.ceil(math.log(max(1, self.examples), 8)))
+        if self.shards is not None:
+            (digits,) = self.shards.agree(digits)
         while True:
-            self._run_tagging_once(inputs)
+            with nullcontext() if self.shards is None else self.shards.paused():
+                self._run_tagging_once(inputs, digits)
             again = {use.layout for use in self.refuted if use.layout.alternative is not None} - tried
             if not again and self.refuted and not self.proven and root.alternative is not None and root not in tried:
                 for layout in tried:  # they were judged by a root that was not right
                     layout.correct()
                 tried, again = {root}, {root}
-            if not again:
+            if not (again if self.shards is None else self.shards.agree(len(again))[0]):
                 break
             for layout in again:
                 layout.correct()
@@ -600,7 +746,7 @@ class Observation:
             "example each, or not to the example their place says"
         )
 
-    def _run_tagging_once(self, inputs: Sequence[Input]) -> None:
+    def _run_tagging_once(self, inputs: Sequence[Input], digits: int) -> None:
         assert self.examples is not None
         edges, gradients, layouts = zip(*inputs, strict=True)
         example = torch.arange(self.examples, device=gradients[0].device)
@@ -609,9 +755,15 @@ class Observation:
             self.tagging = "base"
             self._backward_to_probe(edges, gradients)
             self.tagging = "scaled"
-            for digit in range(max(1, math.ceil(math.log(self.examples, 8)))):
-                self.tag_factor = 2.0 ** ((example // 8**digit) % 8).to(gradients[0].dtype)
-                scaled = [layout.scaled(g, self.tag_factor) for g, layout in zip(gradients, layouts, strict=True)]
+            for digit in range(digits):
+                power = ((example // 8**digit) % 8).to(torch.float32)
+                factor = self.tag_factor = 2.0 ** (
+                    power - 7 if self.half else power
+                )  # 1: all that float16 has room for
+                scaled = gradients
+                if self.examples > 0:
+                    each = zip(gradients, layouts, strict=True)
+                    scaled = tuple(layout.scaled(g, factor.to(g.dtype)) for g, layout in each)
                 self._backward_to_probe(edges, scaled)
         finally:
             self.tagging = None
@@ -646,11 +798,18 @@ class Observation:
             factor = per_row(factor.repeat(contribution.route.experts), contribution.route.segments)
         expected = use.fingerprint * factor
         use.tagged = True
-        if torch.equal(fingerprint, expected):
+        if torch.equal(fingerprint, expected) or (self.half and self._nearly_equal(fingerprint, expected)):
             proves = use.layout.proves(self.rows_per_example) and (use.layout.anchored or not use.needs_proof)
             self.proven |= proves and bool((fingerprint > 0).any())
-        elif bool(torch.isfinite(fingerprint).all()) and use not in self.refuted:
+        elif not bool(torch.isfinite(fingerprint).all()):
+            self.blurred = True
+        elif use not in self.refuted:
             self.refuted.append(use)
+
+    def _nearly_equal(self, fingerprint: Tensor, expected: Tensor) -> bool:
+        """float16 rounds small numbers to multiples of 2^-24: another example's factor is off by two at least."""
+        small = fingerprint.new_tensor(2.0**-10)
+        return bool(((fingerprint - expected).abs() <= torch.maximum(expected / 8, small)).all())
 
     def norms_pass(self, loss: Tensor) -> None:
         """The first of two backward passes: norms only, no weight gradient."""
@@ -689,6 +848,9 @@ class Observation:
                 figures[slot.index] = self._combined(slot).to(figures)
             if slot.kept and self.plan.layer_weights is not None:
                 slot.weights = self.plan.layer_weights(slot.name, figures[slot.index])
+        self._add_parts(figures)
+        if self.plan.over_ranks is not None:
+            self._sum_over_ranks(figures, self.plan.over_ranks)
         self._learn()
         return figures
 
@@ -700,7 +862,7 @@ class Observation:
             self.accumulate_weighted(self.weights)
 
     def _refuse_unproven(self, used: Sequence[Use]) -> None:
-        if self.verify and self.examples != 1:
+        if self.verify and self.examples is not None and self.examples > 1:
             for use in used:
                 if use.needs_proof and use.slot.arrived and not (use.tagged or use.layout.anchored):
                     self.failures.append(self._not_per_example(use))
@@ -752,9 +914,12 @@ class Observation:
 
     def _learn(self) -> None:
         self.memory.blocks += 1
+        if self.verify:
+            self.memory.unverified = self.blurred
         seen = [slot for slot in self.slots.values() if slot.arrived or slot.deferred]
-        self.memory.audited |= {slot.name for slot in seen}
-        if self.examples != 1:
+        if self.examples != 0:
+            self.memory.audited |= {slot.name for slot in seen}
+        if self.examples is not None and self.examples > 1 and self.verify and not self.blurred:
             self.memory.verified |= {use.key for slot in seen for use in slot.uses}
         for slot in self.slots.values():
             for use in slot.uses:

@@ -90,7 +90,7 @@ def _is_shared(observation: Observation, weight: Tap, ids: Tensor) -> bool:
     """Whether looked-up ids have no batch dimension (`Observation`, hypothesis 3)."""
     batch = observation.batch
     assert batch is not None
-    if batch.count == 1:
+    if batch.count <= 1:
         return False
     if (weight.name, ids.dim()) in observation.memory.shared_lookups:
         return True
@@ -186,10 +186,11 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
     if tap.is_met_by_constant(other):
         return None
     shape = torch.broadcast_shapes(tap.shape, other.shape)
-    if observation.examples != 1 and (other.dim() != len(shape) or not shape):
+    alone = observation.examples is not None and observation.examples <= 1
+    if not alone and (other.dim() != len(shape) or not shape):
         return None
     layout = observation.layout(other.expand(shape), 1 if len(shape) > 1 else 0, tap.name, function)
-    if observation.examples != 1 and not layout.meets(tap.shape, len(shape)):
+    if not alone and not layout.meets(tap.shape, len(shape)):
         return None
     use = tap.use(function, layout, sums=True)
     use.needs_proof = not other.requires_grad  # that may be no data, but a constant with a size of B

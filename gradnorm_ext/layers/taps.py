@@ -184,7 +184,9 @@ def _observed_class(base: Any) -> type:
         value = base.__getattr__(self, name)
         if isinstance(value, nn.Parameter) and value.requires_grad and torch.is_grad_enabled():
             observation: Observation | None = self.__dict__.get(_SESSION)
-            if observation is not None and (slot := observation.slots.get(id(value))) is not None:
+            if observation is not None and (slot := observation.slot_of(self, name, value)) is not None:
+                if hasattr(value, "device_mesh"):
+                    raise observation.split_read(slot, self)
                 return Tap.of(observation, slot, value)
         return value
 

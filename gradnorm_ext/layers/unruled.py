@@ -214,8 +214,10 @@ class _Graph:
 
 def recurrent_module(observation: Observation, module: nn.RNNBase, input: Any, hx: Any = None) -> Any:
     """RNN, LSTM and GRU, whose layers read their weights from a list of the module's own."""
-    weights: list[Tensor] = [weight for weight in module._flat_weights if weight is not None]
-    slots = [observation.slots.get(id(weight)) if weight.requires_grad else None for weight in weights]
+    names, found_weights = module._flat_weights_names, module._flat_weights
+    named = [(name, weight) for name, weight in zip(names, found_weights, strict=True) if weight is not None]
+    weights: list[Tensor] = [weight for _, weight in named]
+    slots = [observation.slot_of(module, name, weight) if weight.requires_grad else None for name, weight in named]
     trainable = [slot for slot in slots if slot is not None]
     if not trainable:
         return NotImplemented

@@ -1,0 +1,276 @@
+"""What ``run.py scale`` measures: a measured step beside the plain one in every way of training larger models.
+
+Two processes (gloo) for DDP and FSDP2; one for checkpointing, mixed precision, accumulation and compilation; and how the
+time that measuring adds grows with the batch, the length, the layers and the tasks.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from models import GPT, TASKS, Problem, example_losses, gpt_problem
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from gradnorm_ext import InverseNorm, Meter, Reweighted
+from gradnorm_ext.distributed import Ranks
+
+RANKS = 2
+SIZES = {False: {"examples": 8, "length": 128}, True: {"examples": 4, "length": 9}}
+MODEL: dict[bool, dict[str, int]] = {False: {}, True: {"vocabulary": 17, "width": 16, "heads": 2, "layers": 2}}
+Sample = tuple[str, str, str, list[float]]  # case, size, figure, samples
+
+
+def make(quick: bool, **changes: int) -> Problem:
+    torch.manual_seed(0)
+    sizes = {**SIZES[quick], **MODEL[quick], **changes}
+    random = torch.Generator().manual_seed(1)
+    return gpt_problem(random, sizes.pop("examples"), sizes.pop("length"), 1.0, **sizes)
+
+
+def loss_of(model: nn.Module, problem: Problem) -> Tensor:
+    return example_losses(model(problem.inputs), problem.targets).mean()
+
+
+def step_of(model: nn.Module, problem: Problem, how: str) -> tuple[Callable[[], None], Any]:
+    """One step to be repeated, and what has ``stats``: "plain", "meter", "exact", "next_step" or "two_passes"."""
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    if how in ("meter", "exact"):
+        observer: Any = Meter(model, tasks=TASKS, ranks="exact" if how == "exact" else None)
+    elif how != "plain":
+        options: dict[str, Any] = {"apply": "next_step"} if how == "next_step" else {"passes": 2}
+        observer = Reweighted(plain, model, InverseNorm(), tasks=TASKS, **options)
+    else:
+        observer = None
+    optimizer = observer if isinstance(observer, Reweighted) else plain
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with nullcontext() if observer is None else observer.observe(tasks=problem.tasks):
+            loss = loss_of(model, problem)
+            optimizer.backward(loss) if optimizer is observer else loss.backward()
+        optimizer.step()
+
+    return step, observer
+
+
+def in_pairs(plain: Callable[[], None], ours: Callable[[], None], runs: int) -> list[float]:
+    """Ratios of wall times, in turns and alternating order, after two runs of each."""
+    ratios = []
+    for run in range(-2, runs):
+        taken = {}
+        for step in (plain, ours) if run % 2 else (ours, plain):
+            start = time.perf_counter()
+            step()
+            taken[step] = time.perf_counter() - start
+        if run >= 0:
+            ratios.append(taken[ours] / taken[plain])
+    return ratios
+
+
+# Several processes.
+
+
+def as_ddp(model: GPT) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def as_fsdp(model: GPT) -> nn.Module:
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+ENGINES: dict[str, Callable[[GPT], nn.Module]] = {"ddp": as_ddp, "fsdp2": as_fsdp}
+
+
+def of_rank(problem: Problem, rank: int) -> Problem:
+    count = len(problem.tasks) // RANKS
+    return problem.part(slice(rank * count, (rank + 1) * count))
+
+
+def measure_ranks(quick: bool, runs: int, refusals: list[str]) -> list[Sample]:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_process, (quick, runs, folder), nprocs=RANKS)
+        found = torch.load(Path(folder) / "found")
+    refusals += found["refusals"]
+    samples: list[Sample] = found["samples"]
+    return samples
+
+
+def _process(rank: int, quick: bool, runs: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
+    whole = make(quick)
+    problem = of_rank(whole, rank)
+    samples: list[Sample] = []
+    refusals = []
+    for engine, wrap in ENGINES.items():
+        plain = step_of(wrap(copy.deepcopy(whole.model)), problem, "plain")[0]
+        for how in ("meter", "exact", "next_step", "two_passes"):
+            model = wrap(copy.deepcopy(whole.model))
+            step, observer = step_of(model, problem, how)
+            sent = _CountBytes()
+            with sent:
+                step()
+            alone = Meter(copy.deepcopy(whole.model), ranks="local")
+            with alone.observe():
+                loss_of(alone.model, problem).backward()
+            wrong = (RANKS * observer.stats.example_norm / alone.stats.example_norm - 1).abs().max().reshape(1)
+            dist.all_reduce(wrong, dist.ReduceOp.MAX)
+            if not float(wrong) <= 1e-5:
+                refusals.append(f"{engine}, {how}: norms are off by {float(wrong):.1e} of one process's")
+                continue
+            dist.barrier()
+            samples.append((f"{engine}_{how}", "gpt", "time_ratio", in_pairs(plain, step, runs)))
+            samples.append((f"{engine}_{how}", "gpt", "bytes_per_task", [sent.bytes / TASKS]))
+    if rank == 0:
+        torch.save({"samples": samples, "refusals": refusals}, f"{folder}/found")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class _CountBytes:
+    """Counts what our own reductions hand to the process group."""
+
+    def __init__(self) -> None:
+        self.bytes, self.own = 0, Ranks.total
+
+    def __enter__(self) -> None:
+        def total(ranks: Ranks, tensor: Tensor, op: Any = None) -> Tensor:
+            self.bytes += tensor.nbytes
+            return self.own(ranks, tensor, op)
+
+        Ranks.total = total  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        Ranks.total = self.own  # type: ignore[method-assign]
+
+
+# One process.
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model: GPT, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, ids: Tensor) -> Tensor:
+        model = self.model
+        h = model.tokens(ids) + model.positions(torch.arange(ids.shape[1]))
+        for block in model.blocks:
+            h = checkpoint(block, h, **self.options)
+        logits: Tensor = model.head(model.norm(h))
+        return logits
+
+
+class Autocast(nn.Module):
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits: Tensor = self.model(ids)
+        return logits.float()
+
+
+SAVED = functools.partial(
+    create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+)
+ALONE: dict[str, Callable[[GPT], nn.Module]] = {
+    "eager": lambda model: model,
+    "checkpoint_reentrant": lambda model: Checkpointed(model, {"use_reentrant": True}),
+    "checkpoint": lambda model: Checkpointed(model, {"use_reentrant": False}),
+    "checkpoint_selective": lambda model: Checkpointed(model, {"use_reentrant": False, "context_fn": SAVED}),
+    "autocast_bfloat16": Autocast,
+    "compiled": torch.compile,  # plain steps run the graph, measured ones the model as it was written
+}
+
+
+def measure_alone(quick: bool, runs: int, refusals: list[str]) -> list[Sample]:
+    samples: list[Sample] = []
+    problem = make(quick)
+    reference = None
+    for name, wrap in ALONE.items():
+        if quick and name == "compiled":  # takes half a minute
+            continue
+        model = wrap(copy.deepcopy(problem.model))
+        step, meter = step_of(model, problem, "meter")
+        step()
+        norm = meter.stats.example_norm
+        reference = norm if reference is None else reference
+        wrong = float((norm / reference - 1).abs().max())
+        if not wrong <= (0.05 if name == "autocast_bfloat16" else 1e-4):
+            refusals.append(f"{name}: norms are off by {wrong:.1e} of the eager model's")
+            continue
+        plain = step_of(wrap(copy.deepcopy(problem.model)), problem, "plain")[0]
+        samples.append((name, "gpt", "time_ratio", in_pairs(plain, step, runs)))
+    return samples
+
+
+GROWTH: dict[str, tuple[int, ...]] = {
+    "examples": (4, 8, 16, 32),
+    "length": (32, 64, 128, 256),
+    "layers": (2, 4, 8),
+    "tasks": (1, 2, 4, 8),
+}
+
+
+def measure_growth(quick: bool, runs: int) -> list[Sample]:
+    """Seconds that measuring adds to a step, and the exponent of the fit ``seconds = c · size^exponent`` by least squares."""
+    samples: list[Sample] = []
+    for dimension, sizes in GROWTH.items():
+        added = []
+        for size in sizes[:2] if quick else sizes:
+            problem = make(quick, **({} if dimension == "tasks" else {dimension: size}))
+            meter = Meter(problem.model, tasks=size if dimension == "tasks" else TASKS)
+            tasks = torch.arange(len(problem.tasks)) % len(meter.task_names)
+            seconds = []
+            for run in range(-2, runs):
+                taken = []
+                for observed in (True, False) if run % 2 else (False, True):
+                    problem.model.zero_grad()
+                    start = time.process_time()
+                    with meter.observe(tasks=tasks) if observed else nullcontext():
+                        loss_of(problem.model, problem).backward()
+                    taken.append((time.process_time() - start) * (1 if observed else -1))
+                if run >= 0:
+                    seconds.append(sum(taken))
+            samples.append(("growth", f"{dimension}={size}", "added_seconds", seconds))
+            added.append((size, statistics.median(seconds)))
+        known = [(math.log(size), math.log(seconds)) for size, seconds in added if seconds > 0]
+        if len(known) > 1:
+            samples.append(("growth", dimension, "exponent", [slope(known)]))
+    return samples
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    x, y = (statistics.fmean(values) for values in zip(*points, strict=True))
+    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+
+
+def measure(quick: bool, refusals: list[str]) -> list[Sample]:
+    runs = 3 if quick else 15
+    multiprocessing.set_start_method("spawn", force=True)
+    torch.set_num_threads(1)
+    return [
+        *measure_ranks(quick, runs, refusals),
+        *measure_alone(quick, runs, refusals),
+        *measure_growth(quick, runs),
+    ]

@@ -1,0 +1,264 @@
+"""Several processes with examples of their own: which they are, and how their figures become those of all.
+
+The engines are PyTorch's: DDP and FSDP2 reduce gradients, DTensor splits layers. What is added here are a few numbers per
+task and block, and `agree`, by which ranks stay in step where verifying takes collectives (FSDP2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradnorm_ext.rewards import RewardStats
+from gradnorm_ext.stats import Stats
+
+How = Literal["unbiased", "exact", "local"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes among which the batch is divided.
+
+    Attributes:
+        groups: the process groups to reduce over, one after the other (two where FSDP2 also replicates).
+        divisor: what the engine divides the sum of the ranks' gradients by.
+        exact: norms of tasks are those of gradients summed over the ranks; else estimates from each rank's norms.
+        engine: "ddp", "fsdp" or, where a process group was given and neither is there, "other".
+        one_backward: DDP with a static graph reduces after the first backward to its output, whatever that was for.
+    """
+
+    groups: tuple[Any, ...]
+    divisor: float
+    exact: bool
+    engine: Literal["ddp", "fsdp", "other"]
+    one_backward: bool = False
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for group in self.groups:
+            size *= dist.get_world_size(group)
+        return size
+
+    def total(self, tensor: Tensor, op: Any = None) -> Tensor:
+        """The sum over the ranks (or another reduction), in place."""
+        for group in self.groups:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM if op is None else op, group)
+        return tensor
+
+    def same(self, tensor: Tensor) -> Tensor:
+        """The first rank's tensor, on every rank."""
+        tensor = tensor.contiguous().clone()
+        for group in reversed(self.groups):
+            dist.broadcast(tensor, group_src=0, group=group)
+        return tensor
+
+    def agree(self, *numbers: int) -> list[int]:
+        """The largest of each number over the ranks; waits for them."""
+        device = "cpu" if dist.get_backend(self.groups[0]) == "gloo" else torch.accelerator.current_accelerator()
+        agreed: list[int] = self.total(torch.tensor(numbers, device=device), dist.ReduceOp.MAX).tolist()
+        return agreed
+
+    def together(self, stats: Stats) -> Stats:
+        """A rank's statistics with the tasks' figures of all ranks; examples, prompts and their norms stay its own.
+
+        With S_r = Σ‖u‖² over the n_r units u of a rank and T_r = ‖Σ u‖², both exact there, and sums over the ranks r:
+
+            task_sqnorm_unbiased = Σ (T_r - S_r) / Σ n_r (n_r - 1)         task_variance = Σ (S_r - T_r / n_r) / Σ (n_r - 1)
+            task_sqnorm = Σ S_r + n (n - 1) task_sqnorm_unbiased,  n = Σ n_r
+
+        The last estimates ``‖Σ u‖²`` over all ranks without bias, as units of one task are alike. Where no rank has two
+        units of a task that has several, nothing tells, and all three are NaN. With ``exact``, T is ‖Σ u‖² of all ranks.
+        """
+        parts = [stats, *stats.layers.values()]
+        reduced = self.total(torch.stack([_sums(part, self.exact) for part in parts]))
+        found = [_whole(part, sums, self.exact) for part, sums in zip(parts, reduced.unbind(), strict=True)]
+        reward = None if stats.reward is None else self._reward(stats.reward, reduced.device)
+        layers = dict(zip(stats.layers, found[1:], strict=True))
+        return dataclasses.replace(found[0], layers=layers, reward=reward)
+
+    def _reward(self, reward: RewardStats[Tensor], device: torch.device) -> RewardStats[Tensor]:
+        """The tasks' figures over the prompts of all ranks; percentiles do not add up and are NaN."""
+        n_tasks, ddof = len(reward.task_mean), reward.ddof
+        rewards = reward.rewards.double()
+        extremes = torch.stack([rewards.max(), -rewards.min()]) if len(rewards) else rewards.new_full((2,), -torch.inf)
+        high, low = self.total(extremes.to(device), dist.ReduceOp.MAX).to(rewards.device).unbind()
+        low, spread = -low, high != -low
+        known = reward.count > ddof
+        of_prompts = [torch.ones_like(reward.std), known, torch.where(known, reward.std, 0), reward.zero_std]
+        of_prompts += [reward.zero_std & (reward.mean == end) & spread for end in (high, low)]
+        sums = rewards.new_zeros(8, n_tasks)
+        sums[:6].index_add_(1, reward.task, torch.stack([each.double() for each in of_prompts]))
+        of_examples = torch.stack([torch.ones_like(rewards), rewards])
+        sums[6:].index_add_(1, reward.task[reward.prompt_of], of_examples)
+        prompts, groups, std, zero, best, worst, count, total = self.total(sums.to(device)).to(rewards.device).unbind()
+        live = prompts - zero
+        figures = {
+            "task_mean": total / count,
+            "task_std_mean": std / groups,
+            "task_std_p10": torch.full_like(total, torch.nan),
+            "task_zero_std_share": zero / prompts,
+            "task_all_best_share": best / prompts,
+            "task_all_worst_share": worst / prompts,
+            "task_share": prompts / prompts.sum(),
+            "task_realised_share": live / live.sum(),
+        }
+        return dataclasses.replace(reward, **{name: value.to(reward.mean.dtype) for name, value in figures.items()})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A model under FSDP2, whose backward takes collectives."""
+
+    ranks: Ranks | None  # None: there is but one process
+    groups: Sequence[Any]  # FSDP2's records of what is sharded together
+
+    def agree(self, *numbers: int) -> list[int]:
+        """The largest of each number over the ranks."""
+        return list(numbers) if self.ranks is None else self.ranks.agree(*numbers)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A backward inside another: what is whole now stays so for the outer one, and nothing is reduced."""
+        before = [(group, group.reduce_grads, group.reshard_after_backward) for group in self.groups]
+        whole = [(group, group._training_state) for group in self.groups if group.is_unsharded]
+        for group in self.groups:
+            group.reduce_grads = False
+            group.reshard_after_backward = group.reshard_after_backward and not group.is_unsharded
+        try:
+            yield
+        finally:
+            for group, reduce_grads, reshard_after_backward in before:
+                group.reduce_grads, group.reshard_after_backward = reduce_grads, reshard_after_backward
+            for group, state in whole:
+                group._training_state = state
+
+
+def _sums(stats: Stats, exact: bool) -> Tensor:
+    """``[8, K]`` float64: what adds up over ranks."""
+    n, count = stats.task_units.double(), stats.task_count.double()
+    units, task_of_unit = stats.example_norm, stats.tasks
+    if stats.prompt_norm is not None and stats.prompts is not None:
+        units, task_of_unit = stats.prompt_norm, torch.zeros_like(stats.prompt_norm, dtype=torch.int64)
+        task_of_unit.scatter_(0, stats.prompts, stats.tasks)
+    square = torch.zeros_like(n).index_add(0, task_of_unit, units.double().square())
+    whole = square if exact or stats.task_norm is None else stats.task_norm.double().square()
+    spread = torch.where(n > 1, square - whole / n, 0)
+    bad = (~stats.finite).to(n).expand_as(n)
+    return torch.stack([n, count, square, whole - square, n * (n - 1), spread, (n - 1).clamp(min=0), bad])
+
+
+def _whole(stats: Stats, sums: Tensor, exact: bool) -> Stats:
+    n, count, square, apart, pairs, spread, free, bad = sums.unbind()
+    figures: dict[str, Tensor | None] = {}
+    if stats.task_norm is not None:
+        dtype = stats.task_norm.dtype
+        if exact:
+            sqnorm = stats.task_norm.double().square()
+            unbiased, variance = (sqnorm - square) / (n * (n - 1)), (square - sqnorm / n) / (n - 1)
+        else:
+            unbiased, variance = apart / pairs, spread / free
+            sqnorm = torch.where(n > 1, square + n * (n - 1) * unbiased, square)
+        figures = {
+            "task_norm": sqnorm.clamp(min=0).sqrt().to(dtype),
+            "task_sqnorm": sqnorm.to(dtype),
+            "task_sqnorm_unbiased": torch.where(n > 1, unbiased, torch.nan).to(dtype),
+            "task_variance": torch.where(n > 1, variance, torch.nan).to(dtype),
+        }
+    counts = {"task_units": n.long(), "task_count": count.long(), "finite": bad.sum() == 0}
+    return dataclasses.replace(stats, **figures, **counts)  # type: ignore[arg-type]
+
+
+def empty_rewards(rewards: Tensor, n_tasks: int) -> RewardStats[Tensor]:
+    """The figures of no rewards, of a rank without examples."""
+    nothing = rewards if rewards.is_floating_point() else rewards.double()
+    none, nan = nothing.long(), nothing.new_full((n_tasks,), torch.nan)
+    return RewardStats(
+        **dict.fromkeys(("prompt", "task", "count", "prompt_of"), none),
+        **dict.fromkeys(("mean", "std", "std_error", "rewards"), nothing),
+        **dict.fromkeys(("zero_std", "all_best", "all_worst"), none.bool()),
+        **{field.name: nan for field in dataclasses.fields(RewardStats) if field.name.startswith("task_")},
+        ddof=1,
+    )
+
+
+def find_ranks(who: str, model: nn.Module, how: How | None, process_group: Any) -> Ranks | None:
+    """The processes that have other examples of the same model, None where there are none or ``how`` is "local".
+
+    Those of the process group that is given, else of the model's DDP or of FSDP2's mesh.
+
+    Raises:
+        RuntimeError: FSDP1, whose flat parameters hide the layers'; DDP's join context; parts of the model sharded
+            differently.
+    """
+    if not dist.is_available() or not dist.is_initialized() or how == "local":
+        return None
+    ddp = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    sharded = sharded_modules(model)
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise RuntimeError(
+                f"{who}: parameters must be tensors of their own, got {name or 'the model'} (FullyShardedDataParallel), "
+                "which flattens them; shard with torch.distributed.fsdp.fully_shard"
+            )
+    groups: tuple[Any, ...]
+    divisor: float | None
+    if sharded:
+        found = {_of_mesh(group) for module in sharded for group in parameter_groups(module)}
+        if len(found) != 1:
+            raise RuntimeError(
+                f"{who}: all of the model must be sharded over one mesh with one gradient divide factor, got {len(found)}; "
+                'shard it alike, or measure each rank by itself with ranks="local"'
+            )
+        groups, divisor = found.pop()
+        engine: Literal["ddp", "fsdp", "other"] = "fsdp"
+    elif ddp:
+        if ddp[0]._join_config.enable:
+            raise RuntimeError(
+                f"{who}: every rank must run every block, got DDP's join context; give a rank that has run out of "
+                "examples an empty batch, observe(tasks=[])"
+            )
+        groups, divisor, engine = (ddp[0].process_group,), None, "ddp"
+    elif process_group is not None:
+        groups, divisor, engine = (process_group,), None, "other"
+    else:
+        return None
+    if process_group is not None:
+        groups = (process_group,)
+    ranks = Ranks(groups, 1.0, how == "exact", engine, any(module.static_graph for module in ddp))
+    return None if ranks.size == 1 else dataclasses.replace(ranks, divisor=float(divisor or ranks.size))
+
+
+def split_among(model: nn.Module) -> int:
+    """How many processes have parts of the same layers and the same examples (tensor parallelism); else 1."""
+    meshes = [getattr(parameter, "device_mesh", None) for parameter in model.parameters()]
+    return max((mesh.size() for mesh in meshes if mesh is not None), default=1)
+
+
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """Those that FSDP2's ``fully_shard`` was called on."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def parameter_groups(module: Any) -> list[Any]:
+    """FSDP2's own record of what it shards together; before torch 2.11 there was one of each module."""
+    state = module._get_fsdp_state()
+    several: list[Any] | None = getattr(state, "_fsdp_param_groups", None)
+    return several if several is not None else [one for one in [state._fsdp_param_group] if one is not None]
+
+
+def _of_mesh(group: Any) -> tuple[tuple[Any, ...], float | None]:
+    """Of an FSDP2 parameter group: the process groups its examples are divided among, and what gradients are divided by."""
+    names = ("replicate_process_group", "shard_process_group")  # the outer dimension of the mesh first
+    found = tuple(getattr(group.mesh_info, name) for name in names if getattr(group.mesh_info, name, None) is not None)
+    return found, group.gradient_divide_factor

@@ -1,0 +1,533 @@
+"""DDP, FSDP2 and tensor parallelism on processes of their own, against autograd on all their examples in one."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from oracle import Case, Transformer, group_norms, per_example_gradients, relative, token_loss
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+from worlds import run_world
+
+from gradnorm_ext import ClipExamples, InverseNorm, Meter, Reweighted
+
+RANKS = 2
+CLOSE = 1e3 * torch.finfo(torch.float64).eps
+EXAMPLES = 7
+OF_RANK = (slice(0, 3), slice(3, 7))  # uneven
+TASKS = torch.tensor([0, 1, 0, 1, 0, 1, 1])
+
+
+def make_case(head: str = "own", examples: int = EXAMPLES) -> Case:
+    random = torch.Generator().manual_seed(1)
+    torch.manual_seed(0)
+    x, y = (torch.randint(1, 13, (examples, 5), generator=random) for _ in range(2))
+    return Case(Transformer(head), x, y, token_loss).to(torch.float64)
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def fsdp(model: nn.Module, reshard: bool = True, **options) -> nn.Module:
+    for block in model.blocks:
+        fully_shard(block, reshard_after_forward=reshard, **options)
+    return fully_shard(model, reshard_after_forward=reshard, **options)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Truth:
+    """Each example's contribution to the averaged gradient, and what follows from it."""
+
+    def __init__(self, case: Case, tasks: torch.Tensor = TASKS, ranks: int = RANKS) -> None:
+        one_by_one = per_example_gradients(case)
+        self.gradients = [{name: g / ranks for name, g in of.items()} for of in one_by_one]
+        self.tasks = tasks
+        self.example_norm = group_norms(self.gradients, torch.arange(len(self.gradients)), len(self.gradients))
+        self.task_norm = group_norms(self.gradients, tasks, 2)
+
+    def weighted(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            name: sum(w * of[name] for w, of in zip(weights, self.gradients, strict=True)) for name in self.gradients[0]
+        }
+
+    def estimates(self, of_rank=OF_RANK) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """task_sqnorm, task_sqnorm_unbiased and task_variance, by the sums over pairs and deviations that define them."""
+        flat = torch.stack([torch.cat([g.flatten() for g in of.values()]) for of in self.gradients])
+        found = []
+        for k in range(2):
+            squares = pairs = spread = free = 0.0
+            n_pairs = 0
+            for part in of_rank:
+                units = flat[part][self.tasks[part] == k]
+                products = units @ units.T
+                squares += float(products.diagonal().sum())
+                pairs += float(products.sum() - products.diagonal().sum())
+                n_pairs += len(units) * (len(units) - 1)
+                if len(units) > 1:
+                    spread += float((units - units.mean(0)).square().sum())
+                    free += len(units) - 1
+            n = int((self.tasks == k).sum())
+            unbiased = pairs / n_pairs if n_pairs else float("nan")
+            found.append((squares + n * (n - 1) * unbiased, unbiased, spread / free if free else float("nan")))
+        return tuple(torch.tensor(each, dtype=torch.float64) for each in zip(*found, strict=True))
+
+
+def assert_gradients(model: nn.Module, expected: dict[str, torch.Tensor], close: float = CLOSE) -> None:
+    size = max(float(g.abs().max()) for g in expected.values())
+    for name, found in gradients_of(model).items():
+        assert float((found - expected[name]).abs().max()) <= close * size, name
+
+
+def assert_same_on_all_ranks(tensor: torch.Tensor) -> None:
+    parts = [torch.empty_like(tensor) for _ in range(RANKS)]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    assert all(torch.equal(part, tensor) for part in parts)
+
+
+def check_meter(rank: int, wrap, head: str = "own") -> None:
+    case = make_case(head)
+    truth, part = Truth(case), OF_RANK[rank]
+    for ranks in ("unbiased", "exact"):
+        model = wrap(copy.deepcopy(case.model))
+        meter = Meter(model, tasks=2, ranks=ranks, per_layer=True)
+        for _ in range(2):
+            model.zero_grad()
+            with meter.observe(tasks=TASKS[part]):
+                case.loss(model(case.x[part]), case.y[part]).backward()
+            stats = meter.stats
+            assert relative(stats.example_norm, truth.example_norm[part]) <= CLOSE
+            assert_gradients(model, truth.weighted(torch.ones(EXAMPLES)))
+            sqnorm, unbiased, variance = truth.estimates(OF_RANK if ranks == "unbiased" else (slice(None),))
+            assert relative(stats.task_sqnorm, sqnorm) <= CLOSE
+            assert relative(stats.task_sqnorm_unbiased, unbiased) <= CLOSE
+            assert relative(stats.task_variance, variance) <= CLOSE
+            assert stats.task_units.tolist() == stats.task_count.tolist() == TASKS.bincount().tolist()
+            assert_same_on_all_ranks(torch.stack([stats.task_norm, stats.task_sqnorm_unbiased, stats.task_variance]))
+            of_layers = sum(layer.task_sqnorm for layer in stats.layers.values())
+            assert relative(of_layers, stats.task_sqnorm) <= CLOSE
+        if ranks == "exact":
+            assert relative(stats.task_norm, truth.task_norm) <= CLOSE
+
+
+def check_meters_of_ddp(rank: int) -> None:
+    for head in ("own", "tied", "functional"):
+        check_meter(rank, ddp, head)
+
+
+def check_meters_of_fsdp(rank: int) -> None:
+    check_meter(rank, fsdp)
+    check_meter(rank, fsdp, "tied")
+    check_meter(rank, lambda model: fsdp(model, reshard=False))
+
+
+def check_two_passes(rank: int, wrap) -> None:
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case)
+    bound = float(truth.example_norm.median())
+    for policy, ranks in ((InverseNorm(), "unbiased"), (InverseNorm(), "exact"), (ClipExamples(bound), "unbiased")):
+        model = wrap(copy.deepcopy(case.model))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        optimizer = Reweighted(optimizer, model, policy, passes=2, tasks=2, ranks=ranks)
+        for _ in range(2):  # the first also verifies itself
+            optimizer.zero_grad()
+            with optimizer.observe(tasks=TASKS[part]):
+                optimizer.backward(case.loss(model(case.x[part]), case.y[part]))
+            if policy.weighs == "tasks":
+                norm = truth.task_norm if ranks == "exact" else truth.estimates()[0].clamp(min=0).sqrt()
+                of_task = (1 / norm) / (1 / norm).mean()
+                assert_same_on_all_ranks(optimizer.weights)
+                weights = of_task[TASKS]
+            else:
+                weights = (bound / truth.example_norm).clamp(max=1)
+            assert_gradients(model, truth.weighted(weights))
+        optimizer.step()
+        for parameter in model.parameters():
+            assert_same_on_all_ranks(whole(parameter.detach()))
+
+
+def check_two_passes_of_ddp(rank: int) -> None:
+    check_two_passes(rank, ddp)
+
+
+def check_two_passes_of_fsdp(rank: int) -> None:
+    check_two_passes(rank, fsdp)
+
+
+def check_next_step(rank: int, wrap) -> None:
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case)
+    model = wrap(copy.deepcopy(case.model))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer = Reweighted(optimizer, model, InverseNorm(), apply="next_step", tasks=2)
+    norm = truth.estimates()[0].sqrt()
+    for weights in (torch.ones(2, dtype=torch.float64), (1 / norm) / (1 / norm).mean()):
+        with optimizer.observe(tasks=TASKS[part]):
+            case.loss(model(case.x[part]), case.y[part]).backward()
+        assert relative(optimizer.weights, weights) <= CLOSE
+        assert_same_on_all_ranks(optimizer.weights.double())
+        assert_gradients(model, truth.weighted(weights[TASKS]))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def check_next_step_of_ddp(rank: int) -> None:
+    check_next_step(rank, ddp)
+
+
+def check_next_step_of_fsdp(rank: int) -> None:
+    check_next_step(rank, fsdp)
+
+
+def check_missing_tasks_and_an_empty_rank(rank: int, wrap) -> None:
+    """Rank 0 has one task only, then nothing at all."""
+    case = make_case(examples=4)
+    tasks = torch.tensor([0, 0, 1, 1])
+    for of_rank in ((slice(0, 2), slice(2, 4)), (slice(0, 0), slice(0, 4))):
+        part, truth = of_rank[rank], Truth(case, tasks)
+        prompts, rewards = torch.arange(4), torch.tensor([0.0, 1.0, 1.0, 0.5])
+        for ranks in ("unbiased", "exact"):
+            model = wrap(copy.deepcopy(case.model))
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            optimizer = Reweighted(optimizer, model, InverseNorm(), passes=2, tasks=2, ranks=ranks)
+            for _ in range(2):
+                optimizer.zero_grad()
+                with optimizer.observe(tasks=tasks[part], prompts=prompts[part], rewards=rewards[part]):
+                    optimizer.backward(case.loss(model(case.x[part]), case.y[part]))
+                norm = truth.task_norm if ranks == "exact" else truth.estimates(of_rank)[0].sqrt()
+                assert relative(optimizer.stats.task_norm, norm) <= CLOSE
+                weights = (1 / norm) / (1 / norm).mean()
+                assert_gradients(model, truth.weighted(weights[tasks]))
+                reward = optimizer.stats.reward
+                assert reward.task_mean.tolist() == [0.5, 0.75] and reward.task_share.tolist() == [0.5, 0.5]
+            optimizer.step()
+
+
+def check_an_empty_rank_of_ddp(rank: int) -> None:
+    check_missing_tasks_and_an_empty_rank(rank, ddp)
+
+
+def check_an_empty_rank_of_fsdp(rank: int) -> None:
+    check_missing_tasks_and_an_empty_rank(rank, fsdp)
+
+
+def check_ranks_by_themselves(rank: int) -> None:
+    """Still verified in step with the others."""
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case, ranks=1)
+    model = fsdp(copy.deepcopy(case.model))
+    meter = Meter(model, tasks=2, ranks="local")
+    for _ in range(2):
+        with meter.observe(tasks=TASKS[part]):
+            case.loss(model(case.x[part]), case.y[part]).backward()
+        assert relative(meter.stats.example_norm, truth.example_norm[part]) <= CLOSE
+        assert meter.stats.task_count.tolist() == TASKS[part].bincount().tolist()
+
+
+def check_units_that_no_rank_can_compare(rank: int) -> None:
+    """One example of each task on either rank: no pair, hence no estimate; exact norms are there."""
+    case = make_case(examples=4)
+    tasks, part = torch.tensor([0, 1, 0, 1]), slice(2 * rank, 2 * rank + 2)
+    truth = Truth(case, tasks)
+    for ranks in ("unbiased", "exact"):
+        model = ddp(copy.deepcopy(case.model))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        optimizer = Reweighted(optimizer, model, lambda stats: 1 / stats.task_norm, passes=2, tasks=2, ranks=ranks)
+        with optimizer.observe(tasks=tasks[part]):
+            optimizer.backward(case.loss(model(case.x[part]), case.y[part]))
+        if ranks == "exact":
+            assert relative(optimizer.stats.task_norm, truth.task_norm) <= CLOSE
+            optimizer.step()
+        else:
+            with pytest.raises(RuntimeError, match="the policy must return finite weights"):
+                optimizer.step()
+
+
+def check_accumulation(rank: int, wrap, no_sync) -> None:
+    """Two blocks of different sizes, only the second of which reduces."""
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case)
+    model = wrap(copy.deepcopy(case.model))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = Reweighted(optimizer, model, ClipExamples(float(truth.example_norm.median())), passes=2)
+    start = part.start
+    for _ in range(2):
+        optimizer.zero_grad()
+        for last, some in ((False, slice(start, start + 1)), (True, slice(start + 1, part.stop))):
+            with nullcontext() if last else no_sync(model), optimizer.observe():
+                optimizer.backward(case.loss(model(case.x[some]), case.y[some]))
+            if hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(True)
+            assert relative(optimizer.stats.example_norm, truth.example_norm[some]) <= CLOSE
+        weights = (float(truth.example_norm.median()) / truth.example_norm).clamp(max=1)
+        assert_gradients(model, truth.weighted(weights))
+
+
+def fsdp_no_sync(model: nn.Module) -> nullcontext:
+    model.set_requires_gradient_sync(False)
+    return nullcontext()
+
+
+def check_accumulation_of_ddp(rank: int) -> None:
+    check_accumulation(rank, ddp, lambda model: model.no_sync())
+
+
+def check_accumulation_of_fsdp(rank: int) -> None:
+    check_accumulation(rank, fsdp, fsdp_no_sync)
+
+
+class WithUnused(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.unused = model, nn.Linear(3, 3).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)
+
+
+def check_options_of_ddp(rank: int) -> None:
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case)
+    bound = float(truth.example_norm.median())
+    weights = (bound / truth.example_norm).clamp(max=1)
+    for options in ({"find_unused_parameters": True}, {"gradient_as_bucket_view": True}, {}):
+        inner = copy.deepcopy(case.model)
+        model = DistributedDataParallel(WithUnused(inner) if "find_unused_parameters" in options else inner, **options)
+        if not options:
+            model.register_comm_hook(torch.distributed.group.WORLD, fp16_compress_hook)
+        optimizer = Reweighted(torch.optim.SGD(model.parameters(), 0.0), model, ClipExamples(bound), passes=2)
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none="gradient_as_bucket_view" not in options)
+            with optimizer.observe():
+                optimizer.backward(case.loss(model(case.x[part]), case.y[part]))
+            assert relative(optimizer.stats.example_norm, truth.example_norm[part]) <= CLOSE, options
+            expected = truth.weighted(weights)
+            found = {n.removeprefix("module.").removeprefix("model."): p.grad for n, p in model.named_parameters()}
+            close = CLOSE if options else 2e-3  # what half precision rounds
+            for name, gradient in expected.items():
+                assert float((found[name] - gradient).abs().max()) <= close, (options, name)
+            optimizer.step()
+
+
+def check_a_static_graph(rank: int) -> None:
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case)
+    model = DistributedDataParallel(copy.deepcopy(case.model), static_graph=True)
+    plain = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer = Reweighted(plain, model, InverseNorm(), passes=2, tasks=2)
+    with pytest.raises(RuntimeError, match="DDP with static_graph=True"), optimizer.observe(tasks=TASKS[part]):
+        pass
+    optimizer = Reweighted(plain, model, InverseNorm(), apply="next_step", tasks=2)
+    weights = torch.ones(2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with optimizer.observe(tasks=TASKS[part]):
+            case.loss(model(case.x[part]), case.y[part]).backward()
+        assert relative(optimizer.stats.example_norm, truth.example_norm[part]) <= CLOSE
+        assert_gradients(model, truth.weighted(optimizer.weights[TASKS]))
+        optimizer.step()
+    assert not torch.equal(optimizer.weights.float(), weights)
+
+
+def check_options_of_fsdp(rank: int) -> None:
+    """CPU offload, meta-device initialisation, frozen parts, bfloat16 parameters, two groups in one, a checkpoint."""
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case)
+    bound = float(truth.example_norm.median())
+    weights = (bound / truth.example_norm).clamp(max=1)
+
+    def on_meta(model: nn.Module) -> nn.Module:
+        with torch.device("meta"):
+            empty = fsdp(Transformer().double())
+        empty.to_empty(device="cpu")
+        state = model.state_dict()
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        set_model_state_dict(empty, state, options=StateDictOptions(full_state_dict=True))
+        return empty
+
+    for wrap in (lambda model: fsdp(model, offload_policy=CPUOffloadPolicy(pin_memory=False)), on_meta, fully_shard):
+        model = wrap(copy.deepcopy(case.model))
+        optimizer = Reweighted(torch.optim.SGD(model.parameters(), 0.0), model, ClipExamples(bound), passes=2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with optimizer.observe():
+                optimizer.backward(case.loss(model(case.x[part]), case.y[part]))
+            assert relative(optimizer.stats.example_norm, truth.example_norm[part]) <= CLOSE
+            assert_gradients(model, truth.weighted(weights))
+            optimizer.step()
+
+
+class Split(nn.Module):
+    """What DTensor splits: a vocabulary, columns and rows of products with and without bias, norms of parts of sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.norm1, self.norm2 = nn.Embedding(13, 8), nn.LayerNorm(8), nn.RMSNorm(8)
+        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 14, bias=False)
+        self.gate, self.back = nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False)
+        self.own = nn.Linear(8, 8)  # not split
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.tokens(ids)
+        h = h + self.down(torch.tanh(self.up(self.norm1(h))))
+        h = h + self.back(torch.tanh(self.gate(self.norm2(h))))
+        return self.head(torch.tanh(self.own(h)))
+
+
+def split(model: nn.Module, mesh, sequence: bool, embedding: str) -> nn.Module:
+    rows = Shard(1) if sequence else Replicate()
+    into, out_of = ColwiseParallel(input_layouts=rows), RowwiseParallel(output_layouts=rows)
+    whole = {"input_layouts": Replicate(), "output_layouts": rows}
+    plan = {
+        "tokens": RowwiseParallel(**whole) if embedding == "rows" else ColwiseParallel(**whole),
+        **{"up": into, "gate": into, "down": out_of, "back": out_of},
+        "head": ColwiseParallel(input_layouts=rows, output_layouts=Replicate()),
+        **({name: SequenceParallel() for name in ("norm1", "norm2")} if sequence else {}),
+    }
+    return parallelize_module(model, mesh, plan)
+
+
+def check_split_layers(mesh, wrap, data_ranks: int, part: slice, sequence: bool) -> None:
+    torch.manual_seed(0)
+    x, y = (torch.randint(0, 13, (EXAMPLES, 6), generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    case = Case(Split(), x, y, token_loss).to(torch.float64)
+    if sequence:  # a layer that is not split would see this rank's rows only, in its gradient as in its norms
+        case.model.own.requires_grad_(False)
+    truth = Truth(case, ranks=data_ranks)
+    bound = float(truth.example_norm.median())
+    for embedding in ("rows", "columns") if data_ranks == 1 else ("rows",):
+        for how in (None, {}, {"passes": 2}, {"apply": "next_step"}) if data_ranks == 1 else ({"passes": 2},):
+            model = wrap(split(copy.deepcopy(case.model), mesh, sequence, embedding))
+            observer = Meter(model, tasks=2)
+            if how is not None:
+                policy = InverseNorm() if "apply" in how else ClipExamples(bound)
+                observer = Reweighted(torch.optim.SGD(model.parameters(), 0.0), observer, policy, **how)
+            for _ in range(2):
+                model.zero_grad()
+                with observer.observe(tasks=TASKS[part]):
+                    loss = case.loss(model(case.x[part]), case.y[part])
+                    loss.backward() if how is None else observer.backward(loss)
+                assert relative(observer.stats.example_norm, truth.example_norm[part]) <= CLOSE, (how, embedding)
+                if data_ranks == 1:
+                    assert relative(observer.stats.task_norm, truth.task_norm) <= CLOSE
+                weights = torch.ones(EXAMPLES)
+                if how is not None:
+                    weights = observer.weights[TASKS] if "apply" in how else (bound / truth.example_norm).clamp(max=1)
+                assert_gradients(model, truth.weighted(weights))
+
+
+def check_tensor_parallel(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for sequence in (False, True):
+        check_split_layers(mesh, lambda model: model, 1, slice(None), sequence)
+
+
+class Gain(nn.Module):
+    """A norm of its own, as transformers' models have: no rule expects a DTensor here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x
+
+
+def check_split_layers_without_a_rule(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Sequential(nn.Linear(8, 8), Gain())
+    model = parallelize_module(model, mesh, {"1": SequenceParallel()})
+    with (
+        pytest.raises(RuntimeError, match=r"no rule for 1\.weight of Gain, which is trainable and split"),
+        Meter(model).observe(),
+    ):
+        model(torch.randn(2, 4, 8))
+    model = parallelize_module(nn.Sequential(nn.Linear(8, 8)), mesh, {"0": RowwiseParallel()})
+    with pytest.raises(RuntimeError, match=r"of whole parameters, got 0\.weight"), Meter(model, gram=True).observe():
+        model(torch.randn(2, 4, 4))
+
+
+def check_fsdp_of_tensor_parallel(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "split"))
+    for sequence in (False, True):
+        wrap = lambda model: fully_shard(model, mesh=mesh["data"])  # noqa: E731
+        check_split_layers(mesh["split"], wrap, 2, OF_RANK[rank // 2], sequence)
+
+
+def check_refusals(rank: int) -> None:
+    case, part = make_case(), OF_RANK[rank]
+    for wrap in (ddp, fsdp):
+        model = wrap(copy.deepcopy(case.model))
+        for options in ({"scope": "layer"},) + (({},) if wrap is fsdp else ()):
+            optimizer = Reweighted(torch.optim.SGD(model.parameters(), 0.1), model, InverseNorm(), tasks=2, **options)
+            with (
+                pytest.raises(RuntimeError, match="gradients are reduced during backward"),
+                optimizer.observe(tasks=TASKS),
+            ):
+                pass
+        for option in ({"gram": True}, {"exact_tasks": True}):
+            meter = Meter(model, tasks=2, **option)
+            with pytest.raises(ValueError, match="gradients are not summed for every task"), meter.observe(tasks=TASKS):
+                pass
+        local = Reweighted(torch.optim.SGD(model.parameters(), 0.1), model, InverseNorm(), tasks=2, ranks="local")
+        with pytest.raises(RuntimeError, match="must weigh alike"), local.observe(tasks=TASKS):
+            pass
+    for wrap in (ddp, lambda model: fully_shard(model)):
+        model = wrap(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)))
+        refused = pytest.raises(RuntimeError, match=r"must be formed there, got (module\.)?0\.parametrizations")
+        with refused, Meter(model, on_unsupported="vmap").observe():
+            model(torch.randn(5, 4)).square().sum().backward()
+    plain = copy.deepcopy(case.model)
+    optimizer = Reweighted(torch.optim.SGD(plain.parameters(), 0.1), plain, InverseNorm(), tasks=2)
+    with pytest.raises(RuntimeError, match="neither DDP nor FSDP2"), optimizer.observe(tasks=TASKS):
+        pass
+    alone = Reweighted(torch.optim.SGD(plain.parameters(), 0.1), plain, InverseNorm(), tasks=2, ranks="local")
+    with alone.observe(tasks=TASKS[part]):
+        case.loss(plain(case.x[part]), case.y[part]).backward()
+
+
+def test_ddp_measures_and_weighs_as_one_process_would(tmp_path):
+    checks = [check_meters_of_ddp, check_two_passes_of_ddp, check_next_step_of_ddp, check_an_empty_rank_of_ddp]
+    checks += [
+        check_units_that_no_rank_can_compare,
+        check_accumulation_of_ddp,
+        check_options_of_ddp,
+        check_a_static_graph,
+    ]
+    checks += [check_refusals]
+    run_world(RANKS, checks, tmp_path)
+
+
+def test_fsdp2_measures_and_weighs_as_one_process_would(tmp_path):
+    checks = [check_meters_of_fsdp, check_two_passes_of_fsdp, check_next_step_of_fsdp, check_an_empty_rank_of_fsdp]
+    checks += [check_accumulation_of_fsdp, check_options_of_fsdp, check_ranks_by_themselves]
+    run_world(RANKS, checks, tmp_path)
+
+
+def test_layers_that_dtensor_splits_are_measured_whole(tmp_path):
+    run_world(2, [check_tensor_parallel, check_split_layers_without_a_rule], tmp_path)
+
+
+def test_fsdp2_over_tensor_parallel_layers(tmp_path):
+    run_world(4, [check_fsdp_of_tensor_parallel], tmp_path)
