@@ -22,7 +22,7 @@ demo: .venv/built
 	$(BIN)/python examples/multitask_grpo.py $(ARGS)
 
 test: .venv/built
-	$(BIN)/cmake -S . -B build/ctest -DGRADNORM_EXTENSION=OFF
+	$(BIN)/cmake -S . -B build/ctest -DGRADNORM_EXTENSION=OFF -DGRADNORM_CUDA=OFF
 	$(BIN)/cmake --build build/ctest --parallel 2
 	$(BIN)/ctest --test-dir build/ctest --output-on-failure
 	$(BIN)/pytest $(PYTEST_ARGS) --doctest-modules --doctest-glob='README.md' tests gradnorm_ext README.md

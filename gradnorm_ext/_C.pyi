@@ -9,6 +9,7 @@ cuda_compiler: str
 compiler: str
 torch_version: str
 
+def cuda_problem() -> str: ...
 def reward_stats(
     rewards: npt.NDArray[np.floating[Any]],
     prompts: npt.NDArray[np.integer[Any]],

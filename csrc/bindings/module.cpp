@@ -11,6 +11,9 @@
 #include <utility>
 #include <vector>
 
+#ifdef GRADNORM_WITH_CUDA
+#include "kernels/cuda/driver.h"
+#endif
 #include "kernels/reward_stats.h"
 
 namespace py = pybind11;
@@ -104,8 +107,13 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "gradnorm_ext's compiled kernels; importing it registers torch.ops.gradnorm.*";
 #ifdef GRADNORM_WITH_CUDA
   m.attr("with_cuda") = true;
+  m.def("cuda_problem", &gradnorm::cuda_problem,
+        "Why the CUDA kernels cannot run here; empty if they can.");
 #else
   m.attr("with_cuda") = false;
+  m.def(
+      "cuda_problem", [] { return "built without CUDA"; },
+      "Why the CUDA kernels cannot run here; empty if they can.");
 #endif
   m.attr("cuda_architectures") = GRADNORM_CUDA_ARCHITECTURES;
   m.attr("cuda_compiler") = GRADNORM_CUDA_COMPILER;

@@ -1,0 +1,22 @@
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/driver.h"
+
+namespace gradnorm {
+namespace {
+
+__global__ void nothing_kernel() {}
+
+}  // namespace
+
+std::string cuda_problem() {
+  int devices = 0;
+  cudaError_t error = cudaGetDeviceCount(&devices);
+  cudaFuncAttributes attributes;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, &nothing_kernel);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // told; torch should not find it again
+  return cudaGetErrorString(error);
+}
+
+}  // namespace gradnorm
