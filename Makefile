@@ -46,6 +46,7 @@ bench: .venv/built
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/pip install --quiet 'setuptools>=77' wheel ninja 'cmake>=3.22' 'pybind11>=2.13' numpy
+	! command -v nvcc >/dev/null || $(BIN)/pip install --quiet --no-deps 'nvidia-cutlass>=4.2'  # headers for one kernel
 	touch $@
 
 .venv/built: .venv/torch $(BUILT_FROM)

@@ -14,10 +14,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+import gradnorm_ext._C as _C
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
-SERVES = ("lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums", "sums_sqnorm", "sums_wgrad", "segment_std")
+SERVES = (
+    *("outer_sqnorm", "outer_wgrad", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
+    *("sums_sqnorm", "sums_wgrad", "segment_std"),
+)
+METHODS = ("mma", "wgmma")  # of the fused product: on sm_80 and later; on Hopper alone, and never run yet
 
 _LOOKS = 1 << 24  # ids that are looked at, segments x values, before sorting them pays; not measured
 
@@ -44,6 +49,105 @@ def _name(device: torch.device) -> str:
         return f"{device} (no CUDA device)"
     major, minor = torch.cuda.get_device_capability(device)
     return f"{device} ({torch.cuda.get_device_name(device)}, sm_{major}{minor})"
+
+
+def outer_sqnorm(x: Tensor, g: Tensor, segments: Segments, *, method: str = "mma") -> Tensor:
+    """See :func:`gradnorm_ext.ops.outer_sqnorm`; ``method``: one of `METHODS`, for tests and benchmarks."""
+    return _outer("outer_sqnorm", x, g, segments, None, None, None, method)
+
+
+def outer_wgrad(
+    x: Tensor,
+    g: Tensor,
+    segments: Segments,
+    *,
+    weight: Tensor | None = None,
+    outputs: Tensor | None = None,
+    n_outputs: int = 1,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    method: str = "mma",
+) -> tuple[Tensor, Tensor]:
+    """See :func:`gradnorm_ext.ops.outer_wgrad`; ``outputs [S]``: the coarsest level, for a gradient of each of its groups."""
+    shape = (n_outputs, g.shape[1], x.shape[1])
+    in_place = out is not None and out.dtype == torch.float32 and not accumulate
+    dw = out.view(shape) if out is not None and in_place else x.new_empty(shape, dtype=torch.float32)
+    sqnorm = _outer("outer_wgrad", x, g, segments, weight, outputs, dw, method)
+    if out is not None and not in_place:
+        dw = out.view(shape).add_(dw) if accumulate else out.view(shape).copy_(dw)
+    return dw if outputs is not None else dw[0], sqnorm
+
+
+def _outer(
+    operation: str,
+    x: Tensor,
+    g: Tensor,
+    segments: Segments,
+    weight: Tensor | None,
+    outputs: Tensor | None,
+    dw: Tensor | None,
+    method: str,
+) -> Tensor:
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"{operation}: the native CUDA kernel multiplies float16 or bfloat16, got {x.dtype}; cast the rows, or set "
+            "GRADNORM_BACKEND=triton"
+        )
+    if method not in METHODS or (method == "wgmma" and not _C.with_cutlass):
+        raise ValueError(
+            f"{operation}: method must be one of {', '.join(METHODS)}, and wgmma in a build that found the CUTLASS headers, "
+            f"got {method!r}; use mma"
+        )
+    p, d, wgmma = x.shape[1], g.shape[1], method == "wgmma"
+    if len(x) == 0 or p == 0 or d == 0:
+        if dw is not None:
+            dw.zero_()
+        return x.new_zeros(segments.columns, dtype=torch.float32)
+    if outputs is not None and dw is not None:
+        dw.zero_()  # of an output without segments nothing is written
+    walk, x, g = Walk.of(segments, len(x)), _padded(x), _padded(g)
+    norms = x.new_zeros(segments.columns, _C.outer_parts(d, p, wgmma), dtype=torch.float32)
+    for inner, outer, forms_dw in _products(len(segments.groups.levels), weight is not None, dw is not None):
+        coarsest = inner if outer is None else outer
+        output = weights = None
+        if forms_dw:
+            output = None if outputs is None else outputs[segments.groups.walk]
+            weights = None if weight is None else weight[segments.groups.walk].float()
+        with launching(operation, x.device):
+            _kernels.outer_fused(
+                *(x, g, walk.begin, walk.end, walk.unit(coarsest), walk.ends(inner)),
+                *(None if outer is None else walk.ends(outer), output, weights, p, d),
+                *((segments.count, *segments.groups.counts)[coarsest], wgmma, dw if forms_dw else None, norms),
+            )
+    return norms.sum(1)
+
+
+def _products(levels: int, is_weighted: bool, with_dw: bool) -> list[tuple[int, int | None, bool]]:
+    """Which levels (0: the segments) each launch takes the norms of, one or two neighbours, and whether it forms dW.
+
+    A second level leaves no registers for a weighted total. Without weights dW is the sum over the coarsest level.
+
+    Example:
+        >>> _products(1, False, True), _products(2, True, True)
+        ([(0, 1, True)], [(0, None, True), (1, 2, False)])
+    """
+    first: list[tuple[int, int | None, bool]] = []
+    rest = list(range(levels + 1))
+    if with_dw and (is_weighted or levels == 0):
+        first, rest = [(0, None, True)], rest[1:]
+    elif with_dw:
+        first, rest = [(levels - 1, levels, True)], rest[:-2]
+    return first + [(level, level + 1 if level + 1 in rest else None, False) for level in rest[::2]]
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """With zeros up to a multiple of 8 columns, every row on a multiple of 16 bytes."""
+    width = rows.shape[1]
+    if rows.stride(1) == 1 and all(size % 8 == 0 for size in (width, rows.stride(0), rows.data_ptr() // 2)):
+        return rows
+    padded = rows.new_zeros(len(rows), -(-width // 8) * 8)
+    padded[:, :width] = rows
+    return padded
 
 
 def lookup_sqnorm(
@@ -168,7 +272,6 @@ class Walk:
     Attributes:
         begin, end: ``[S]``: the rows of each segment of the walk.
         offsets: ``[S + 1]``: its places.
-        columns: ``[L, S]``: where its groups' norms are.
     """
 
     def __init__(self, segments: Segments, rows: int) -> None:
@@ -177,7 +280,9 @@ class Walk:
         self._walk = groups.walk
         self.begin, self.end = segments.offsets[:-1][self._walk], segments.offsets[1:][self._walk]
         self.offsets = torch.cat([self.end.new_zeros(1), (self.end - self.begin).cumsum(0)])
-        self.columns = groups.columns[:, self._walk]
+        self._columns = torch.cat([self._walk[None], groups.columns[:, self._walk]])
+        self._ends: dict[int, Tensor] = {}
+        self._units: dict[int, Tensor] = {}
 
     @staticmethod
     def of(segments: Segments, rows: int) -> Walk:
@@ -186,6 +291,23 @@ class Walk:
         if walk is None:
             walk = _walks[segments] = Walk(segments, rows)
         return walk
+
+    def ends(self, level: int) -> Tensor:
+        """``[S]``: where the norm of the member of ``level`` (0: the segment) belongs that ends there; -1: it goes on."""
+        if level not in self._ends:
+            columns = self._columns[level]
+            ends = torch.ones_like(columns, dtype=torch.bool)
+            ends[:-1] = columns[1:] != columns[:-1]
+            self._ends[level] = torch.where(ends, columns, -1)
+        return self._ends[level]
+
+    def unit(self, level: int) -> Tensor:
+        """``[S]``: the place where the member of ``level`` begins that a segment is part of."""
+        if level not in self._units:
+            begins = torch.ones_like(self._walk, dtype=torch.bool)
+            begins[1:] = self.ends(level)[:-1] >= 0
+            self._units[level] = torch.where(begins, self.offsets[:-1], 0).cummax(0).values
+        return self._units[level]
 
     @functools.cached_property
     def row(self) -> Tensor | None:

@@ -7,7 +7,15 @@ import types
 
 import pytest
 import torch
-from test_ops import accumulated, assert_as_good_as_plain, lookup_per_segment, rows_of, segments_of, truth
+from test_ops import (
+    accumulated,
+    assert_as_good_as_plain,
+    lookup_per_segment,
+    outer_per_segment,
+    rows_of,
+    segments_of,
+    truth,
+)
 
 from gradnorm_ext import _C, backends, native_cuda, ops
 from gradnorm_ext.segments import Groups, Segments
@@ -44,6 +52,33 @@ def lookup_wgrad_sorted(ids, place, row, segment, offsets, g, walk, columns, out
         sqnorm[column] += total.square().sum()
 
 
+def outer_fused(x, g, begin, end, unit, inner, outer, output, weight, p, d, units, wgmma, dw, norms):
+    """What the kernel of that name does, by its description in csrc/kernels/outer_wgrad.h; it does not split the units."""
+    assert outer is None or weight is None  # no registers are left for a weighted total
+    ends = inner if outer is None else outer
+    starts = torch.cat([torch.ones(1, dtype=torch.bool), ends[:-1] >= 0])
+    before = torch.cat([begin.new_zeros(1), (end - begin).cumsum(0)])[:-1]
+    assert unit.equal(before[starts][starts.cumsum(0) - 1]) and starts.sum() <= units
+    assert x.data_ptr() % 16 == g.data_ptr() % 16 == x.shape[1] % 8 == g.shape[1] % 8 == 0
+    total, sums = torch.zeros(d, p), [torch.zeros(d, p), torch.zeros(d, p)]
+    for i in range(len(begin)):
+        rows = slice(begin[i], end[i])
+        sums[0] += g[rows, :d].float().t() @ x[rows, :p].float()
+        if inner[i] < 0:
+            continue
+        norms[inner[i], -1] = sums[0].square().sum()
+        sums[1] += sums[0]
+        total += sums[0] * (1 if weight is None else weight[i])
+        sums[0] = torch.zeros(d, p)
+        if outer is not None and outer[i] >= 0:
+            norms[outer[i], 0] += sums[1].square().sum()
+            if dw is not None and output is not None:
+                dw[output[i]] = sums[1]
+            sums[1] = torch.zeros(d, p)
+    if dw is not None and output is None:
+        dw[0] = total
+
+
 def segment_std_sorted(values, order, offsets, ddof, mean, std, count, low, high):
     """Likewise."""
     ids = torch.repeat_interleave(torch.arange(len(count)), offsets.diff())
@@ -57,8 +92,54 @@ def segment_std_sorted(values, order, offsets, ddof, mean, std, count, low, high
 
 @pytest.fixture
 def plain(monkeypatch):
-    standing_in = types.SimpleNamespace(lookup_wgrad_sorted=lookup_wgrad_sorted, segment_std_sorted=segment_std_sorted)
+    standing_in = types.SimpleNamespace(
+        lookup_wgrad_sorted=lookup_wgrad_sorted, segment_std_sorted=segment_std_sorted, outer_fused=outer_fused
+    )
     monkeypatch.setattr(native_cuda, "_kernels", standing_in)
+
+
+needs_cuda_build = pytest.mark.skipif(not _C.with_cuda, reason="built without nvcc: there are no plans for tiles")
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [[3], [2, 0, 5, 4], [4] * 7], ids=str)
+@pytest.mark.parametrize("levels", [0, 1, 2, 3])
+def test_outer_products_visit_all_levels(plain, lengths, levels, dtype):
+    ids = [torch.arange(len(lengths)) * 5 % 4, torch.tensor([2, 0, 0, 2]), torch.tensor([1, 0, 0])]
+    of_level = [(ids[0], 4), (ids[1][ids[0]], 3), (ids[2][ids[1][ids[0]]], 2)][:levels]
+    segments = Segments.from_lengths(torch.tensor(lengths), Groups.of(len(lengths), of_level))
+    x, g = torch.randn(sum(lengths), 13).to(dtype)[:, :11], torch.randn(sum(lengths), 8).to(dtype)
+    reference = backends.load("reference")
+    outputs = {"outputs": of_level[-1][0], "n_outputs": of_level[-1][1]} if levels else {}
+    for options in ({}, {"weight": torch.rand(len(lengths))}, outputs):
+        found = native_cuda.outer_wgrad(x, g, segments, **options)
+        for one, other in zip(found, reference.outer_wgrad(x, g, segments, **options), strict=True):
+            torch.testing.assert_close(one, other)
+    torch.testing.assert_close(native_cuda.outer_sqnorm(x, g, segments), reference.outer_sqnorm(x, g, segments))
+    expected = reference.outer_wgrad(x, g, segments)[0]
+    for out in (torch.ones(8, 11), torch.ones(8, 11, dtype=dtype)):
+        written, _ = native_cuda.outer_wgrad(x, g, segments, out=out)
+        assert written.data_ptr() == out.data_ptr()
+        torch.testing.assert_close(out, expected.to(out.dtype))
+        added, _ = native_cuda.outer_wgrad(x, g, segments, out=out.fill_(1), accumulate=True)
+        torch.testing.assert_close(added, (1 + expected).to(out.dtype))
+
+
+@needs_cuda_build
+def test_outer_products_of_nothing_are_zero(plain):
+    segments = Segments.from_lengths(torch.tensor([0, 0]))
+    dw, sqnorm = native_cuda.outer_wgrad(torch.empty(0, 3).half(), torch.empty(0, 2).half(), segments)
+    assert dw.tolist() == [[0] * 3] * 2 and sqnorm.tolist() == [0, 0]
+
+
+def test_what_no_fused_kernel_takes_is_refused():
+    rows, segments = torch.ones(4, 2), Segments.equal(2, 2)
+    message = r"outer_wgrad: .* multiplies float16 or bfloat16, got torch.float32; .* GRADNORM_BACKEND=triton"
+    with pytest.raises(TypeError, match=message):
+        native_cuda.outer_wgrad(rows, rows, segments)
+    with pytest.raises(ValueError, match=r"outer_sqnorm: method must be one of mma, wgmma, .*got 'wmma'; use mma"):
+        native_cuda.outer_sqnorm(rows.half(), rows.half(), segments, method="wmma")
 
 
 @pytest.mark.parametrize("lengths", [[3], [2, 0, 5, 4], [4] * 3, []], ids=str)
@@ -173,6 +254,61 @@ class TestOnGpu:
         assert_as_good_as_plain(sqnorm, *norms)
         again = ops.lookup_wgrad(ids, g, vocabulary, segments, weight=weight, **given)
         assert dw.equal(again[0]) and sqnorm.equal(again[1])
+
+
+def methods():
+    """Those that this build has for this card."""
+    hopper = _C.with_cutlass and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    return native_cuda.METHODS if hopper else ("mma",)
+
+
+OUTER = {**LENGTHS, "ragged, longer than a tile's rows": [700, 1, 0, 129, 64, 1000], "equal and long": [512] * 6}
+
+
+@pytest.mark.parametrize("method", native_cuda.METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("widths", [(5, 130), (768, 1100)], ids=str)
+@pytest.mark.parametrize("lengths", OUTER.values(), ids=OUTER.keys())
+class TestOuterOnGpu:
+    pytestmark = on_gpu
+
+    def test_agrees_with_float64(self, lengths, widths, dtype, method):
+        if method not in methods():
+            pytest.skip("wgmma needs a Hopper GPU, and a build with the headers of CUTLASS")
+        for levels in (0, 1, 2):
+            segments = on_device(lengths, levels)
+            x, g = (rows.cuda() for rows in rows_of(segments, *widths, dtype))
+            exact, plain, size = (
+                outer_per_segment(*rows, segments)
+                for rows in ((x.double(), g.double()), (x.float(), g.float()), (x.double().abs(), g.double().abs()))
+            )
+            norms = [truth(t, segments) for t in (plain, exact, size)]
+            weight = torch.linspace(-1, 2, len(lengths), device="cuda")
+            assert_as_good_as_plain(native_cuda.outer_sqnorm(x, g, segments, method=method), *norms)
+            dw, sqnorm = native_cuda.outer_wgrad(x, g, segments, method=method)
+            assert_as_good_as_plain(dw, plain.sum(0), exact.sum(0), size.sum(0))
+            assert_as_good_as_plain(sqnorm, *norms)
+            again = native_cuda.outer_wgrad(x, g, segments, method=method)
+            assert dw.equal(again[0]) and sqnorm.equal(again[1])
+            dw, sqnorm = native_cuda.outer_wgrad(x, g, segments, weight=weight, method=method)
+            assert_as_good_as_plain(dw, *(torch.tensordot(weight.to(t), t, 1) for t in (plain, exact)), size.sum(0))
+            assert_as_good_as_plain(sqnorm, *norms)
+            if levels:
+                coarse, count = segments.groups.levels[-1], segments.groups.counts[-1]
+                dw, _ = native_cuda.outer_wgrad(x, g, segments, outputs=coarse, n_outputs=count, method=method)
+                shape = (count, *plain.shape[1:])
+                of_group = (t.new_zeros(shape).index_add_(0, coarse, t) for t in (plain, exact, size))
+                assert_as_good_as_plain(dw, *of_group)
+
+    def test_nan_stays_in_its_segment(self, lengths, widths, dtype, method):
+        if method not in methods():
+            pytest.skip("wgmma needs a Hopper GPU, and a build with the headers of CUTLASS")
+        segments = on_device(lengths, 0)
+        x, g = (rows.cuda() for rows in rows_of(segments, *widths, dtype))
+        last = int(segments.offsets[-2])
+        x[last:] = g[last:] = torch.nan
+        found = native_cuda.outer_sqnorm(x, g, segments, method=method).isnan()
+        assert found.tolist() == [False] * (len(lengths) - 1) + [True]
 
 
 @pytest.mark.parametrize("looks", [0, 1 << 40])

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "backends": set(),
     "reference": {"segments"},
     "native": {"native_cuda", "reference", "segments", "_C"},
-    "native_cuda": {"reference", "segments"},
+    "native_cuda": {"reference", "segments", "_C"},
     "ops": {"backends", "reference", "segments"},
     "rewards": {"_C", "backends", "ops"},
     "layers": {"backends", "layers", "reference", "segments"},

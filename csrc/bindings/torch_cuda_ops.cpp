@@ -10,7 +10,9 @@
 #include <optional>
 
 #include "bindings/tensors.h"
+#include "kernels/cuda/driver.h"
 #include "kernels/lookup_wgrad.h"
+#include "kernels/outer_wgrad.h"
 #include "kernels/product_sums.h"
 #include "kernels/segment_std.h"
 #include "kernels/segments.h"
@@ -148,6 +150,51 @@ void lookup_wgrad_sorted_cuda(const Tensor& ids, const Tensor& place,
   });
 }
 
+void outer_fused_cuda(const Tensor& x, const Tensor& g, const Tensor& begin, const Tensor& end,
+                      const Tensor& unit, const Tensor& inner, const std::optional<Tensor>& outer,
+                      const std::optional<Tensor>& output, const std::optional<Tensor>& weight,
+                      int64_t p, int64_t d, int64_t units, bool wgmma, std::optional<Tensor> dw,
+                      Tensor& norms) {
+  using gradnorm::OuterKernel;
+  const OnDevice device(x);
+  const auto kernel = wgmma ? OuterKernel::kHopper : OuterKernel::kAmpere;
+  const int64_t items = begin.numel(), rows = x.size(0);
+  const gradnorm::OuterWalk walk = {items,
+                                    integers_of(begin, items),
+                                    integers_of(end, items),
+                                    integers_of(unit, items),
+                                    integers_of(inner, items),
+                                    vector_of<int64_t>(outer, items, ScalarType::Long),
+                                    vector_of<int64_t>(output, items, ScalarType::Long),
+                                    vector_of<float>(weight, items, ScalarType::Float)};
+  STD_TORCH_CHECK(x.size(1) >= p && x.size(1) % 8 == 0 && g.size(1) >= d && g.size(1) % 8 == 0 &&
+                      x.stride(0) % 8 == 0 && g.stride(0) % 8 == 0,
+                  "gradnorm: x and g must be padded to multiples of 8 columns");
+  STD_TORCH_CHECK(norms.dim() == 2 && norms.size(1) == gradnorm::outer_parts(kernel, d, p),
+                  "gradnorm: norms must be [columns, parts]");
+  const gradnorm::OuterProduct product = {x.stride(0),
+                                          g.stride(0),
+                                          rows,
+                                          p,
+                                          d,
+                                          dw ? out_of<float>(*dw, dw->size(0) * d * p) : nullptr,
+                                          out_of<float>(norms, norms.numel())};
+  const int64_t multiprocessors = gradnorm::multiprocessor_count(x.get_device_index());
+  Workspace<float> workspace(
+      norms, gradnorm::outer_workspace(kernel, walk, product, units, multiprocessors));
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    auto* launch = wgmma ? &gradnorm::outer_wgrad_hopper<T> : &gradnorm::outer_wgrad_ampere<T>;
+    launch(rows_of<T>(x, rows), rows_of<T>(g, rows), walk, product, units, multiprocessors,
+           workspace.data(), device.stream());
+  };
+  if (x.scalar_type() == ScalarType::Half) {
+    run(gradnorm::Half());
+  } else {
+    run(gradnorm::BFloat16());
+  }
+}
+
 void segment_std_cuda(const Tensor& values, const Tensor& ids, int64_t ddof, Tensor& mean,
                       Tensor& std, Tensor& count, Tensor& low, Tensor& high) {
   const OnDevice device(values);
@@ -177,6 +224,7 @@ void segment_std_sorted_cuda(const Tensor& values, const Tensor& order, const Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gradnorm, CUDA, m) {
+  m.impl("outer_fused", TORCH_BOX(&outer_fused_cuda));
   m.impl("product_sums", TORCH_BOX(&product_sums_cuda));
   m.impl("sum_sums", TORCH_BOX(&sum_sums_cuda));
   m.impl("sums_wgrad", TORCH_BOX(&sums_wgrad_cuda));

@@ -1,5 +1,4 @@
-#include <cuda_runtime.h>
-
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/driver.h"
 
 namespace gradnorm {
@@ -17,6 +16,12 @@ std::string cuda_problem() {
   if (error == cudaSuccess) return "";
   cudaGetLastError();  // told; torch should not find it again
   return cudaGetErrorString(error);
+}
+
+int multiprocessor_count(int device) {
+  int count = 0;
+  check("outer_wgrad", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
 }
 
 }  // namespace gradnorm

@@ -1,4 +1,4 @@
-// Whether CUDA kernels can run here.
+// Whether CUDA kernels can run here, and on how large a device.
 #pragma once
 
 #include <string>
@@ -7,5 +7,7 @@ namespace gradnorm {
 
 // Why they cannot: no driver, no device, no code for the device's architecture; empty if they can.
 std::string cuda_problem();
+
+int multiprocessor_count(int device);
 
 }  // namespace gradnorm

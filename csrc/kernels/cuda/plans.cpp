@@ -69,33 +69,28 @@ LookupPlan plan_lookup(int64_t rows, int64_t width, int64_t segments, int64_t le
   return plan;
 }
 
-OuterPlan plan_outer(int64_t d, int64_t p, int64_t rows, int64_t units, int64_t columns, bool dw,
-                     int64_t tile_d, int64_t tile_p, int64_t norms_per_tile,
-                     int64_t multiprocessors) {
+OuterPlan plan_outer(const OuterTile& tile, int64_t d, int64_t p, int64_t rows, int64_t units,
+                     bool dw_is_sum, int64_t multiprocessors) {
   OuterPlan plan = {};
-  plan.tile_d = tile_d;
-  plan.tile_p = tile_p;
-  plan.tiles_d = ceil_div(d, tile_d);
-  plan.tiles_p = ceil_div(p, tile_p);
+  plan.tiles_d = ceil_div(d, tile.d);
+  plan.tiles_p = ceil_div(p, tile.p);
   const int64_t tiles = plan.tiles_d * plan.tiles_p;
-  plan.norm_parts = tiles * norms_per_tile;
-  plan.norm_workspace = columns * plan.norm_parts;
-  // In rows that a tile could be multiplied with meanwhile: a wave takes its split's rows, writing
-  // a tile and reading it back about 64. Shares of less than 256 rows are all overhead.
-  constexpr int64_t kSlab = 64, kLeast = 256, kMostSplits = 16;
+  plan.parts = tiles * tile.parts;
+  // Time in rows that a tile could be multiplied with meanwhile: writing a tile and reading it back
+  // takes about 64. Shares of less than 256 rows are all overhead.
+  constexpr int64_t kSlab = 64, kLeastRows = 256, kMostSplits = 16;
   plan.splits = 1;
   int64_t best = ceil_div(tiles, multiprocessors) * rows;
-  const int64_t most = std::min({units, kMostSplits, std::max<int64_t>(1, rows / kLeast)});
+  const int64_t most = std::min({units, kMostSplits, std::max<int64_t>(1, rows / kLeastRows)});
   for (int64_t splits = 2; splits <= most; ++splits) {
     const int64_t waves = ceil_div(tiles * splits, multiprocessors);
-    const int64_t cost = waves * (ceil_div(rows, splits) + (dw ? kSlab : 0)) +
-                         (dw ? splits * kSlab * ceil_div(tiles, multiprocessors) / 4 : 0);
-    if (cost < best) {
-      best = cost;
+    const int64_t time = waves * (ceil_div(rows, splits) + (dw_is_sum ? kSlab : 0));
+    if (time < best) {
+      best = time;
       plan.splits = splits;
     }
   }
-  plan.slab_workspace = dw && plan.splits > 1 ? plan.splits * d * p : 0;
+  plan.workspace = dw_is_sum && plan.splits > 1 ? plan.splits * d * p : 0;
   return plan;
 }
 

@@ -47,19 +47,21 @@ struct LookupPlan {
 LookupPlan plan_lookup(int64_t rows, int64_t width, int64_t segments, int64_t levels,
                        int64_t element_bytes, bool aligned);
 
-// The fused product: tiles of dw, each formed from the rows of one split of the segments.
+// The fused product: tiles of dw, each formed from the rows of one split of the units.
 struct OuterPlan {
-  int64_t tile_d, tile_p;
   int64_t tiles_d, tiles_p;
   int64_t splits;
-  int64_t norm_parts;      // of every norm: one for each tile
-  int64_t slab_workspace;  // entries: dw of every split, 0 for one split
-  int64_t norm_workspace;  // entries: zero-filled by the caller
+  int64_t parts;      // of every norm
+  int64_t workspace;  // entries: dw of every split, 0 for one split
 };
-// units  what a split must not cut: segments, or groups of them;  dw  whether dw is the sum of the
-// splits' (else there is none, or every unit has its own)
-OuterPlan plan_outer(int64_t d, int64_t p, int64_t rows, int64_t units, int64_t columns, bool dw,
-                     int64_t tile_d, int64_t tile_p, int64_t norms_per_tile,
-                     int64_t multiprocessors);
+struct OuterTile {
+  int64_t d, p;
+  int64_t parts;  // of a norm that come from one tile
+};
+constexpr OuterTile kAmpereTile = {128, 128, 1}, kHopperTile = {128, 192, 2};
+// units  what a split must not cut: segments, or groups of them, at most so many; dw_is_sum whether
+// dw is the sum of all splits' (else there is none, or one for each unit)
+OuterPlan plan_outer(const OuterTile& tile, int64_t d, int64_t p, int64_t rows, int64_t units,
+                     bool dw_is_sum, int64_t multiprocessors);
 
 }  // namespace gradnorm

@@ -21,8 +21,10 @@ struct SegmentSums {
   int64_t chunks, column_blocks;
 };
 
+// Static: files that include this are built for different architectures, and a kernel that they
+// shared would be looked for in one of them.
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads) segment_sums_kernel(const SegmentSums<T> given) {
+static __global__ void __launch_bounds__(kThreads) segment_sums_kernel(const SegmentSums<T> given) {
   using A = Accumulator<T>;
   constexpr int kAhead = 4;  // rows whose loads are on their way at once
   const int64_t team = int64_t(blockIdx.x) * blockDim.z + threadIdx.z;

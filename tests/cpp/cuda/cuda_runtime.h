@@ -9,12 +9,14 @@
 // sooner. Refused, with the place: a barrier that some threads of the block do not reach, threads
 // that wait at two barriers, a warp's operation that some of its lanes do not reach.
 //
-// Not emulated: memory order without barriers, wgmma, TMA. Arithmetic is the host's.
+// The matrix instructions of sm_80 are here as PTX documents their fragments. Not emulated: memory
+// order without barriers, wgmma, TMA. Arithmetic is the host's.
 #pragma once
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -246,6 +248,77 @@ inline void run_block(size_t shared_bytes) {
     if (all_done) return;
     if (!ran) pass_barrier();
   }
+}
+
+// cp.async: the memory holds NaN until the copy is waited for.
+inline void copy_async(void* to, const void* from, size_t bytes, size_t filled) {
+  std::memset(to, 0xff, filled);
+  machine.current->groups.back().push_back({to, from, bytes, filled});
+}
+inline void commit_copies() { machine.current->groups.emplace_back(); }
+inline void wait_copies(size_t pending) {
+  auto& groups = machine.current->groups;
+  for (; groups.size() > pending + 1; groups.pop_front()) {
+    for (const Copy& copy : groups.front()) {
+      std::memset(copy.to, 0, copy.filled);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+  }
+}
+
+using Matrices = std::array<unsigned, 4>;
+
+// ldmatrix.m8n8.x4.trans.b16: lane 8 i + r gives row r of matrix i; lane 4 c + r gets, of column c
+// of each matrix, rows 2 r and 2 r + 1.
+inline Matrices load_matrices_transposed(const char* place, const void* row) {
+  return of_warp<const void*, Matrices>(place, 0xffffffffu, row, [](const Lanes& lanes) {
+    uint16_t matrices[4][8][8];
+    for (int i = 0; i < 32; ++i) {
+      std::memcpy(matrices[i / 8][i % 8], *static_cast<const void* const*>(lanes[i]->given), 16);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const unsigned low = matrices[i][lane % 4 * 2][lane / 4];
+        const unsigned high = matrices[i][lane % 4 * 2 + 1][lane / 4];
+        (*static_cast<Matrices*>(lanes[lane]->result))[i] = low | high << 16;
+      }
+    }
+  });
+}
+
+struct Fragments {
+  unsigned a[4], b[2];
+  float c[4];
+};
+
+// mma.m16n8k16, a [16, 16] by rows and b [16, 8] by columns, with sums in float.
+template <typename Widen>
+std::array<float, 4> multiply_add(const char* place, const Fragments& given, const Widen& widen) {
+  return of_warp<Fragments, std::array<float, 4>>(
+      place, 0xffffffffu, given, [&](const Lanes& lanes) {
+        float a[16][16], b[16][8];
+        for (int lane = 0; lane < 32; ++lane) {
+          const auto& of = *static_cast<const Fragments*>(lanes[lane]->given);
+          const int group = lane / 4, pair = lane % 4 * 2;
+          for (int i = 0; i < 8; ++i) {
+            a[group + (i / 2 % 2) * 8][pair + i % 2 + i / 4 * 8] =
+                widen(uint16_t(of.a[i / 2] >> i % 2 * 16));
+          }
+          for (int i = 0; i < 4; ++i) {
+            b[pair + i % 2 + i / 2 * 8][group] = widen(uint16_t(of.b[i / 2] >> i % 2 * 16));
+          }
+        }
+        for (int lane = 0; lane < 32; ++lane) {
+          const auto& of = *static_cast<const Fragments*>(lanes[lane]->given);
+          for (int i = 0; i < 4; ++i) {
+            float sum = of.c[i];
+            for (int k = 0; k < 16; ++k) {
+              sum += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+            }
+            (*static_cast<std::array<float, 4>*>(lanes[lane]->result))[i] = sum;
+          }
+        }
+      });
 }
 
 inline float widen_half(uint16_t bits) {

@@ -62,23 +62,24 @@ void outer() {
   for (const int64_t d : {1, 128, 4096, 128256}) {
     for (const int64_t units : {1, 2, 64}) {
       for (const bool dw : {false, true}) {
-        const auto plan = gradnorm::plan_outer(d, 4096, 16384, units, 70, dw, 128, 128, 1, 132);
-        expect(plan.tiles_d * 128 >= d && plan.tiles_p == 32, "outer: tiles");
+        const auto plan =
+            gradnorm::plan_outer(gradnorm::kHopperTile, d, 4096, 16384, units, dw, 132);
+        expect(plan.tiles_d * 128 >= d && plan.tiles_p == 22, "outer: tiles");
         expect(plan.splits >= 1 && plan.splits <= units, "outer: splits");
-        expect(plan.norm_parts == plan.tiles_d * plan.tiles_p, "outer: parts");
-        expect(plan.norm_workspace == 70 * plan.norm_parts, "outer: norms");
-        expect(plan.slab_workspace == (dw && plan.splits > 1 ? plan.splits * d * 4096 : 0),
-               "outer: slabs");
+        expect(plan.parts == 2 * plan.tiles_d * plan.tiles_p, "outer: parts");
+        expect(plan.workspace == (dw && plan.splits > 1 ? plan.splits * d * 4096 : 0),
+               "outer: workspace");
       }
     }
   }
   const auto splits = [](int64_t d, int64_t p, int64_t rows, int64_t units) {
-    return gradnorm::plan_outer(d, p, rows, units, units, true, 128, 128, 1, 132).splits;
+    return gradnorm::plan_outer(gradnorm::kAmpereTile, d, p, rows, units, true, 132).splits;
   };
   expect(splits(256, 1024, 16384, 64) > 4, "outer: 16 tiles leave most of a card idle");
-  expect(splits(128256, 4096, 16384, 64) == 1, "outer: 243 waves need no splits");
+  expect(splits(4096, 4096, 16384, 64) > 1, "outer: 7.8 waves are evened out");
   expect(splits(256, 1024, 300, 64) == 1, "outer: a few rows are not worth a split");
   expect(splits(256, 1024, 16384, 1) == 1, "outer: one segment cannot be split");
+  expect(splits(132 * 128, 128, 16384, 64) == 1, "outer: a full wave needs no splits");
 }
 
 }  // namespace
