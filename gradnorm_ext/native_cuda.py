@@ -29,6 +29,11 @@ _LOOKS = 1 << 24  # ids that are looked at, segments x values, before sorting th
 _kernels = torch.ops.gradnorm
 
 
+def has_wgmma() -> bool:
+    """Whether this build has the fused product for Hopper, which needs the headers of CUTLASS."""
+    return _C.with_cutlass
+
+
 @contextlib.contextmanager
 def launching(operation: str, device: torch.device) -> Iterator[None]:
     """What a kernel could not do (no driver, no code for this architecture, a launch that fails), as one clear error."""
@@ -93,7 +98,7 @@ def _outer(
             f"{operation}: the native CUDA kernel multiplies float16 or bfloat16, got {x.dtype}; cast the rows, or set "
             "GRADNORM_BACKEND=triton"
         )
-    if method not in METHODS or (method == "wgmma" and not _C.with_cutlass):
+    if method not in METHODS or (method == "wgmma" and not has_wgmma()):
         raise ValueError(
             f"{operation}: method must be one of {', '.join(METHODS)}, and wgmma in a build that found the CUTLASS headers, "
             f"got {method!r}; use mma"

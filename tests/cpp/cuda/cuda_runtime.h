@@ -3,8 +3,8 @@
 //
 // Every thread of a block is a fiber with a stack of its own. A fiber runs until it waits: at
 // __syncthreads, or at an operation of its warp (shuffles, matrix products), which is carried out
-// when all of its lanes are there. Blocks and threads run in the order of `emulator::order`; a
-// kernel whose threads pass values without a barrier between gives other results in another order,
+// when all of its lanes are there. Blocks, warps and lanes run in the order of `emulator::order`,
+// one warp as far as it gets before the next; a kernel whose threads pass values without a barrier between gives other results in another order,
 // since shared memory starts as NaN and an asynchronous copy arrives when it is waited for, no
 // sooner. Refused, with the place: a barrier that some threads of the block do not reach, threads
 // that wait at two barriers, a warp's operation that some of its lanes do not reach.
@@ -231,20 +231,28 @@ inline void run_block(size_t shared_bytes) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_fiber, 0);
   }
-  std::vector<int64_t> places(threads);
+  // A warp runs until all of its lanes wait for the block, before another one does: as far ahead of
+  // the others as it can get.
+  std::vector<int64_t> warps((threads + 31) / 32), lanes(32);
   for (;;) {
     bool ran = false, all_done = true;
-    arrange(places);
-    for (const int64_t place : places) {
-      Fiber& fiber = m.fibers[place];
-      if (fiber.waits == Waits::kNot) {
-        ran = true;
-        m.current = &fiber;
-        swapcontext(&m.scheduler, &fiber.context);
-        if (m.thrown) std::rethrow_exception(std::exchange(m.thrown, nullptr));
+    arrange(warps);
+    for (const int64_t warp : warps) {
+      for (bool runs = true; runs;) {
+        runs = false;
+        arrange(lanes);
+        for (const int64_t lane : lanes) {
+          if (warp * 32 + lane >= int64_t(threads)) continue;
+          Fiber& fiber = m.fibers[warp * 32 + lane];
+          if (fiber.waits != Waits::kNot) continue;
+          ran = runs = true;
+          m.current = &fiber;
+          swapcontext(&m.scheduler, &fiber.context);
+          if (m.thrown) std::rethrow_exception(std::exchange(m.thrown, nullptr));
+        }
       }
-      all_done &= fiber.waits == Waits::kDone;
     }
+    for (const Fiber& fiber : m.fibers) all_done &= fiber.waits == Waits::kDone;
     if (all_done) return;
     if (!ran) pass_barrier();
   }

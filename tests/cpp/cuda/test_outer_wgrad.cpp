@@ -111,6 +111,25 @@ void test(const check::Case& one, int64_t d, int64_t p, size_t inner, bool has_o
                64);
 }
 
+// A NaN in the rows of one segment is in its norm, and in no neighbour's.
+void test_nan() {
+  constexpr int64_t kWidth = 8;
+  const check::Fenced<check::BFloat16> rows(48 * kWidth);
+  check::fill(rows, 1);
+  for (int64_t i = 5 * kWidth; i < 45 * kWidth; ++i) rows[i] = {0x7fc0};
+  const check::Fenced<int64_t> begin(std::vector<int64_t>{0, 5, 45}),
+      end(std::vector<int64_t>{5, 45, 48}), column(std::vector<int64_t>{0, 1, 2});
+  const gradnorm::OuterWalk walk = {3,       begin.data(), end.data(), begin.data(), column.data(),
+                                    nullptr, nullptr,      nullptr};
+  const check::Fenced<float> norms(3);
+  const gradnorm::OuterProduct product = {kWidth, kWidth,  48,          kWidth,
+                                          kWidth, nullptr, norms.data()};
+  gradnorm::outer_wgrad_ampere(rows.data(), rows.data(), walk, product, 3, 1, nullptr, nullptr);
+  const bool ok = !std::isnan(norms[0]) && std::isnan(norms[1]) && !std::isnan(norms[2]);
+  std::printf("%s a NaN stays in its segment\n", ok ? "ok" : "FAIL");
+  check::failures += !ok;
+}
+
 template <typename T>
 void test_all() {
   for (const check::Case& one : check::cases()) {
@@ -137,5 +156,6 @@ void test_all() {
 int main() {
   test_all<check::Half>();
   test_all<check::BFloat16>();
+  test_nan();
   return check::failures != 0;
 }
