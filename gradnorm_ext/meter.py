@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from gradnorm_ext.layers import Examples, Memory, Observation, Packing, Plan, observe_modules, release_modules
+from gradnorm_ext.layers import Examples, Memory, Observation, Packing, Plan, gram_of, observe_modules, release_modules
 from gradnorm_ext.rewards import RewardStats, reward_stats
 from gradnorm_ext.segments import Groups
 from gradnorm_ext.stats import Stats
@@ -84,6 +84,9 @@ class Meter:
         per_layer: also give ``stats.layers``: the same figures for every module that owns parameters.
         gram: also give ``stats.task_gram``, the inner products of the tasks' gradients, exact; a layer's gradients of
             all tasks are in memory at a time.
+        exact_tasks: ``stats`` are of all blocks since the last `reset` (``Reweighted`` resets with every step), as of one
+            batch, with ``task_norm`` and ``task_gram`` of the tasks' summed gradients: under gradient accumulation a
+            batch's own are only a part. Keeps every task's gradient: K times the parameters' memory.
         on_unsupported: what becomes of a use of a parameter that no rule knows: "error", or "vmap": that use alone is
             differentiated one example at a time, exact, at the price of a backward pass of it per example.
         backend: "auto" (the fastest that is there; also settable by GRADNORM_BACKEND), "native" or "reference".
@@ -109,6 +112,7 @@ class Meter:
         modules: str | Sequence[str] | None = None,
         per_layer: bool = False,
         gram: bool = False,
+        exact_tasks: bool = False,
         on_unsupported: Literal["error", "vmap"] = "error",
         backend: str = "auto",
     ) -> None:
@@ -125,12 +129,14 @@ class Meter:
             raise ValueError(f'Meter: on_unsupported must be "error" or "vmap", got {on_unsupported!r}')
         self.model, self.task_names, self.per_layer, self.backend = model, names, per_layer, backend
         self.modules = None if modules is None else (modules,) if isinstance(modules, str) else tuple(modules)
-        self.gram, self.on_unsupported = gram, on_unsupported
+        self.gram, self.exact_tasks, self.on_unsupported = gram, exact_tasks, on_unsupported
+        self.totals: dict[str, Tensor] = {}  # with exact_tasks: each parameter's gradients per task since the reset
+        self._blocks: list[tuple[float, Stats]] = []  # since then, and their loss scales
         self.memory = Memory()
-        self._wanted([name for name, _ in _trainable(list(model.named_modules()))])
+        self._wanted([name for name, _ in _trainable(_modules(model))])
         self._stats: Stats | None = None
         self._parameter_sqnorm: tuple[Sequence[str], Sequence[Tensor] | Tensor] = (), ()
-        self._idless: tuple[tuple[int, torch.device, int], Groups] | None = None  # of the last block without ids
+        self._last_groups: tuple[bool, Groups] | None = None  # of the last block, and whether it was given ids
         self._closed = False
 
     @property
@@ -210,7 +216,7 @@ class Meter:
             raise ValueError(f"{who}: batch_dim must be 0 or 1, got {batch_dim}; move the batch there")
         if not (isinstance(backwards, int) and backwards >= 1):
             raise ValueError(f"{who}: backwards must be a whole number of at least 1, got {backwards!r}")
-        modules = list(self.model.named_modules())
+        modules = _modules(self.model)
         trainable = _trainable(modules)
         parameters, wanted = trainable, None
         if self.modules is not None:
@@ -219,6 +225,13 @@ class Meter:
                 parameters = [one for one in trainable if one[0] in wanted]
         if self.gram:
             plan = dataclasses.replace(plan, gram=True)
+        if self.exact_tasks:
+            plan = dataclasses.replace(plan, totals=self.totals)
+            if self._blocks and self._blocks[0][0] != loss_scale:
+                raise ValueError(
+                    f"{who}: with exact_tasks all blocks of a step must have one loss_scale, got {self._blocks[0][0]} and "
+                    f"{loss_scale}; change it between steps"
+                )
         _refuse_coupled_examples(who, modules)
         device = parameters[0][1].device
         batch = self._batch(who, device, given)
@@ -239,26 +252,28 @@ class Meter:
             backwards=backwards,
             wanted=wanted,
             derives=self.on_unsupported == "vmap",
-            constants=functools.partial(_constants, self.model),
+            constants=functools.partial(_constants, modules),
             always_verify=always_verify,
         )
         names = [name for name, _ in parameters]
 
         def stats_of(figures: Tensor) -> Stats:
-            return self._make_stats(observation, batch, figures.detach() / loss_scale**2, names)
+            unscaled = figures if loss_scale == 1 else figures / loss_scale**2
+            return self._make_stats(observation, batch, unscaled, names)
 
         block = Block(observation, stats_of)
         if batch.examples is not None:
             start(batch.examples)
         observe_modules(modules, observation)
+        closed = False
         try:
             try:
                 yield block
             finally:
                 release_modules(modules, observation)
             known = {id(p) for _, p in trainable}
-            if any(p.requires_grad and id(p) not in known for p in self.model.parameters()):
-                added = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+            now = _named_parameters(_modules(self.model))
+            if added := [name for name, p in now if p.requires_grad and id(p) not in known]:
                 raise RuntimeError(
                     f"{who}: a model must keep its parameters inside an observe block, but {', '.join(added)} was added "
                     "inside the block; change it between blocks"
@@ -266,10 +281,24 @@ class Meter:
             if block.stats is None:
                 block.measure()
             observation.close()
+            closed = True
         finally:
             observation.release()
+            if self.exact_tasks and not closed:
+                self.reset()  # the totals hold a part of this block
         self._parameter_sqnorm = names, block.figures[:, : observation.examples] / loss_scale**2
         self._stats = block.stats
+        if self.exact_tasks:
+            assert block.stats is not None
+            self._blocks.append((loss_scale, block.stats))
+            measured = [total for name, total in self.totals.items() if wanted is None or name in wanted]
+            gram = torch.stack([gram_of(total) for total in measured]).sum(0) / loss_scale**2
+            self._stats = Stats.merged([stats for _, stats in self._blocks], gram)
+
+    def reset(self) -> None:
+        """With ``exact_tasks``: begin a new step; the next block's statistics are its own."""
+        self.totals.clear()
+        self._blocks.clear()
 
     def close(self) -> None:
         """End the measuring. The model is untouched outside observe blocks, so there is nothing to undo on it."""
@@ -328,7 +357,8 @@ class Meter:
 
     def _has_tasks(self, plan: Plan) -> bool:
         # A single task's norm is that of the whole gradient, which is formed anyway unless weights per example come first.
-        return len(self.task_names) > 1 or self.gram or plan.by_task or not (plan.keep or plan.passes == 2)
+        tasks = len(self.task_names) > 1 or self.gram or self.exact_tasks or plan.by_task
+        return tasks or not (plan.keep or plan.passes == 2)
 
     def _wanted(self, names: Sequence[str]) -> set[str]:
         """Which parameters are measured."""
@@ -347,12 +377,23 @@ class Meter:
         levels = [] if batch.prompts is None else [(batch.prompts, batch.n_prompts)]
         if self._has_tasks(plan):
             levels.append((tasks, len(self.task_names)))
-        if batch.tasks is not None or batch.prompts is not None:
-            return Groups.of(len(tasks), levels, tasks.device)
-        key = len(tasks), tasks.device, len(levels)  # no ids: nothing else tells one block's groups from another's
-        if self._idless is None or self._idless[0] != key:
-            self._idless = key, Groups.of(len(tasks), levels, tasks.device)
-        return self._idless[1]
+        given = batch.tasks is not None or batch.prompts is not None
+        if self._last_groups is not None and self._last_groups[0] == given:
+            last = self._last_groups[1]
+            alike = last.walk.device == tasks.device and len(last.walk) == len(tasks)
+            # Ids on a device are not looked at; the same ones again keep what backends worked out with the groups.
+            if (
+                alike
+                and last.counts == tuple(count for _, count in levels)
+                and (
+                    not given
+                    or (tasks.device.type == "cpu" and all(map(torch.equal, last.levels, [ids for ids, _ in levels])))
+                )
+            ):
+                return last
+        groups = Groups.of(len(tasks), [(ids.clone(), count) for ids, count in levels], tasks.device)
+        self._last_groups = given, groups
+        return groups
 
     def _tasks_of(self, batch: _Batch, examples: int, device: torch.device) -> Tensor:
         return batch.tasks if batch.tasks is not None else torch.zeros(examples, dtype=torch.int64, device=device)
@@ -389,25 +430,43 @@ class Meter:
         return torch.zeros(batch.n_prompts, dtype=torch.int64, device=batch.prompts.device)
 
 
-def _trainable(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Parameter]]:
-    """The trainable parameters and their first names, as `named_parameters` gives them."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for prefix, module in modules:
-        for name, p in module._parameters.items():
-            if p is not None and p.requires_grad and id(p) not in found:
-                found[id(p)] = f"{prefix}.{name}" if prefix else name, p
-    if not found:
-        raise ValueError("Meter: the model must have a trainable parameter, got none; unfreeze one")
-    for name, p in found.values():
-        if not p.is_floating_point():
-            raise TypeError(f"Meter: parameters must be real floating point, got {name} of {p.dtype}; freeze it")
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """As `nn.Module.named_modules` gives them, in a fraction of the time, which every block pays."""
+    found, waiting = {}, [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = name, module
+            prefix = f"{name}." if name else ""
+            waiting += [(prefix + key, child) for key, child in reversed(module._modules.items()) if child is not None]
     return list(found.values())
 
 
-def _constants(model: nn.Module) -> frozenset[int]:
+def _trainable(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Parameter]]:
+    """The trainable parameters and their first names, as `named_parameters` gives them."""
+    trainable = [(name, p) for name, p in _named_parameters(modules) if p.requires_grad]
+    if not trainable:
+        raise ValueError("Meter: the model must have a trainable parameter, got none; unfreeze one")
+    for name, p in trainable:
+        if not p.is_floating_point():
+            raise TypeError(f"Meter: parameters must be real floating point, got {name} of {p.dtype}; freeze it")
+    return trainable
+
+
+def _named_parameters(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Parameter]]:
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for prefix, module in modules:
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in found:
+                found[id(p)] = f"{prefix}.{name}" if prefix else name, p
+    return list(found.values())
+
+
+def _constants(modules: Sequence[tuple[str, nn.Module]]) -> frozenset[int]:
     """Where buffers and frozen parameters lie."""
-    frozen = (p for p in model.parameters() if not p.requires_grad)
-    return frozenset(t.untyped_storage().data_ptr() for t in (*model.buffers(), *frozen))
+    buffers = (buffer for _, module in modules for buffer in module._buffers.values() if buffer is not None)
+    frozen = (p for _, p in _named_parameters(modules) if not p.requires_grad)
+    return frozenset(t.untyped_storage().data_ptr() for t in (*buffers, *frozen))
 
 
 def _refuse_coupled_examples(who: str, modules: Sequence[tuple[str, nn.Module]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -74,12 +74,12 @@ def outer_method(rows_per_segment: float, d: int, p: int, with_dw: bool) -> str:
     Counted per row, in multiply-adds of a large matrix product:
 
         gram      (1.5 rows_per_segment + 75) (p + d) / 2
-        direct    (10 / rows_per_segment + 0.06) p d        beside dW, which is formed anyway
-                  (10 / rows_per_segment + 1.06) p d        without dW
+        direct    9 / rows_per_segment p d                  beside dW, which is formed anyway
+                  (9 / rows_per_segment + 0.95) p d         without dW
 
-    A small matrix product is slower (1.5) and has to be set up (75); a pass over a segment's tile in cache costs as
-    much as 10 multiply-adds an entry; multiplying tile by tile loses 6 %. Fitted on 2026-11-21 to segments of 1 to 256
-    rows, 1024 rows in all, at 256², 768 x 256, 1024² and 4096 x 256: one thread of a Xeon (AVX-512), torch 2.13, MKL.
+    A small matrix product is slower (1.5) and has to be set up (75); squaring and adding a segment's tile costs as much
+    as 9 multiply-adds an entry. Fitted on 2026-11-21 to segments of 2 to 256 rows, 1024 rows in all, at 256²,
+    1024 x 256, 4096 x 256, 768² and 1024²: one thread of a Xeon (AVX-512), torch 2.13, MKL.
 
     Args:
         rows_per_segment: rows of a segment, or Σ rows² / Σ rows over segments that differ.
@@ -91,7 +91,7 @@ def outer_method(rows_per_segment: float, d: int, p: int, with_dw: bool) -> str:
         ('gram', 'direct')
     """
     gram = (1.5 * rows_per_segment + 75) * (p + d) / 2
-    direct = (10 / max(rows_per_segment, 1) + (0.06 if with_dw else 1.06)) * p * d
+    direct = (9 / max(rows_per_segment, 1) + (0 if with_dw else 0.95)) * p * d
     return "gram" if gram < direct else "direct"
 
 
@@ -257,6 +257,7 @@ class _Part:
 
     offsets: Tensor
     columns: Tensor  # where in a sqnorm vector its members' entries are
+    count: int
     rows_per_segment: float  # Σ rows² / Σ rows: the gram method pays by the pair
 
 
@@ -267,15 +268,30 @@ class _Walk:
     parts: list[_Part]  # the segments, in their own order, and every level, in walk order
     rows: Tensor | None  # [R], None where the rows are in walk order already
     order: Tensor  # [S]
+    own: Tensor  # [S]: 0, 1, ..., the walk of what was brought into walk order
     offsets: Tensor  # of the segments in walk order
-    columns: Tensor  # [L, S]
+    columns: list[Tensor]  # [L, S], then without the first level, and so on
+    onwards: list[Tensor]  # the columns of each part and all coarser ones
     outputs_present: set[int] | None = None  # `present`, once it was asked for
+    methods: dict[tuple[int, int, bool, int], int] = field(default_factory=dict)  # `by_gram`, by its arguments
 
     def present(self, outputs: Tensor) -> set[int]:
         """Which outputs any rows go to."""
         if self.outputs_present is None:  # one answer: outputs are the coarsest level
             self.outputs_present = set(outputs[self.parts[0].offsets.diff() > 0].tolist())
         return self.outputs_present
+
+    def by_gram(self, d: int, p: int, with_dw: bool, changes: int) -> int:
+        """How many parts, from the finest on, take the gram method, where weights change so often along the walk."""
+        key = d, p, with_dw, changes
+        if key not in self.methods:
+            self.methods[key] = len(self.parts)
+            for n, part in enumerate(self.parts):
+                # Segments of one group are multiplied as one, unless their weights differ: then dW is formed apart.
+                if outer_method(part.rows_per_segment, d, p, with_dw and (n == 0 or changes < part.count)) == "direct":
+                    self.methods[key] = n
+                    break
+        return self.methods[key]
 
     @staticmethod
     def of(segments: Segments) -> _Walk:
@@ -288,13 +304,15 @@ class _Walk:
         if not torch.equal(order, own):
             moved = segments.offsets[:-1][order] - offsets[:-1]
             rows = torch.arange(int(offsets[-1])) + torch.repeat_interleave(moved, walked)
-        parts = [_Part(segments.offsets, own, _rows_per_segment(lengths))]
+        parts = [_Part(segments.offsets, own, segments.count, _rows_per_segment(lengths))]
         columns = columns[:, order].contiguous()
         for level in columns:
             members, member = torch.unique_consecutive(level, return_inverse=True)
             sizes = lengths.new_zeros(len(members)).index_add_(0, member, walked)
-            parts.append(_Part(_offsets(sizes), members, _rows_per_segment(sizes)))
-        return _Walk(parts, rows, order, offsets, columns)
+            parts.append(_Part(_offsets(sizes), members, len(members), _rows_per_segment(sizes)))
+        coarser = [columns[level:] for level in range(len(parts))]
+        onwards = [torch.cat([part.columns for part in parts[n:]]) for n in range(len(parts))]
+        return _Walk(parts, rows, order, own, offsets, coarser, onwards)
 
 
 _WHOLE = Segments.equal(1, 1)
@@ -322,9 +340,9 @@ def _outer(
     x: Tensor, g: Tensor, segments: Segments, weight: Tensor | None, outputs: Tensor | None, dw: Tensor | None
 ) -> Tensor:
     """Fill ``dw [n_outputs, d, p]`` and return ``sqnorm``; from the finest on, levels of short groups go by gram."""
-    d, p, groups = g.shape[1], x.shape[1], segments.groups
+    (rows, p), d, groups = x.shape, g.shape[1], segments.groups
     sqnorm = x.new_zeros(segments.columns)
-    if len(x) == 0 or p == 0 or d == 0:
+    if rows == 0 or p == 0 or d == 0:
         if dw is not None:
             dw.zero_()
         return sqnorm
@@ -333,43 +351,36 @@ def _outer(
         for empty in set(range(len(dw))) - walk.present(outputs):
             dw[empty] = 0
     weight = _vector(weight, x.dtype)
-
-    # Segments of one group are multiplied as one, unless their weights differ: then dW is formed apart.
-    n_gram, changes = 0, -1
-    for part in walk.parts:
-        if n_gram == 1 and weight is not None:
-            changes = int(weight[walk.order].diff().count_nonzero())
-        with_dw = dw is not None and (n_gram == 0 or changes < len(part.columns))
-        if outer_method(part.rows_per_segment, d, p, with_dw) == "direct":
-            break
-        n_gram += 1
+    changes = -1
+    n_gram = walk.by_gram(d, p, dw is not None, changes)
     if n_gram == 0:
         _kernels.outer_wgrad(x, g, segments.offsets, groups.walk, groups.columns, outputs, weight, dw, sqnorm, True)
         return sqnorm
+    if weight is not None:
+        weight = weight[walk.order]
+        changes = int(weight.diff().count_nonzero())
+        n_gram = walk.by_gram(d, p, dw is not None, changes)
 
-    _kernels.outer_sqnorm(x, g, segments.offsets, sqnorm[: segments.count])
-    weight = None if weight is None else weight[walk.order]
+    _kernels.outer_sqnorm(x, g, segments.offsets, sqnorm.narrow(0, 0, segments.count))
     if outputs is not None:
         outputs = outputs[walk.order]
     if walk.rows is not None:
         x, g = x.index_select(0, walk.rows), g.index_select(0, walk.rows)
     for part in walk.parts[1:n_gram]:
-        norms = x.new_empty(len(part.columns))
+        norms = x.new_empty(part.count)
         _kernels.outer_sqnorm(x, g, part.offsets, norms)
-        sqnorm[part.columns] = norms
+        sqnorm.index_copy_(0, part.columns, norms)
 
-    order, columns = torch.arange(segments.count), walk.columns[n_gram - 1 :]
-    if len(columns) and dw is not None and outputs is None and changes < 0 and len(walk.parts[n_gram].columns) == 1:
+    left = walk.parts[n_gram].count if n_gram < len(walk.parts) else 0
+    order, columns = walk.own, walk.columns[n_gram - 1]
+    if left == 1 and dw is not None and outputs is None and changes < 0:
         # One group of all rows: its gradient is dW, and a pass over dW costs less than multiplying tile by tile.
         torch.mm(g.t(), x, out=dw[0])
-        norm = _sums(dw.view(1, -1), _WHOLE, None, None)
-        for part in walk.parts[n_gram:]:
-            sqnorm.index_copy_(0, part.columns, norm)
-        return sqnorm
-    if len(columns) and changes < len(walk.parts[n_gram].columns):
+        return sqnorm.index_fill_(0, walk.onwards[n_gram], _sums(dw.view(1, -1), _WHOLE, None, None)[0])
+    if changes < left:
         _kernels.outer_wgrad(x, g, walk.offsets, order, columns, outputs, weight, dw, sqnorm, False)
         return sqnorm
-    if len(columns):
+    if left:
         _kernels.outer_wgrad(x, g, walk.offsets, order, columns, None, None, None, sqnorm, False)
     if dw is not None:
         if weight is not None:

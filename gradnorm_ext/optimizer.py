@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradnorm_ext.history import History
-from gradnorm_ext.layers import Plan
+from gradnorm_ext.layers import Plan, accumulate
 from gradnorm_ext.meter import Block, Given, Meter
 from gradnorm_ext.policies import Policy, weighs_of
 from gradnorm_ext.stats import Stats
@@ -45,7 +45,10 @@ class Reweighted(torch.optim.Optimizer):
         gradient_budget: "same_step" with weights per task: bytes that may hold separate task gradients, from step to
             step; layers beyond it keep their rows until the block closes instead.
         unobserved: what ``step()`` does where nothing was observed since the last: "error", or the "plain" step.
-        meter_options: of :class:`Meter`, where a model is given (``tasks=["math", "code"]``).
+        meter_options: of :class:`Meter`, where a model is given (``tasks=["math", "code"]``). With ``exact_tasks=True``,
+            for gradient accumulation, the policy is asked for the weights of all that was observed since the last step
+            or ``zero_grad``, and ``.grad`` is their mixture anew when each block closes; this needs a policy that weighs
+            tasks, ``apply="same_step"`` and ``passes=1``.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -111,6 +114,14 @@ class Reweighted(torch.optim.Optimizer):
                 f'Reweighted: scope="layer" weighs each parameter by its own norms, got modules={self.meter.modules!r}, '
                 'which leaves some unmeasured; measure all, or use scope="model"'
             )
+        if self.meter.exact_tasks and (
+            (apply, passes, scope) != ("same_step", 1, "model") or weighs_of(policy) != "tasks"
+        ):
+            raise ValueError(
+                "Reweighted: exact_tasks=True mixes the tasks' gradients when a block closes, got "
+                f"apply={apply!r}, passes={passes}, scope={scope!r} and a policy that weighs {weighs_of(policy)}; use "
+                'apply="same_step", passes=1, scope="model" and a policy that weighs tasks'
+            )
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in stepped for p in self.meter.model.parameters()):
             raise ValueError(
@@ -129,6 +140,7 @@ class Reweighted(torch.optim.Optimizer):
         self._usable = torch.ones((), dtype=torch.bool)  # whether the last weights were finite
         self._observed: list[Tensor] = []  # of each block since the last step: whether it and its weights were finite
         self._buffers: dict[str, Tensor] = {}
+        self._grads: dict[str, _Grad] = {}  # with exact_tasks: what the blocks since the last step left
         self._share_hooks()
 
     @contextmanager
@@ -141,6 +153,8 @@ class Reweighted(torch.optim.Optimizer):
                 f"{batch['backwards']}; add up the losses, or use passes=1"
             )
         self._usable = torch.ones((), dtype=torch.bool)
+        if self.meter.exact_tasks:
+            self._keep_grads()
         plan = self._plan()
         if plan.keep or plan.layer_weights is not None:
             self._refuse_early_gradients()
@@ -155,6 +169,8 @@ class Reweighted(torch.optim.Optimizer):
             weights = self.weights = self._usable_weights(stats)
             by_task = weights if plan.by_task else None
             block.observation.accumulate_weighted(self._of_examples(weights, stats), by_task)
+            if self.meter.exact_tasks:
+                self._mix_tasks(weights)
         elif self.apply == "next_step":
             self.weights = self._next_weights
         self.history.append(stats, self.weights, weighs_of(self.policy))
@@ -205,7 +221,7 @@ class Reweighted(torch.optim.Optimizer):
                 'forward and backward in `with optimizer.observe(...)`, or pass unobserved="plain"'
             )
         blocks: list[list[bool]] = [block.tolist() for block in self._observed]
-        self._observed.clear()
+        self._begin_step()
         if any(finite and not usable for finite, usable in blocks):
             raise RuntimeError(
                 f"Reweighted: the policy must return finite weights for finite statistics, got others from {self.policy!r}; "
@@ -223,7 +239,7 @@ class Reweighted(torch.optim.Optimizer):
         return self.meter.stats
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._observed.clear()
+        self._begin_step()
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -280,7 +296,7 @@ class Reweighted(torch.optim.Optimizer):
         return {name: getattr(self, name) for name in (*names, *more)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _buffers={}, _block=None)
+        self.__dict__.update(state, _buffers={}, _grads={}, _block=None)
         self._share_hooks()
 
     def _share_hooks(self) -> None:
@@ -288,6 +304,36 @@ class Reweighted(torch.optim.Optimizer):
         self.__dict__.update(
             {name: hooks for name, hooks in vars(self.optimizer).items() if name.startswith("_optimizer_")}
         )
+
+    def _begin_step(self) -> None:
+        self._observed.clear()
+        self._grads.clear()
+        self.meter.reset()
+
+    def _keep_grads(self) -> None:
+        """Of the first block of a step what ``.grad`` held before; of the others, see that it is what we left."""
+        parameters = {name: p for name, p in self.meter.model.named_parameters() if p.requires_grad}
+        if not self.meter.totals:
+            self._grads = {name: _Grad(p.grad, None, 0) for name, p in parameters.items()}
+        for name, grad in self._grads.items():
+            left, now = grad.left, parameters[name].grad if name in parameters else None
+            if left is not None and (now is not left or now._version != grad.version):
+                raise RuntimeError(
+                    "Reweighted: with exact_tasks=True, .grad is mixed anew by every block of a step and must not change "
+                    f"between them, got another one of {name}; begin a new step with optimizer.zero_grad(), and clip or "
+                    "unscale after the last block"
+                )
+
+    def _mix_tasks(self, weights: Tensor) -> None:
+        """``.grad``: what it held before the step's first block, and the weighted sum of the tasks' totals."""
+        for name, parameter in self.meter.model.named_parameters():
+            if (total := self.meter.totals.get(name)) is None:
+                continue
+            before = self._grads.setdefault(name, _Grad(parameter.grad, None, 0)).before
+            parameter.grad = None if before is None else before.clone()
+            accumulate(parameter, torch.tensordot(weights.to(total), total, 1).to(parameter.dtype))
+            assert parameter.grad is not None
+            self._grads[name] = _Grad(before, parameter.grad, parameter.grad._version)
 
     def _plan(self) -> Plan:
         if self.apply == "next_step":
@@ -337,6 +383,14 @@ class Reweighted(torch.optim.Optimizer):
                     f'Reweighted: apply="same_step" forms gradients after backward, got {name} with a hook that acts on '
                     'its gradient during backward (post_accumulate_grad_hook); remove it, or use apply="next_step"'
                 )
+
+
+class _Grad(NamedTuple):
+    """Of one parameter: what ``.grad`` was before a step's first block, and what we left there."""
+
+    before: Tensor | None
+    left: Tensor | None
+    version: int
 
 
 def _refuse_several_processes() -> None:

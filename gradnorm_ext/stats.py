@@ -111,25 +111,26 @@ class Stats:
         n_tasks = len(task_names)
         examples, of_prompts, of_tasks = sqnorms.split([len(tasks), n_prompts, n_tasks if has_tasks else 0])
         units, task_of_unit = (of_prompts, task_of_prompt) if task_of_prompt is not None else (examples, tasks)
-        nan = sqnorms.new_full((n_tasks,), torch.nan)
-        n = sqnorms.new_zeros(n_tasks).index_add_(0, task_of_unit, torch.ones_like(units))
-        square = sqnorms.new_zeros(n_tasks).index_add_(0, task_of_unit, units)
-        pairs = n * (n - 1)
-        unbiased = torch.where(n > 1, (of_tasks - square) / pairs, nan) if has_tasks else nan
-        variance = torch.where(n > 1, (square - of_tasks / n) / (n - 1), nan) if has_tasks else nan
-        finite = torch.isfinite(sqnorms).all()
+        of_units = torch.stack([torch.ones_like(units), units])
+        n, square = sqnorms.new_zeros(2, n_tasks).index_add_(1, task_of_unit, of_units).unbind()
+        unbiased = variance = sqnorms.new_full((n_tasks,), torch.nan)
+        if has_tasks:
+            unbiased, variance = _estimates(of_tasks, square, n)
+        task_units = task_count = n.long()
+        if task_of_prompt is not None:
+            task_count = torch.zeros_like(task_units).index_add_(0, tasks, torch.ones_like(tasks))
+        norms = sqnorms.sqrt()
+        finite = torch.isfinite(norms).all()
         if reward is not None:
             finite = finite & torch.isfinite(torch.as_tensor(reward.mean, device=sqnorms.device)).all()
         return Stats(
-            example_norm=examples.sqrt(),
-            prompt_norm=of_prompts.sqrt() if prompts is not None else None,
-            task_norm=of_tasks.sqrt() if has_tasks else None,
+            example_norm=norms[: len(tasks)],
+            prompt_norm=norms[len(tasks) : len(tasks) + n_prompts] if prompts is not None else None,
+            task_norm=norms[len(tasks) + n_prompts :] if has_tasks else None,
             task_sqnorm_unbiased=unbiased,
             task_variance=variance,
-            task_units=n.long(),
-            task_count=torch.zeros(n_tasks, dtype=torch.int64, device=tasks.device).index_add_(
-                0, tasks, torch.ones_like(tasks)
-            ),
+            task_units=task_units,
+            task_count=task_count,
             tasks=tasks,
             prompts=prompts,
             task_names=task_names,
@@ -140,7 +141,7 @@ class Stats:
         )
 
     @staticmethod
-    def merged(blocks: Sequence[Stats]) -> Stats:
+    def merged(blocks: Sequence[Stats], task_gram: Tensor | None = None) -> Stats:
         """The statistics of several blocks as those of one: of the micro-batches of a step.
 
         Examples and prompts are put one after the other, and reward figures formed anew over all of them. The unbiased
@@ -151,11 +152,13 @@ class Stats:
             task_variance        = Σ (n_i - 1) v_i / Σ (n_i - 1)
 
         The loss must weigh a unit alike in every block. ``task_norm`` and ``task_gram`` are None: the norm of a sum over
-        blocks is no function of the blocks' norms.
+        blocks is no function of the blocks' norms. Where the sums were kept (``Meter(exact_tasks=True)``) their inner
+        products make all these figures those of one batch.
 
         Args:
             blocks: of one meter, at least one. No prompt's examples may be spread over several blocks: they share a
                 baseline, so that its parts are no independent units. This is checked where rewards were given.
+            task_gram: ``[K, K]``: the inner products of the tasks' gradients, each summed over the blocks.
 
         Raises:
             ValueError: no block, other tasks, prompts, rewards or layers in some blocks only, a prompt in two blocks.
@@ -186,13 +189,22 @@ class Stats:
         offsets = [0]
         for block in blocks:
             offsets.append(offsets[-1] + (0 if block.prompt_norm is None else len(block.prompt_norm)))
+        n = units.sum(0)
+        if task_gram is None:
+            of_tasks = None
+            unbiased = _average([block.task_sqnorm_unbiased for block in blocks], units * (units - 1))
+            variance = _average([block.task_variance for block in blocks], (units - 1).clamp(min=0))
+        else:
+            of_tasks = task_gram.diagonal()
+            square = torch.stack([block._unit_squares() for block in blocks]).sum(0)
+            unbiased, variance = _estimates(of_tasks, square, n)
         return Stats(
             example_norm=torch.cat([block.example_norm for block in blocks]),
             prompt_norm=_joined([block.prompt_norm for block in blocks]),
-            task_norm=None,
-            task_sqnorm_unbiased=_average([block.task_sqnorm_unbiased for block in blocks], units * (units - 1)),
-            task_variance=_average([block.task_variance for block in blocks], (units - 1).clamp(min=0)),
-            task_units=units.sum(0),
+            task_norm=None if of_tasks is None else of_tasks.sqrt(),
+            task_sqnorm_unbiased=unbiased,
+            task_variance=variance,
+            task_units=n,
             task_count=torch.stack([block.task_count for block in blocks]).sum(0),
             tasks=torch.cat([block.tasks for block in blocks]),
             prompts=_joined(
@@ -202,6 +214,7 @@ class Stats:
             layers={name: Stats.merged([block.layers[name] for block in blocks]) for name in first.layers},
             reward=RewardStats.merged(rewards) if rewards else None,
             finite=torch.stack([block.finite for block in blocks]).all(),
+            task_gram=task_gram,
         )
 
     def weighted(self, weights: Tensor, of: Literal["tasks", "examples"]) -> Stats:
@@ -236,10 +249,8 @@ class Stats:
                 layers={},
             )
         prompt_norm = None
-        if self.prompt_norm is not None and self.prompts is not None:
-            task_of_prompt = torch.zeros(len(self.prompt_norm), dtype=torch.int64, device=self.tasks.device)
-            task_of_prompt.scatter_(0, self.prompts, self.tasks)
-            prompt_norm = size[task_of_prompt] * self.prompt_norm
+        if self.prompt_norm is not None:
+            prompt_norm = size[self._task_of_prompt()] * self.prompt_norm
         return dataclasses.replace(
             self,
             example_norm=size[self.tasks] * self.example_norm,
@@ -325,6 +336,18 @@ class Stats:
                 scalars |= {f"cosine/{one}/{other}": cosine[j, k] for k, other in enumerate(self.task_names) if k > j}
         return {prefix + name: value for name, value in zip(scalars, _floats(list(scalars.values())), strict=True)}
 
+    def _task_of_prompt(self) -> Tensor:
+        assert self.prompt_norm is not None and self.prompts is not None
+        of_prompt = torch.zeros(len(self.prompt_norm), dtype=torch.int64, device=self.tasks.device)
+        return of_prompt.scatter_(0, self.prompts, self.tasks)
+
+    def _unit_squares(self) -> Tensor:
+        """``[K]``: Σ ‖u‖² over each task's units."""
+        units, tasks = self.example_norm, self.tasks
+        if self.prompt_norm is not None:
+            units, tasks = self.prompt_norm, self._task_of_prompt()
+        return units.new_zeros(len(self.task_names)).index_add_(0, tasks, units.square())
+
     def _kind(self) -> dict[str, object]:
         """What all blocks must have in common to be merged."""
         given = {"prompts": self.prompts, "rewards": self.reward}
@@ -333,6 +356,13 @@ class Stats:
             **{name: "none" if value is None else "some" for name, value in given.items()},
             "layers": list(self.layers),
         }
+
+
+def _estimates(of_tasks: Tensor, of_units: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """Without bias, of the squared norm of each sum of n units and the sum of their squared norms: ‖E u‖² and tr Σ."""
+    others, known = n - 1, n > 1
+    expected = torch.where(known, (of_tasks - of_units) / (n * others), torch.nan)
+    return expected, torch.where(known, (of_units - of_tasks / n) / others, torch.nan)
 
 
 def _average(values: Sequence[Tensor], shares: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from gradnorm_ext.layers.calls import Backward, Call, no_autocast
+from gradnorm_ext.layers.calls import Backward, Call, first_order, no_autocast
 from gradnorm_ext.layers.contributions import Lookup
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.segments import Segments
@@ -36,7 +35,7 @@ class _EmbeddingBag(torch.autograd.Function):
         return F.embedding_bag(ids, weight, ends, per_sample_weights=scale, **options)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         ids, ends, scale = ctx.saved_tensors
         call: Call = ctx.call

@@ -7,11 +7,13 @@ and shows it to `Backward.tag`, and hands `Backward.deliver` what the use adds t
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
 from gradnorm_ext.backends import find
@@ -114,6 +116,17 @@ class Backward:
             uses = [use for use in self.call.uses if use is not None]
             tested = [(GradientEdge(*self.ctx.next_functions[place]), dx, layout) for place, dx, layout in inputs]
             observation.run_tagging(tested, uses)
+
+
+def first_order(backward: Any) -> Any:
+    """A backward that no graph leads through: `once_differentiable`, whose detour is left out where no graph is asked for."""
+    refusing = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        return refusing(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+
+    return run
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

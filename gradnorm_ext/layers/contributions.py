@@ -2,8 +2,9 @@
 
 Where no form fits, a gradient is what a backward pass of its own
 gives (pulled). Every contribution offers the same: `sqnorm` (squared norms per segment and group), `wgrad` (the gradient,
-optionally weighted, and the norms from the same pass), `total` (the weighted gradient alone), `gram` (the inner products
-of the gradients of the coarsest groups, the tasks), and `kept` (what must not change until it is used).
+optionally weighted, and the norms from the same pass), `total` (the weighted gradient alone), `by_new_group` (the
+gradients of the coarsest groups, the tasks, and the norms), `gram` (the inner products of the tasks' gradients), and
+`kept` (what must not change until it is used).
 `combined_sqnorm` squares the *sum* of several contributions.
 """
 
@@ -119,6 +120,13 @@ class Lookup:
         rows = ids, self.live_g, len(looked_up), self.segments
         return gram_of(run(*rows, outputs=tasks, n_outputs=count)[0])
 
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        run = find("lookup_wgrad", self.g.device.type, self.backend)
+        tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
+        rows = self.ids, self.live_g, self.vocabulary, self.segments
+        return run(*rows, outputs=tasks, n_outputs=count)  # type: ignore[no-any-return]
+
     def of_column(self, rows: Tensor) -> Tensor:
         g = self.live_g[rows]
         return g.new_zeros(self.vocabulary, g.shape[1]).index_add_(0, self.ids[rows], g)
@@ -164,9 +172,16 @@ class Sums:
         total = self.sums.sum(0) if weight is None else torch.tensordot(weight.to(self.sums.dtype), self.sums, 1)
         return total.view(self.sums.shape[1:])
 
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        return self._of_tasks(), self.sqnorm()
+
     def gram(self) -> Tensor:
+        return gram_of(self._of_tasks())
+
+    def _of_tasks(self) -> Tensor:
         tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
-        return gram_of(self.flat.new_zeros(count, self.flat.shape[1]).index_add_(0, tasks, self.flat))
+        return self.sums.new_zeros(count, *self.sums.shape[1:]).index_add_(0, tasks, self.sums)
 
     def of_segments(self, segments: Tensor) -> Tensor:
         return self.sums[segments].sum(0)
@@ -406,9 +421,16 @@ class Pulled:
     def total(self, weight: Tensor | None = None) -> Tensor:
         return self.pull(weight)
 
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        return self._of_tasks(), self.norms()
+
     def gram(self) -> Tensor:
+        return gram_of(self._of_tasks())
+
+    def _of_tasks(self) -> Tensor:
         count = self.segments.groups.counts[-1]
-        return gram_of(torch.stack([self.of_segments(task) for task in members_of_columns(self.segments)[-count:]]))
+        return torch.stack([self.of_segments(task) for task in members_of_columns(self.segments)[-count:]])
 
     def of_segments(self, segments: Tensor) -> Tensor:
         return self.pull(chosen(segments, self.segments))

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from gradnorm_ext.layers.calls import Backward, Call, no_autocast, summed, tapped_call
+from gradnorm_ext.layers.calls import Backward, Call, first_order, no_autocast, summed, tapped_call
 from gradnorm_ext.layers.contributions import Contribution, Convolved, Geometry
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.reference import accumulator
@@ -37,7 +36,7 @@ class _Convolution(torch.autograd.Function):
         return torch.convolution(x, weight, bias, *geometry)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         call: Call = ctx.call

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from gradnorm_ext.layers.calls import Backward, Call, module_call, no_autocast, summed, tapped_call
+from gradnorm_ext.layers.calls import Backward, Call, first_order, module_call, no_autocast, summed, tapped_call
 from gradnorm_ext.layers.contributions import Outer
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation
@@ -30,12 +29,15 @@ class _Linear(torch.autograd.Function):
         *probes: Tensor | None,
     ) -> Tensor:
         ctx.call, ctx.x_dtype = call, x.dtype
-        x, weight = x.to(dtype), weight.to(dtype)
+        if not x.dtype == weight.dtype == dtype:
+            x, weight = x.to(dtype), weight.to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.t() if call.swapped else weight, None if bias is None else bias.to(dtype))
+        return F.linear(x, weight.t() if call.swapped else weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         call: Call = ctx.call
@@ -43,9 +45,10 @@ class _Linear(torch.autograd.Function):
             run = Backward(ctx, call)
             dx = None
             if ctx.needs_input_grad[1]:
-                dx = (g.reshape(-1, g.shape[-1]) @ (weight.t() if call.swapped else weight)).view_as(x).to(ctx.x_dtype)
+                dx = torch.mm(g.reshape(-1, g.shape[-1]), weight.t() if call.swapped else weight).view(x.shape)
+                dx = dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype)
                 run.tag(dx)
-            g_rows, x_rows = call.layout.rows_of(g), call.layout.rows_of(x.detach())
+            g_rows, x_rows = call.layout.rows_of(g), call.layout.rows_of(x)
             outer = Outer(x_rows, g_rows, call.segments, run.backend)
             dw, of_weight = run.deliver(0, 2, lambda: outer.transposed() if call.swapped else outer)
             db, of_bias = run.deliver(1, 3, lambda: summed(g_rows, call.segments, run.backend))
@@ -72,8 +75,10 @@ def multiply_rows(
 
 
 def _apply_linear(call: Call, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else torch.result_type(x, weight)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    else:
+        dtype = x.dtype if x.dtype == weight.dtype else torch.result_type(x, weight)
     return _Linear.apply(call, x, weight, bias, dtype, *call.probes)
 
 
@@ -108,7 +113,7 @@ class _Bilinear(torch.autograd.Function):
         return F.bilinear(first, second, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         call: Call = ctx.call

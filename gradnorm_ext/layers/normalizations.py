@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
+    first_order,
     module_call,
     no_autocast,
     normalised_product,
@@ -45,7 +45,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         call: Call = ctx.call
@@ -117,7 +117,7 @@ class _GroupNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         call: Call = ctx.call
@@ -166,7 +166,7 @@ class _Affine(torch.autograd.Function):
         return y if bias is None else y + _per_channel(bias, x)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         call: Call = ctx.call

@@ -129,6 +129,8 @@ class Plan:
 
     Attributes:
         gram: also the inner products of the gradients of the coarsest groups, the tasks.
+        totals: where every task's gradient is added up over the blocks of a step, ``[K, *shape]``, by parameter; with
+            ``keep`` nothing else is kept.
         passes: 2: one backward for the norms and, once the weights are known, one for the gradients.
         layer_weights: from a parameter's name and its figures to weights per example, ``[B]``: each parameter is
             weighed by its own.
@@ -141,6 +143,7 @@ class Plan:
     """
 
     gram: bool = False
+    totals: dict[str, Tensor] | None = None
     passes: Literal[1, 2] = 1
     layer_weights: Callable[[str, Tensor], Tensor] | None = None
     task_weights: Tensor | None = None
@@ -209,6 +212,7 @@ class Observation:
         self.refuted: list[Use] = []  # in the running test
         self.proven = False  # in the running test, a use has passed whose sizes leave no choice
         self.refuted_lookups: list[Use] = []  # taken for batched, and not
+        self._layouts: dict[tuple[int, ...], Layout] = {}  # of activations, by their sizes
         self.rows_per_example: set[int] = set()  # of tensors that show the batch
         self.inputs: set[int] = set()  # where the model's inputs lie that show the batch
         self.data: set[int] = set()  # where the arguments of modules lie that carry no gradient
@@ -272,9 +276,11 @@ class Observation:
     def layout(self, tensor: Tensor, features: int, name: str, function: str) -> Layout:
         """Which of the hypotheses speaks for a tensor, its last ``features`` dimensions set aside."""
         assert self.batch is not None
-        shape = tuple(tensor.shape[: tensor.dim() - features])
+        shape = tuple(tensor.shape)[: tensor.dim() - features]
         if self.examples == 1:
             return Layout("leading", shape, self.batch)
+        if tensor.requires_grad and (known := self._layouts.get(shape)) is not None:
+            return known
         kind = self.batch.kind_of(shape, self.rows_per_example)
         if kind is None or (kind == "second" and self.batch_dim == 0 and not self.inputs):
             raise self._unexplained(shape, name)
@@ -285,6 +291,8 @@ class Observation:
             layout.correct()
         if kind == "leading" or kind == "second":
             self.rows_per_example.add(layout.rows // self.batch.count)
+        if tensor.requires_grad and layout.alternative is None:
+            self._layouts[shape] = layout  # nothing will be corrected, and nothing but the sizes decided
         return layout
 
     def is_input(self, tensor: Tensor) -> bool:
@@ -392,6 +400,14 @@ class Observation:
                 f'{self.who}: with scope="layer" each parameter has a weight of its own, got {slot.name}, which is used '
                 f'only together with {together}; use scope="model"'
             )
+        if self.plan.totals is not None:
+            of_tasks, norms = contribution.by_new_group()
+            for one in (use, *use.followers):
+                self._add_up(one, of_tasks)
+            if use.is_derived and not self.plan.keep:
+                _keep(use, contribution)
+            figures = None if apart else self._with_gram(norms, functools.partial(gram_of, of_tasks))
+            return self._of_known_tasks(of_tasks) if needs_gradient else None, figures
         keep = self.plan.keep or use.is_derived or (by_layer is not None and apart)
         if (
             self.plan.keep
@@ -403,7 +419,7 @@ class Observation:
             slot.kept.append((use, out, ()))
             return out.sum(0) if needs_gradient else None, norms
         if keep:
-            slot.kept.append((use, contribution, tuple(kept._version for kept in contribution.kept)))
+            _keep(use, contribution)
             audited = self.plan.keep or slot.hooked
             unweighted = contribution.total() if needs_gradient and audited else None
             return unweighted, None if apart else self._with_gram(contribution.sqnorm(), contribution.gram)
@@ -417,11 +433,24 @@ class Observation:
         if self.plan.gram and isinstance(contribution, (Outer, Convolved)):
             # The tasks' gradients first: one product for all.
             out, norms = contribution.by_new_group()
-            weights = self.plan.task_weights
-            total = out.sum(0) if weights is None else torch.tensordot(weights.to(out), out, 1)
-            return total, self._with_gram(norms, functools.partial(gram_of, out))
+            return self._of_known_tasks(out), self._with_gram(norms, functools.partial(gram_of, out))
         total, norms = contribution.wgrad(self.weights)
         return total, self._with_gram(norms, contribution.gram)
+
+    def _of_known_tasks(self, gradients: Tensor) -> Tensor:
+        weights = self.plan.task_weights
+        return gradients.sum(0) if weights is None else torch.tensordot(weights.to(gradients), gradients, 1)
+
+    def _add_up(self, use: Use, gradients: Tensor) -> None:
+        """Add what a use gives every task to the parameter's totals."""
+        assert self.plan.totals is not None
+        slot, shape = use.slot, (len(gradients), *use.slot.parameter.shape)
+        total = self.plan.totals.get(slot.name)
+        if total is None:
+            total = self.plan.totals[slot.name] = gradients.new_zeros(shape)
+        if use.views:
+            gradients = torch.stack([use.adjoint(gradient) for gradient in gradients.unbind(0)])
+        total += gradients.view(shape)
 
     def _with_gram(self, norms: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         return torch.cat([norms, gram().flatten().to(norms)]) if self.plan.gram else norms
@@ -694,14 +723,11 @@ class Observation:
             slot.kept.clear()
 
     def _accumulate(self, use: Use, gradient: Tensor) -> None:
-        parameter = use.slot.parameter
-        if use.value is not parameter or parameter._backward_hooks:
-            with torch.enable_grad():  # through views, past hooks
-                torch.autograd.backward((use.value,), (gradient,), retain_graph=use.is_derived)
-        elif parameter.grad is None:
-            parameter.grad = gradient
+        if use.value is use.slot.parameter:
+            accumulate(use.slot.parameter, gradient)
         else:
-            parameter.grad += gradient
+            with torch.enable_grad():  # through views
+                torch.autograd.backward((use.value,), (gradient,), retain_graph=use.is_derived)
 
     def release(self) -> None:
         """Take the audit's hooks off the parameters."""
@@ -716,3 +742,19 @@ class Observation:
                 kept.clear()
         self.slots.clear()
         del self.start
+
+
+def _keep(use: Use, contribution: Contribution) -> None:
+    versions = tuple(kept._version for kept in contribution.kept)
+    use.slot.kept.append((use, contribution, versions))
+
+
+def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add to ``.grad`` as a backward would, past the parameter's hooks."""
+    if parameter._backward_hooks:
+        with torch.enable_grad():
+            torch.autograd.backward((parameter,), (gradient,))
+    elif parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient

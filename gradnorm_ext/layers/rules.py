@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gradnorm_ext.layers.attention import multi_head_attention_forward
 from gradnorm_ext.layers.bags import embedding_bag
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
+    first_order,
     is_row,
     no_autocast,
     normalised_product,
@@ -45,7 +45,7 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (ids,) = ctx.saved_tensors
         call: Call = ctx.call
@@ -117,7 +117,7 @@ class _Product(torch.autograd.Function):
         return x * weight
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         call: Call = ctx.call
@@ -148,7 +148,7 @@ class _Sum(torch.autograd.Function):
         return x + added
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         call: Call = ctx.call
         with no_autocast(g.device):
@@ -247,7 +247,7 @@ class _Quotient(torch.autograd.Function):
         return x / weight
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         call: Call = ctx.call
@@ -292,7 +292,7 @@ class _Expand(torch.autograd.Function):
         return weight.expand(shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         call: Call = ctx.call
         run = Backward(ctx, call)

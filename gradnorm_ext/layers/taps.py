@@ -195,6 +195,10 @@ def _unobserved(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     return module
 
 
+def _set_class(module: nn.Module, own: type) -> None:
+    object.__setattr__(module, "__class__", own)  # modules look long at what is set on them
+
+
 def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Observation) -> None:
     """Make every read of a trainable parameter through these modules (of one model, itself first) a tap."""
     for index, (name, module) in enumerate(modules):
@@ -207,7 +211,7 @@ def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Obser
         if index == 0 or any(parameter is not None for parameter in module._parameters.values()):
             module.__dict__[_SESSION] = observation
             own: Any = type(module)
-            module.__class__ = _observed_class(own)
+            _set_class(module, _observed_class(own))
 
 
 def release_modules(modules: Sequence[tuple[str, nn.Module]], observation: Observation) -> None:
@@ -215,4 +219,4 @@ def release_modules(modules: Sequence[tuple[str, nn.Module]], observation: Obser
     for _, module in modules:
         if module.__dict__.get(_SESSION) is observation:
             del module.__dict__[_SESSION]
-            module.__class__ = vars(type(module))["_gradnorm_base"]
+            _set_class(module, vars(type(module))["_gradnorm_base"])

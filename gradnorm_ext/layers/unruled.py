@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from gradnorm_ext.layers.calls import Backward, Call, no_autocast
+from gradnorm_ext.layers.calls import Backward, Call, first_order, no_autocast
 from gradnorm_ext.layers.contributions import Pulled, chosen, members_of_columns
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
@@ -140,7 +139,7 @@ class _Unruled(torch.autograd.Function):
         return tuple(out.detach() for out in outputs)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *g: Tensor | None) -> tuple[Any, ...]:
         call: Call = ctx.call
         count = len(ctx.inputs)

@@ -1,7 +1,8 @@
 // dW is cut into tiles that stay in cache. For each tile the rows are walked segment by segment:
 // a segment's tile is one matrix product into scratch, and one pass over it, while it is in cache,
 // squares it and adds it to the tile of the group around it, whose end is treated likewise, up to
-// dW itself. The walk is planned once and carried out for every tile.
+// dW itself. Of segments of few rows, product and pass are one (fused_product.h). The walk is
+// planned once and carried out for every tile.
 #include "kernels/outer_wgrad.h"
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cpu/fused_product.h"
 #include "kernels/cpu/vectors.h"
 
 namespace gradnorm {
@@ -26,24 +28,30 @@ struct Leaf {
   T weight;
 };
 
-// Multiply rows into a buffer, or fold a buffer into another: square it, and add it.
+// Multiply rows into a buffer, or fold a buffer into another: square it, and add it; or both at
+// once.
 template <typename T>
 struct Step {
-  enum Kind { kMultiply, kFold } kind;
+  enum Kind { kMultiply, kFold, kFused } kind;
   int to;          // the buffer written, or kNone
   int64_t output;  // which dw kOutput means
   bool overwrite;
   T scale;
-  int64_t row_begin = 0, row_end = 0;  // kMultiply
+  int64_t row_begin = 0, row_end = 0;  // kMultiply, kFused
   int from = kNone;                    // kFold
-  int64_t slot = kNone;                // kFold: where the sum of squares goes
+  int64_t slot = kNone;                // kFold, kFused: where the sum of squares goes
 };
 
 template <typename T>
 class Plan {
  public:
-  Plan(const Segments& segments, const T* weight, bool with_dw, bool segment_norms)
-      : segments_(segments), with_dw_(with_dw), segment_norms_(segment_norms) {
+  // fused_rows: up to how many rows a product and the pass over it may be one.
+  Plan(const Segments& segments, const T* weight, bool with_dw, bool segment_norms,
+       int64_t fused_rows)
+      : segments_(segments),
+        with_dw_(with_dw),
+        segment_norms_(segment_norms),
+        fused_rows_(fused_rows) {
     find_leaves(weight);
     const int64_t count = static_cast<int64_t>(leaves_.size());
     for (int64_t begin = 0, end; begin < count; begin = end) {
@@ -57,7 +65,7 @@ class Plan {
   int64_t rows_at_once() const {
     int64_t rows = 0, products = 0;
     for (const Step<T>& step : steps) {
-      if (step.kind != Step<T>::kMultiply) continue;
+      if (step.kind == Step<T>::kFold) continue;
       rows += step.row_end - step.row_begin;
       ++products;
     }
@@ -154,12 +162,6 @@ class Plan {
       buffer = free++;
       buffers = std::max(buffers, free);
     }
-    if (leaf) {
-      multiply(begin, buffer, T(1), true);
-    } else {
-      compose(depth, begin, end, buffer, free, dw_done || adds_dw);
-    }
-
     int64_t slot = kNone;
     if (!wanted.empty()) {
       slot = static_cast<int64_t>(slot_columns.size());
@@ -168,6 +170,21 @@ class Plan {
     }
     const bool to_parent = parent != kNone && buffer != parent;
     const bool to_dw = adds_dw && buffer != kOutput;
+    const bool stays = buffer == parent || buffer == kOutput;
+    if (leaf && stays + to_parent + to_dw <= 1 &&
+        leaves_[begin].row_end - leaves_[begin].row_begin <= fused_rows_) {
+      const int to = stays ? buffer : to_dw ? kOutput : to_parent ? parent : kNone;
+      const bool overwrite = stays || (to_dw && started_.insert(output).second);
+      multiply(begin, to, to_dw ? weight : T(1), overwrite);
+      steps.back().kind = Step<T>::kFused;
+      steps.back().slot = slot;
+      return;
+    }
+    if (leaf) {
+      multiply(begin, buffer, T(1), true);
+    } else {
+      compose(depth, begin, end, buffer, free, dw_done || adds_dw);
+    }
     if (to_dw) {
       const bool overwrite = started_.insert(output).second;
       fold(buffer, kOutput, output, std::exchange(slot, kNone), weight, overwrite);
@@ -189,6 +206,7 @@ class Plan {
   const Segments& segments_;
   const bool with_dw_;
   const bool segment_norms_;
+  const int64_t fused_rows_;
   std::unordered_set<int64_t> started_;  // outputs that have been written
   std::vector<Leaf<T>> leaves_;
 };
@@ -210,18 +228,20 @@ constexpr int64_t kWidth = 1024;
 constexpr int64_t kLongRows = 256;
 constexpr int64_t kArea = 128 * kWidth, kAreaOfLong = 256 * kWidth;
 
-Tiling tile(int64_t d, int64_t p, int64_t rows_at_once, int64_t threads) {
+Tiling tile(int64_t d, int64_t p, int64_t rows_at_once, int64_t threads, const FusedKernel* fused) {
+  const int64_t high = fused ? fused->height : 16, wide = fused ? fused->width : 16;
   Tiling tiling;
-  tiling.across = divide_up(p, kWidth);
-  tiling.width = round_up(divide_up(p, tiling.across), 16);
+  tiling.across = divide_up(p, fused ? fused_side(rows_at_once) : kWidth);
+  tiling.width = round_up(divide_up(p, tiling.across), wide);
   tiling.across = divide_up(p, tiling.width);
   const int64_t area = rows_at_once >= kLongRows ? kAreaOfLong : kArea;
-  int64_t down = divide_up(d, round_up(area / tiling.width, 16));
+  int64_t down = divide_up(
+      d, fused ? fused_height(tiling.width, rows_at_once) : round_up(area / tiling.width, 16));
   // As many tiles as the threads can share evenly, unless they get too thin to multiply well.
   if (d / 64 >= threads) {
     while (tiling.across * down % threads != 0 && tiling.across * down < 4 * threads) ++down;
   }
-  tiling.height = round_up(divide_up(d, down), 16);
+  tiling.height = round_up(divide_up(d, down), high);
   tiling.down = divide_up(d, tiling.height);
   return tiling;
 }
@@ -232,9 +252,13 @@ template <typename T>
 void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t p,
                      int64_t d, const Segments& segments, const T* weight, T* dw, T* sqnorm,
                      bool segment_norms, const Host<T>& host) {
-  const Plan<T> plan(segments, weight, dw != nullptr, segment_norms);
+  const FusedKernel* fused =
+      std::is_same_v<T, float> && !fused_kernels().empty() ? &fused_kernels()[0] : nullptr;
+  const Plan<T> plan(segments, weight, dw != nullptr, segment_norms, fused ? kFusedRows : 0);
   if (plan.steps.empty() || p == 0 || d == 0) return;
-  const Tiling tiling = tile(d, p, plan.rows_at_once(), host.threads);
+  const int64_t rows_at_once = plan.rows_at_once();
+  const Tiling tiling =
+      tile(d, p, rows_at_once, host.threads, rows_at_once <= kFusedRows ? fused : nullptr);
   const int64_t tiles = tiling.down * tiling.across;
   const int64_t slots = static_cast<int64_t>(plan.slot_columns.size());
   std::vector<double> partial(tiles * slots);
@@ -246,6 +270,7 @@ void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride,
     const int64_t area = round_up(tiling.height * tiling.width, kAlign);
     static thread_local std::vector<T> memory;  // kept: fresh pages cost as much as a pass
     memory.resize(std::max<size_t>(memory.size(), plan.buffers * area + kAlign));
+    static thread_local std::vector<float> panels;
     T* scratch = memory.data();
     while (reinterpret_cast<uintptr_t>(scratch) % kAlign != 0) ++scratch;
 
@@ -255,23 +280,28 @@ void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride,
       const int64_t height = std::min(tiling.height, d - i);
       const int64_t width = std::min(tiling.width, p - j);
       const auto buffer = [&](int number, int64_t output) {
+        if (number == kNone) return Tile<T>{nullptr, 0};
         return number == kOutput ? Tile<T>{dw + (output * d + i) * p + j, p}
                                  : Tile<T>{scratch + number * area, width};
       };
       for (const Step<T>& step : plan.steps) {
         const Tile<T> to = buffer(step.to, step.output);
+        const int64_t rows = step.row_end - step.row_begin;
+        const T *g_rows = g + step.row_begin * g_stride + i,
+                *x_rows = x + step.row_begin * x_stride + j;
+        double squares = 0;
         if (step.kind == Step<T>::kMultiply) {
-          const int64_t rows = step.row_end - step.row_begin;
-          host.multiply({g + step.row_begin * g_stride + i, height, rows, 1, g_stride},
-                        {x + step.row_begin * x_stride + j, rows, width, x_stride, 1},
+          host.multiply({g_rows, height, rows, 1, g_stride}, {x_rows, rows, width, x_stride, 1},
                         {to.data, height, width, to.stride, 1}, step.scale, !step.overwrite);
-        } else {
+        } else if (step.kind == Step<T>::kFold) {
           const Tile<T> from = buffer(step.from, step.output);
-          const double squares = step.to == kNone
-                                     ? gradnorm::sqnorm(from, height, width)
+          squares = step.to == kNone ? gradnorm::sqnorm(from, height, width)
                                      : fold(from, step.scale, step.overwrite, to, height, width);
-          if (step.slot != kNone) partial[index * slots + step.slot] = squares;
+        } else if constexpr (std::is_same_v<T, float>) {  // no other T is fused
+          squares = fused->run({g_rows, g_stride, height, x_rows, x_stride, width, rows},
+                               step.scale, step.overwrite, to, panels);
         }
+        if (step.slot != kNone) partial[index * slots + step.slot] = squares;
       }
     }
   });
