@@ -3,6 +3,9 @@
     pip install --no-build-isolation -e .                       everything this machine can build
     GRADNORM_NATIVE=off pip install --no-build-isolation -e .   Python only, no compiler
 
+Where nvcc and the Python package nvidia-cutlass (its headers, at build time only) are installed, the kernel for Hopper is
+built as well; without them it is left out, and `python -m gradnorm_ext` says so.
+
 Variables: GRADNORM_NATIVE (on, off), GRADNORM_CUDA (auto, on, off), MAX_JOBS, CMAKE_ARGS.
 """
 

@@ -1,4 +1,4 @@
-"""The cases of ``run.py gpu``: the Triton kernels against the library and a copy, and a step of a Llama-shaped model.
+"""The cases of ``run.py gpu``: Triton's and the native kernels against the library and a copy, and a training step.
 
 Everything is compared before it is timed, and what is wrong is refused. ``interpret``: the same code on the CPU at tiny
 sizes, to see that it runs; its times mean nothing.
@@ -23,7 +23,7 @@ from operations import OPERATIONS, Size
 from torch import Tensor, nn
 from variants import Training, Variant, adamw, metered, plain, reweighted
 
-from gradnorm_ext import triton_kernels
+from gradnorm_ext import backends, triton_kernels
 from gradnorm_ext.policies import ClipExamples, InverseNorm
 from gradnorm_ext.segments import Groups, Segments
 from gradnorm_ext.triton_kernels.outer_wgrad import outer_costs, outer_method
@@ -96,12 +96,27 @@ class Machine:
             step()
         return step, torch.cuda.max_memory_allocated() - before
 
+    @property
+    def native(self) -> Any:
+        """The CUDA kernels, where this build has them and a GPU is there to run them; else None."""
+        module = backends.load("native")
+        return None if self.interpret or isinstance(module, str) or not module.SERVES["cuda"] else module.ON["cuda"]
+
+    @property
+    def native_methods(self) -> tuple[str, ...]:
+        """Of its outer product."""
+        if self.native is None:
+            return ()
+        hopper = torch.cuda.get_device_capability()[0] == 9
+        return tuple(m for m in self.native.METHODS if m == "mma" or (hopper and self.native.has_wgmma()))
+
 
 def measure(interpret: bool, refusals: list[str]) -> Iterator[Measured]:
-    """All figures, in the order of issue 4: the outer form's methods, what is bound by memory, a training step."""
+    """All figures: the outer form's methods, what is bound by memory, what is bound by its launch, a training step."""
     machine = Machine(interpret)
     yield from outer(machine, refusals)
     yield from memory_bound(machine, refusals)
+    yield from launch_bound(machine, refusals)
     yield from step(machine, refusals)
 
 
@@ -125,8 +140,8 @@ ROWS = (
 
 def outer(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
     """Every method's time for dW and norms over the library's for dW alone, beside what was predicted."""
-    line = "{:14} {:10} {:>10} {:>8}   {:24} {:24} {:8} {:8}"
-    titles = ("gram, fused, split x plain", "predicted", "chosen", "best")
+    line = "{:14} {:10} {:>10} {:>8}   {:24} {:24} {:8} {:8} {}"
+    titles = ("gram, fused, split x plain", "predicted", "chosen", "best", "native: mma, wgmma x plain")
     print(line.format("dW", "segments", "plain µs", "TFLOP/s", *titles))
     layers = {"40 x 33": (40, 33)} if machine.interpret else LAYERS
     rows = ((5, 3), (70, 2)) if machine.interpret else ROWS
@@ -149,6 +164,12 @@ def outer(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
                 refusals.append(f"outer_wgrad, {layer}, {name}, {method}: {reason}")
             else:
                 calls[method] = call
+        for method in machine.native_methods:
+            call = partial(machine.native.outer_wgrad, x, g, of_rows, method=method)
+            if reason := truth.refutes(*call()):
+                refusals.append(f"outer_wgrad, {layer}, {name}, native {method}: {reason}")
+            else:
+                calls[f"native {method}"] = call
         calls["gram alone"] = partial(triton_kernels.outer_sqnorm, x, g, of_rows, method="gram")
         del truth
         seconds = machine.in_turns(calls, machine.runs)
@@ -161,7 +182,9 @@ def outer(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
             outer_method(length, d, p, True, True),
             min(ratios, key=lambda method: ratios[method], default="-"),
         )
-        print(line.format(layer, name, f"{median['plain'] * 1e6:.1f}", f"{rate:.1f}", *cells, chosen, best), flush=True)
+        native = {call: median[call] / median["plain"] for call in median if call.startswith("native ")}
+        cells += [chosen, best, ", ".join(f"{ratio:.2f}" for ratio in native.values()) or "-"]
+        print(line.format(layer, name, f"{median['plain'] * 1e6:.1f}", f"{rate:.1f}", *cells), flush=True)
 
         size = f"{layer}, {name}"
         for one, samples in seconds.items():
@@ -169,6 +192,8 @@ def outer(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
         for method, ratio in ratios.items():
             yield Measured("outer_wgrad", size, method, "x plain dW", [ratio])
             yield Measured("outer_wgrad", size, method, "x plain dW, predicted", [predicted[method]])
+        for method, ratio in native.items():
+            yield Measured("outer_wgrad", size, method, "x plain dW", [ratio])
         if ratios.get("fused", math.inf) < ratios.get("gram", math.inf):
             fused_wins[layer].append(length)
         if "fused" in ratios:
@@ -232,8 +257,8 @@ KINDS = {  # of the operations that Triton has, and that move more than they com
 
 def memory_bound(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
     """The operations that read and write: their rate beside that of a copy of as many bytes."""
-    line = "{:16} {:20} {:>10} {:>10} {:>10}"
-    print("\n" + line.format("operation", "size", "µs", "GB/s", "x copy"))
+    line = "{:16} {:20} {:10} {:>10} {:>10} {:>10}"
+    print("\n" + line.format("operation", "size", "backend", "µs", "GB/s", "x copy"))
     sizes = TINY if machine.interpret else SIZES
     for operation in OPERATIONS:
         if operation.name not in KINDS:
@@ -241,18 +266,63 @@ def memory_bound(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
         assert operation.bytes is not None
         for size in sizes[KINDS[operation.name]]:
             arguments = on(machine.device, operation.arguments(size, torch.Generator().manual_seed(0)))
-            if reason := wrong_operation(operation, arguments, "triton"):
-                refusals.append(f"{operation.name}, {size.name}: {reason}")
-                continue
             target, source = torch.ones(2, operation.bytes(size) // 8, device=machine.device)
-            calls = {"copy": partial(target.copy_, source), "triton": partial(operation.run, arguments, "triton")}
+            calls: dict[str, Callable[[], object]] = {"copy": partial(target.copy_, source)}
+            calls |= right_calls(machine, operation, arguments, size.name, refusals)
             seconds = machine.in_turns(calls, machine.runs)
             median = {call: statistics.median(samples) for call, samples in seconds.items()}
-            rate = operation.bytes(size) / median["triton"] / 1e9
-            cells = (f"{median['triton'] * 1e6:.1f}", f"{rate:.0f}", f"{median['copy'] / median['triton']:.2f}")
-            print(line.format(operation.name, size.name, *cells), flush=True)
+            for backend in list(calls)[1:]:
+                rate = operation.bytes(size) / median[backend] / 1e9
+                cells = (f"{median[backend] * 1e6:.1f}", f"{rate:.0f}", f"{median['copy'] / median[backend]:.2f}")
+                print(line.format(operation.name, size.name, backend, *cells), flush=True)
             for call, samples in seconds.items():
                 yield Measured(operation.name, size.name, call, "microseconds", [one * 1e6 for one in samples])
+
+
+def right_calls(
+    machine: Machine, operation: Any, arguments: dict[str, Any], size: str, refusals: list[str]
+) -> dict[str, Callable[[], object]]:
+    """The operation by every backend that has kernels for it and has it right."""
+    calls: dict[str, Callable[[], object]] = {}
+    for backend in ("triton",) if machine.native is None else ("triton", "native"):
+        if reason := wrong_operation(operation, arguments, backend):
+            refusals.append(f"{operation.name}, {size}, {backend}: {reason}")
+        else:
+            calls[backend] = partial(operation.run, arguments, backend)
+    return calls
+
+
+SMALL = {  # of a layer, in a batch of 8 x 128 tokens
+    "lookup": Size("gpu", "gpt tokens", 8, 128, 4096, 256),
+    "vector": Size("gpu", "gpt norm", 8, 128, 256, 256),
+    "rewards": Size("gpu", "64 prompts", 64, 8, 1, 1),
+}
+
+
+def launch_bound(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
+    """The same operations where they are small: microseconds a call in a queue of calls, the host's work included."""
+    line = "{:16} {:20} {:10} {:>10}"
+    print("\n" + line.format("operation", "size", "backend", "µs a call"))
+    queue = 1 if machine.interpret else 100
+    for operation in OPERATIONS:
+        if operation.name not in KINDS:
+            continue
+        kind = KINDS[operation.name]
+        size = TINY[kind][0] if machine.interpret else SMALL[kind]
+        arguments = on(machine.device, operation.arguments(size, torch.Generator().manual_seed(0)))
+        calls = {
+            backend: partial(_repeat, call, queue)
+            for backend, call in right_calls(machine, operation, arguments, size.name, refusals).items()
+        }
+        for backend, samples in machine.in_turns(calls, machine.runs).items():
+            of_call = [one * 1e6 / queue for one in samples]
+            print(line.format(operation.name, size.name, backend, f"{statistics.median(of_call):.1f}"), flush=True)
+            yield Measured(operation.name, size.name, backend, "microseconds a call, queued", of_call)
+
+
+def _repeat(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
 
 
 def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,10 @@ $python -P -m pytest -q -m gpu tests
 if [[ ${1:-} != --interpret ]]; then
     compute-sanitizer --error-exitcode 1 \
         $python -P -m pytest -q tests/test_triton.py -k "more_rows or lookup or product_and_sum or segment_std or nan_stays"
+    for tool in memcheck racecheck synccheck; do  # racecheck: of what threads share within a block
+        compute-sanitizer --tool $tool --error-exitcode 1 \
+            $python -P -m pytest -q tests/test_native_cuda.py -k "OnGpu and (bfloat16 or segment_std) and (ragged or SegmentStd)"
+    done
 fi
 
 $python bench/run.py gpu "$@"

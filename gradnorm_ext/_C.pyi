@@ -4,11 +4,14 @@ import numpy as np
 import numpy.typing as npt
 
 with_cuda: bool
+with_cutlass: bool
 cuda_architectures: str
 cuda_compiler: str
 compiler: str
 torch_version: str
 
+def cuda_problem() -> str: ...
+def outer_parts(d: int, p: int, wgmma: bool) -> int: ...
 def reward_stats(
     rewards: npt.NDArray[np.floating[Any]],
     prompts: npt.NDArray[np.integer[Any]],

@@ -42,9 +42,10 @@ def main() -> int:
             print(f"  {name}: present, {has} of {len(OPERATIONS)} operations")
     if broken:
         return 1
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        serves = (f"{op} by {backends.find(op, device, backends.choose('auto')).__module__}" for op in OPERATIONS)
-        print(f"on {device}: {', '.join(serves)}")
+    for device in ("cpu", "cuda"):
+        print(f"on {device}" + ("" if device == "cpu" or torch.cuda.is_available() else " (no device here)"))
+        for operation in OPERATIONS:
+            print(f"  {operation} by {backends.explain(operation, device, backends.choose('auto'))}")
     native = backends.load("native")
     if not isinstance(native, str):
         for line in native.build_info():

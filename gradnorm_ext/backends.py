@@ -18,7 +18,7 @@ MODULES = {
     "reference": "gradnorm_ext.reference",
 }
 PREFERRED = {
-    "cuda": ("triton", "reference"),  # native's CUDA kernels run where asked for: none was run on a GPU yet
+    "cuda": ("triton", "reference"),  # native's run where asked for: none was measured to beat Triton's yet
     "cpu": ("native", "reference"),
 }
 
@@ -55,12 +55,41 @@ def _serving(module: ModuleType, operation: str, device_type: str) -> Callable[.
     serves: dict[str, tuple[str, ...]] | None = getattr(module, "SERVES", None)  # None: everything it has, everywhere
     if serves is not None and operation not in serves.get(device_type, ()):
         return None
-    return getattr(module, operation, None)
+    on: dict[str, ModuleType] = getattr(module, "ON", {})  # modules of their own for some devices
+    return getattr(on.get(device_type, module), operation, None)
 
 
 @functools.cache
 def find(operation: str, device_type: str, backend: str) -> Callable[..., Any]:
     """The function that carries out ``operation`` on ``device_type``: of ``backend``, or of the first that has it."""
+    found, _, absent = _search(operation, device_type, backend)
+    if found is None:
+        raise RuntimeError(
+            f"{operation}: no backend runs it on {device_type}, looked at {', '.join(absent)}; set GRADNORM_BACKEND=auto"
+        )
+    return found
+
+
+def explain(operation: str, device_type: str, backend: str) -> str:
+    """Which backend carries out ``operation`` on ``device_type``, and why that one.
+
+    Example:
+        >>> explain("outer_gram", "cpu", "reference")
+        'reference, asked for'
+    """
+    found, name, absent = _search(operation, device_type, backend)
+    if found is None:
+        return f"none: {', '.join(absent)}"
+    if backend != "auto":
+        return f"{name}, asked for"
+    why = f"not {', '.join(absent)}" if absent else f"the first of {', '.join(PREFERRED[device_type])}"
+    others = [other for other in MODULES if other not in (name, "reference") and _has(other, operation, device_type)]
+    also = f"; where asked for: {', '.join(others)}" if others else ""
+    return f"{name}, {why}{also}"
+
+
+def _search(operation: str, device_type: str, backend: str) -> tuple[Callable[..., Any] | None, str, list[str]]:
+    """The function, whose it is, and what was looked at before, with the reason why not."""
     names = PREFERRED.get(device_type, ("reference",)) if backend == "auto" else (backend,)
     absent = []
     for name in names:
@@ -68,9 +97,12 @@ def find(operation: str, device_type: str, backend: str) -> Callable[..., Any]:
         if isinstance(module, str):
             absent.append(f"{name} ({module})")
         elif found := _serving(module, operation, device_type):
-            return found
+            return found, name, absent
         else:
             absent.append(f"{name} (has no {operation} for {device_type})")
-    raise RuntimeError(
-        f"{operation}: no backend runs it on {device_type}, looked at {', '.join(absent)}; set GRADNORM_BACKEND=auto"
-    )
+    return None, "", absent
+
+
+def _has(name: str, operation: str, device_type: str) -> bool:
+    module = load(name)
+    return not isinstance(module, str) and _serving(module, operation, device_type) is not None

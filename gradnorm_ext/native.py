@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import gradnorm_ext._C as _C  # importing it registers the kernels; where it is absent the error names it
+from gradnorm_ext import native_cuda
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
@@ -18,8 +19,9 @@ SERVES = {
         *("outer_sqnorm", "outer_wgrad", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
         *("sums_sqnorm", "sums_wgrad", "segment_std", "logit_scores", "logit_gradient_rates"),
     ),
-    "cuda": ("segment_std",) if _C.with_cuda else (),
+    "cuda": native_cuda.SERVES if _C.with_cuda else (),
 }
+ON = {"cuda": native_cuda}  # whose functions these are; the others' are here
 
 _SCHEMAS = """
 outer_sqnorm(Tensor x, Tensor g, Tensor offsets, Tensor(a!) sqnorm) -> ()
@@ -27,12 +29,18 @@ outer_wgrad(Tensor x, Tensor g, Tensor offsets, Tensor walk, Tensor columns, Ten
     Tensor(a!)? dw, Tensor(b!) sqnorm, bool segment_norms) -> ()
 lookup_wgrad(Tensor ids, Tensor g, Tensor offsets, Tensor walk, Tensor columns, Tensor? outputs, Tensor? weight,
     int padding_idx, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
+lookup_wgrad_sorted(Tensor ids, Tensor place, Tensor? row, Tensor segment, Tensor offsets, Tensor g, Tensor walk,
+    Tensor columns, Tensor? outputs, Tensor? weight, int padding_idx, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
+outer_fused(Tensor x, Tensor g, Tensor begin, Tensor end, Tensor unit, Tensor inner, Tensor? outer, Tensor? output,
+    Tensor? weight, int p, int d, int units, bool wgmma, Tensor(a!)? dw, Tensor(b!) norms) -> ()
 product_sums(Tensor x, Tensor g, Tensor? shift, Tensor? scale, Tensor offsets, Tensor(a!) out) -> ()
 sum_sums(Tensor g, Tensor offsets, Tensor(a!) out) -> ()
 sums_wgrad(Tensor sums, Tensor offsets, Tensor walk, Tensor columns, Tensor? weight, Tensor(a!)? dw,
     Tensor(b!) sqnorm) -> ()
 segment_std(Tensor values, Tensor ids, int ddof, Tensor(a!) mean, Tensor(b!) std, Tensor(c!) count, Tensor(d!) low,
     Tensor(e!) high) -> ()
+segment_std_sorted(Tensor values, Tensor order, Tensor offsets, int ddof, Tensor(a!) mean, Tensor(b!) std,
+    Tensor(c!) count, Tensor(d!) low, Tensor(e!) high) -> ()
 logit_scores(Tensor logits, Tensor labels, int ignored, Tensor(a!) log_probability, Tensor(b!) w) -> ()
 logit_gradient_rates(Tensor logits, Tensor labels, int ignored, Tensor(a!) count, Tensor(b!) up, Tensor(c!) down) -> ()
 """
@@ -50,7 +58,14 @@ _kernels = torch.ops.gradnorm
 def build_info() -> list[str]:
     """What the compiled part was built with, a line each."""
     cuda = f"{_C.cuda_compiler} for {_C.cuda_architectures}" if _C.with_cuda else "none"
-    return [f"compiler: {_C.compiler}", f"cuda: {cuda}", f"built against torch {_C.torch_version}"]
+    runs = _C.cuda_problem()
+    return [
+        f"compiler: {_C.compiler}",
+        f"cuda: {cuda}",
+        f"cuda kernels here: {f'cannot run ({runs})' if runs else 'can run'}",
+        f"outer_wgrad by wgmma: {'built' if _C.with_cutlass else 'left out, no CUTLASS headers were found at build'}",
+        f"built against torch {_C.torch_version}",
+    ]
 
 
 def outer_method(rows_per_segment: float, d: int, p: int, with_dw: bool) -> str:

@@ -241,18 +241,6 @@ def test_the_module_says_what_it_was_built_with() -> None:
     assert _C.with_cuda == bool(_C.cuda_architectures) == bool(_C.cuda_compiler)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.skipif(not _C.with_cuda, reason="built without CUDA")
-def test_segment_std_on_a_gpu_agrees_with_the_cpu() -> None:
-    values, ids = torch.randn(5000), torch.randint(0, 97, (5000,))
-    values[17] = torch.nan
-    on_cpu = native.segment_std(values, ids, 99, ddof=1)
-    on_gpu = native.segment_std(values.cuda(), ids.cuda(), 99, ddof=1)
-    for here, there in zip(on_cpu, on_gpu, strict=True):
-        torch.testing.assert_close(there.cpu(), here, equal_nan=True)
-
-
 @needs_sources
 def test_kernels_see_no_torch_header() -> None:
     for source in (ROOT / "csrc" / "kernels").rglob("*.*"):

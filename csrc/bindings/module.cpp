@@ -11,6 +11,10 @@
 #include <utility>
 #include <vector>
 
+#ifdef GRADNORM_WITH_CUDA
+#include "kernels/cuda/driver.h"
+#include "kernels/outer_wgrad.h"
+#endif
 #include "kernels/reward_stats.h"
 
 namespace py = pybind11;
@@ -110,8 +114,26 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "gradnorm_ext's compiled kernels; importing it registers torch.ops.gradnorm.*";
 #ifdef GRADNORM_WITH_CUDA
   m.attr("with_cuda") = true;
+  m.def("cuda_problem", &gradnorm::cuda_problem,
+        "Why the CUDA kernels cannot run here; empty if they can.");
+  m.def(
+      "outer_parts",
+      [](int64_t d, int64_t p, bool wgmma) {
+        using gradnorm::OuterKernel;
+        return gradnorm::outer_parts(wgmma ? OuterKernel::kHopper : OuterKernel::kAmpere, d, p);
+      },
+      py::arg("d"), py::arg("p"), py::arg("wgmma"),
+      "In how many parts the fused kernel for a [d, p] weight writes every norm.");
 #else
   m.attr("with_cuda") = false;
+  m.def(
+      "cuda_problem", [] { return "built without CUDA"; },
+      "Why the CUDA kernels cannot run here; empty if they can.");
+#endif
+#ifdef GRADNORM_WITH_CUTLASS
+  m.attr("with_cutlass") = true;
+#else
+  m.attr("with_cutlass") = false;
 #endif
   m.attr("cuda_architectures") = GRADNORM_CUDA_ARCHITECTURES;
   m.attr("cuda_compiler") = GRADNORM_CUDA_COMPILER;

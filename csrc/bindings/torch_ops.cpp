@@ -1,9 +1,8 @@
-// The only file that knows torch, through its stable ABI. Schemas live in gradnorm_ext/native.py,
-// checks on what users pass in gradnorm_ext/ops.py; those here only keep the kernels inside their
-// memory.
+// The CPU kernels as torch operators, through its stable ABI. Schemas live in
+// gradnorm_ext/native.py, checks on what users pass in gradnorm_ext/ops.py; those here only keep
+// the kernels inside their memory.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +10,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "bindings/tensors.h"
 #include "kernels/host.h"
 #include "kernels/logit_gradient_rates.h"
 #include "kernels/logit_scores.h"
@@ -23,19 +23,8 @@
 #include "kernels/sum_sums.h"
 #include "kernels/sums_wgrad.h"
 
-#ifdef GRADNORM_WITH_CUDA
-// Only a CUDA build of torch has this. Weak, so that one build of ours loads in a CPU build as
-// well.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                                   void** stream);
-#endif
-
 namespace {
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <typename T>
-constexpr ScalarType kType = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
+using namespace tensors;
 
 class Handle {  // of a torch tensor over memory that somebody else owns
  public:
@@ -77,42 +66,6 @@ gradnorm::Host<T> torch_host() {
   };
   host.threads = torch::stable::get_num_threads();
   return host;
-}
-
-// Runs body<T> for the element type of `tensor`.
-template <typename Body>
-void for_type(const Tensor& tensor, const Body& body) {
-  if (tensor.scalar_type() == ScalarType::Float) {
-    body(float());
-  } else {
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double, "gradnorm: float32 or float64");
-    body(double());
-  }
-}
-
-// [rows, width] with inner stride 1.
-template <typename T>
-const T* rows_of(const Tensor& tensor, int64_t rows) {
-  STD_TORCH_CHECK(tensor.scalar_type() == kType<T> && tensor.dim() == 2 && tensor.size(0) == rows &&
-                      (tensor.size(1) <= 1 || tensor.stride(1) == 1),
-                  "gradnorm: rows of another dtype, number or stride");
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-const T* vector_of(const std::optional<Tensor>& tensor, int64_t size, ScalarType type) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(
-      tensor->scalar_type() == type && tensor->numel() == size && tensor->is_contiguous(),
-      "gradnorm: a vector of another dtype, size or stride");
-  return static_cast<const T*>(tensor->const_data_ptr());
-}
-
-template <typename T>
-T* out_of(Tensor& tensor, int64_t size, ScalarType type = kType<T>) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.numel() == size && tensor.is_contiguous(),
-                  "gradnorm: an output of another dtype, size or stride");
-  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 bool all_below(const int64_t* values, int64_t n, int64_t limit) {
@@ -238,15 +191,6 @@ void sums_wgrad_cpu(const Tensor& sums, const Tensor& offsets, const Tensor& wal
   });
 }
 
-template <typename T>
-gradnorm::SegmentStd<T> segment_std_out(Tensor& mean, Tensor& std, Tensor& count, Tensor& low,
-                                        Tensor& high) {
-  const int64_t segments = count.numel();
-  return {out_of<T>(mean, segments), out_of<T>(std, segments),
-          out_of<int64_t>(count, segments, ScalarType::Long), out_of<T>(low, segments),
-          out_of<T>(high, segments)};
-}
-
 void segment_std_cpu(const Tensor& values, const Tensor& ids, int64_t ddof, Tensor& mean,
                      Tensor& std, Tensor& count, Tensor& low, Tensor& high) {
   for_type(values, [&](auto zero) {
@@ -292,23 +236,6 @@ void logit_gradient_rates_cpu(const Tensor& logits, const Tensor& labels, int64_
   });
 }
 
-#ifdef GRADNORM_WITH_CUDA
-void segment_std_cuda(const Tensor& values, const Tensor& ids, int64_t ddof, Tensor& mean,
-                      Tensor& std, Tensor& count, Tensor& low, Tensor& high) {
-  const auto device = values.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  for_type(values, [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t n = values.numel();
-    gradnorm::segment_std_cuda(vector_of<T>(values, n, kType<T>),
-                               vector_of<int64_t>(ids, n, ScalarType::Long), n, count.numel(), ddof,
-                               segment_std_out<T>(mean, std, count, low, high), stream);
-  });
-}
-#endif
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gradnorm, CPU, m) {
@@ -322,9 +249,3 @@ STABLE_TORCH_LIBRARY_IMPL(gradnorm, CPU, m) {
   m.impl("logit_scores", TORCH_BOX(&logit_scores_cpu));
   m.impl("logit_gradient_rates", TORCH_BOX(&logit_gradient_rates_cpu));
 }
-
-#ifdef GRADNORM_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(gradnorm, CUDA, m) {
-  m.impl("segment_std", TORCH_BOX(&segment_std_cuda));
-}
-#endif

@@ -1,6 +1,7 @@
 // Per-segment gradient of a normalisation layer's scale.
 #pragma once
 
+#include "kernels/floats.h"
 #include "kernels/host.h"
 
 namespace gradnorm {
@@ -13,5 +14,16 @@ template <typename T>
 void product_sums_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t width,
                       const T* shift, const T* scale, const int64_t* offsets, int64_t segments,
                       T* out, const Host<T>& host);
+
+// T is float, double, Half or BFloat16; workspace  as many entries as product_sums_workspace says
+template <typename T>
+void product_sums_cuda(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t rows,
+                       int64_t width, const Accumulator<T>* shift, const Accumulator<T>* scale,
+                       const int64_t* offsets, int64_t segments, Accumulator<T>* out,
+                       Accumulator<T>* workspace, void* stream);
+
+template <typename T>
+int64_t product_sums_workspace(const T* x, int64_t x_stride, const T* g, int64_t g_stride,
+                               int64_t rows, int64_t width, int64_t segments);
 
 }  // namespace gradnorm

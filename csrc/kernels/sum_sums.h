@@ -1,6 +1,7 @@
 // Per-segment gradient of a bias.
 #pragma once
 
+#include "kernels/floats.h"
 #include "kernels/host.h"
 
 namespace gradnorm {
@@ -11,5 +12,15 @@ namespace gradnorm {
 template <typename T>
 void sum_sums_cpu(const T* g, int64_t g_stride, int64_t width, const int64_t* offsets,
                   int64_t segments, T* out, const Host<T>& host);
+
+// T is float, double, Half or BFloat16; workspace  as many entries as sum_sums_workspace says
+template <typename T>
+void sum_sums_cuda(const T* g, int64_t g_stride, int64_t rows, int64_t width,
+                   const int64_t* offsets, int64_t segments, Accumulator<T>* out,
+                   Accumulator<T>* workspace, void* stream);
+
+template <typename T>
+int64_t sum_sums_workspace(const T* g, int64_t g_stride, int64_t rows, int64_t width,
+                           int64_t segments);
 
 }  // namespace gradnorm

@@ -15,4 +15,13 @@ template <typename T>
 void sums_wgrad_cpu(const T* sums, int64_t width, const Segments& segments, const T* weight, T* dw,
                     T* sqnorm, int64_t columns, const Host<T>& host);
 
+// sqnorm  zero-filled; workspace  as many entries as sums_wgrad_workspace says
+template <typename T>
+void sums_wgrad_cuda(const T* sums, int64_t width, const Segments& segments, const T* weight, T* dw,
+                     T* sqnorm, int64_t columns, T* workspace, void* stream);
+
+template <typename T>
+int64_t sums_wgrad_workspace(const T* sums, int64_t width, const Segments& segments,
+                             int64_t columns, bool with_dw);
+
 }  // namespace gradnorm
