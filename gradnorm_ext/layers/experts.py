@@ -80,10 +80,14 @@ def _products(x: Tensor, matrices: Tensor, route: Route) -> Tensor:
     return torch.cat([rows @ matrix for rows, matrix in zip(parts, matrices.unbind(0), strict=True)])
 
 
-def experts_module(
-    observation: Observation, module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Any:
+_OPTIONS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel", "_apply_gate")
+
+
+def experts_module(observation: Observation, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of any experts class of transformers 5, whatever ``experts_implementation`` says."""
+    if kwargs or len(args) != 3 or not all(hasattr(module, option) for option in _OPTIONS):
+        return NotImplemented
+    hidden_states, top_k_index, top_k_weights = args
     options: Any = module
     slots = {name: observation.slots.get(id(p)) for name, p in module.named_parameters(recurse=False)}
     trained = [slot.name for slot in slots.values() if slot is not None]
