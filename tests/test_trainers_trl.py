@@ -259,16 +259,17 @@ def test_dpo_of_an_adapter_whose_reference_is_the_model_without_it():
     assert balanced.state.log_history[0]["gradnorm/task/all/weight"] == pytest.approx(1)
 
 
-def rewards_of(batches):
-    """The rewards of the completions of a step, by prompt."""
+def rewards_of(batches, counts=lambda text: True):
+    """The rewards of the completions of a step that count, by prompt."""
     by_prompt = {}
     for _, inputs, _ in batches:
         prompts, texts = (
             trainers.tokenizer().batch_decode(inputs[key], skip_special_tokens=True)
             for key in ("prompt_ids", "completion_ids")
         )
-        for prompt, reward in zip(prompts, score(texts), strict=True):
-            by_prompt.setdefault(prompt, []).append(reward)
+        for prompt, text, reward in zip(prompts, texts, score(texts), strict=True):
+            if counts(text):
+                by_prompt.setdefault(prompt, []).append(reward)
     return by_prompt
 
 
@@ -372,15 +373,22 @@ def test_a_policy_weighs_every_micro_batch_by_its_tasks(kind):
 
 def test_completions_that_no_reward_function_scores_are_left_out():
     def choosy(completions, **_):
-        return [None if i % 4 == 0 else score([text])[0] for i, text in enumerate(completions)]
+        return [None if "b" in text else score([text])[0] for text in completions]
 
-    trainer = train(
-        "grpo", {"num_iterations": 2, "max_steps": 4}, reward_funcs=[choosy], policy=gradnorm_ext.InverseNorm()
-    )
+    options = {"num_iterations": 2, "max_steps": 4}
+    trainer = train("grpo", options, reward_funcs=[choosy], policy=gradnorm_ext.InverseNorm())
     logs = trainer.state.log_history[:4]
-    assert all(math.isfinite(log[key]) for log in logs for key in log if key.startswith("reward_std/"))
     assert logs[-1]["gradnorm/skipped_steps"] == 0
     assert [any(key.startswith("reward_std/") for key in log) for log in logs] == [True, False, True, False]
+    for log, batch in zip(logs[::2], trainer.batches[::2], strict=True):
+        scored, every = rewards_of([batch], lambda text: "b" not in text), rewards_of([batch])
+        assert scored != every
+        for name in NAMES:
+            mine = [rewards for prompt, rewards in scored.items() if trainers.source_of(prompt) == name]
+            if mine:
+                spread = [statistics.stdev(rewards) for rewards in mine if len(rewards) > 1]
+                assert closest(log[f"reward/{name}"], statistics.fmean(itertools.chain(*mine)))
+                assert closest(log[f"reward_std/{name}"], statistics.fmean(spread))
 
 
 @pytest.mark.parametrize(
