@@ -375,9 +375,9 @@ def _has_native() -> bool:
 def _native_stats(rewards: Tensor, prompts: Tensor, tasks: Tensor | None, n_tasks: int, ddof: int) -> RewardStats:
     from gradnorm_ext import _C  # here, not above: it may not have been built
 
-    double = rewards.double()
+    exact = rewards if rewards.dtype in (torch.float32, torch.float64) else rewards.float()
     of_task = None if tasks is None else tasks.numpy()
-    figures = _C.reward_stats(double.numpy(), prompts.numpy(), of_task, n_tasks=n_tasks, ddof=ddof)
+    figures = _C.reward_stats(exact.detach().numpy(), prompts.numpy(), of_task, n_tasks=n_tasks, ddof=ddof)
     torn = figures.pop("torn")
     if tasks is not None and torn >= 0:
         others = tasks[prompts == prompts[torn]]

@@ -57,7 +57,6 @@ py::dict reward_stats(const py::array& rewards, const py::array& prompts,
                           "; pass 1 for the sample's deviation");
   }
   constexpr int kContiguous = py::array::c_style | py::array::forcecast;
-  const auto values = py::array_t<double, kContiguous>::ensure(rewards);
   const auto prompt = py::array_t<int64_t, kContiguous>::ensure(prompts);
   const int64_t n = rewards.size();
   py::array_t<int64_t, kContiguous> task;
@@ -72,15 +71,22 @@ py::dict reward_stats(const py::array& rewards, const py::array& prompts,
     throw py::value_error("reward_stats: n_tasks must be at least 1, got " +
                           std::to_string(n_tasks) + "; pass the number of tasks");
   }
-  auto found = gradnorm::reward_stats_cpu(values.data(), prompt.data(),
-                                          tasks ? task.data() : nullptr, n, n_tasks, ddof);
+  const auto stats_of = [&](const auto& values) {
+    return gradnorm::reward_stats_cpu(values.data(), prompt.data(), tasks ? task.data() : nullptr,
+                                      n, n_tasks, ddof);
+  };
+  auto found = rewards.dtype().itemsize() == 4
+                   ? stats_of(py::array_t<float, kContiguous>::ensure(rewards))
+                   : stats_of(py::array_t<double, kContiguous>::ensure(rewards));
   py::dict stats;
   stats["torn"] = found.torn;
   if (found.torn >= 0) return stats;
   stats["prompt"] = as_array<int64_t>(std::move(found.prompt));
   stats["task"] = as_array<int64_t>(std::move(found.task));
   stats["count"] = as_array<int64_t>(std::move(found.count));
-  stats["prompt_of"] = as_array<int64_t>(std::move(found.prompt_of));
+  int64_t* prompt_of = found.prompt_of.release();
+  stats["prompt_of"] = py::array_t<int64_t>(
+      n, prompt_of, py::capsule(prompt_of, [](void* ids) { delete[] static_cast<int64_t*>(ids); }));
   stats["zero_std"] = as_array<bool>(std::move(found.zero_std));
   stats["all_best"] = as_array<bool>(std::move(found.all_best));
   stats["all_worst"] = as_array<bool>(std::move(found.all_worst));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace gradnorm {
@@ -12,14 +13,15 @@ struct RewardStats {
   std::vector<int64_t> prompt, task, count;
   std::vector<double> mean, std, std_error;
   std::vector<uint8_t> zero_std, all_best, all_worst;  // 0 or 1
-  std::vector<int64_t> prompt_of;                      // per example
+  std::unique_ptr<int64_t[]> prompt_of;                // per example
   std::vector<double> task_mean, task_std_mean, task_std_p10, task_zero_std_share,
       task_all_best_share, task_all_worst_share, task_share, task_realised_share;
   int64_t torn = -1;  // an example whose prompt has an example in another task, or -1
 };
 
 // rewards, prompts  [n]; tasks  [n] in [0, n_tasks), or null for one task; ddof  0 or 1
-RewardStats reward_stats_cpu(const double* rewards, const int64_t* prompts, const int64_t* tasks,
+template <typename Real>
+RewardStats reward_stats_cpu(const Real* rewards, const int64_t* prompts, const int64_t* tasks,
                              int64_t n, int64_t n_tasks, int64_t ddof);
 
 }  // namespace gradnorm

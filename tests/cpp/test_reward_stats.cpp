@@ -33,7 +33,7 @@ void test(const std::string& what, const std::vector<int64_t>& ids,
   const double fourth = (std::pow(mean, 4) + std::pow(2 - mean, 4) + std::pow(0.5 - mean, 4)) / 3;
   same<int64_t>(what + ": torn", {stats.torn}, {-1});
   same(what + ": prompt", stats.prompt, ids);
-  same(what + ": prompt_of", stats.prompt_of, places);
+  same(what + ": prompt_of", {stats.prompt_of.get(), stats.prompt_of.get() + 8}, places);
   same(what + ": task", stats.task, of_task);
   same<int64_t>(what + ": count", stats.count, {3, 2, 1, 2});
   check::close<double>(what + ": mean", stats.mean, {mean, 2, 1, 0}, 4);
