@@ -178,7 +178,8 @@ class History:
         norm = nan if stats.task_norm is None else stats.task_norm
         weight = torch.ones_like(nan) if weights is None else weights.detach().to(nan)
         if of == "examples" and weights is not None:
-            weight = torch.zeros_like(nan).index_add_(0, stats.tasks, weight) / count
+            here = torch.zeros_like(nan).index_add_(0, stats.tasks, torch.ones_like(weight))  # count: of all ranks
+            weight = torch.zeros_like(nan).index_add_(0, stats.tasks, weight) / here
         reward: Sequence[Tensor] = [nan] * 4
         if stats.reward is not None:
             of_reward = (stats.reward.task_mean, stats.reward.task_std_mean, stats.reward.task_zero_std_share)
