@@ -4,10 +4,11 @@
 // Every thread of a block is a fiber with a stack of its own. A fiber runs until it waits: at
 // __syncthreads, or at an operation of its warp (shuffles, matrix products), which is carried out
 // when all of its lanes are there. Blocks, warps and lanes run in the order of `emulator::order`,
-// one warp as far as it gets before the next; a kernel whose threads pass values without a barrier between gives other results in another order,
-// since shared memory starts as NaN and an asynchronous copy arrives when it is waited for, no
-// sooner. Refused, with the place: a barrier that some threads of the block do not reach, threads
-// that wait at two barriers, a warp's operation that some of its lanes do not reach.
+// one warp as far as it gets before the next; a kernel whose threads pass values without a barrier
+// between gives other results in another order, since shared memory starts as NaN and an
+// asynchronous copy arrives when it is waited for, no sooner. Refused, with the place: a barrier
+// that some threads of the block do not reach, threads that wait at two barriers, a warp's
+// operation that some of its lanes do not reach.
 //
 // The matrix instructions of sm_80 are here as PTX documents their fragments. Not emulated: memory
 // order without barriers, wgmma, TMA. Arithmetic is the host's.

@@ -49,18 +49,19 @@ const char* name_of() {
                                      : "bfloat16";
 }
 
-// An array whose end is the end of a page, before one that must not be touched.
+// An array on a multiple of 16 bytes, less than 16 bytes before a page that must not be touched.
 template <typename T>
 class Fenced {
  public:
   explicit Fenced(int64_t size) : size_(size) {
     constexpr size_t kPage = 4096;
-    mapped_ = (size * sizeof(T) + kPage - 1) / kPage * kPage + kPage;
+    const size_t bytes = (size * sizeof(T) + 15) / 16 * 16;
+    mapped_ = (bytes + kPage - 1) / kPage * kPage + kPage;
     pages_ = static_cast<char*>(
         mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     mprotect(pages_ + mapped_ - kPage, kPage, PROT_NONE);
-    data_ = reinterpret_cast<T*>(pages_ + mapped_ - kPage) - size;
-    std::memset(static_cast<void*>(data_), 0xff, size * sizeof(T));  // NaN
+    data_ = reinterpret_cast<T*>(pages_ + mapped_ - kPage - bytes);
+    std::memset(static_cast<void*>(data_), 0xff, bytes);  // NaN
   }
   explicit Fenced(const std::vector<T>& values) : Fenced(int64_t(values.size())) {
     std::copy(values.begin(), values.end(), data_);

@@ -17,9 +17,10 @@ void test(const std::vector<int64_t>& lengths, int64_t width, int64_t stride, in
   const check::Fenced<int64_t> offsets(rising);
   // The last row ends where the memory ends.
   const int64_t size = rows ? (rows - 1) * stride + width : 0;
-  const check::Fenced<T> x(size + shifted_by), g(size + shifted_by);
+  const check::Fenced<T> of_x(size + shifted_by), of_g(size + shifted_by);
   const check::Fenced<A> shift(rows), scale(rows);
-  check::fill(x, 1), check::fill(g, 2), check::fill(shift, 3), check::fill(scale, 4);
+  check::fill(of_x, 1), check::fill(of_g, 2), check::fill(shift, 3), check::fill(scale, 4);
+  const T *x = of_x.data() + shifted_by, *g = of_g.data() + shifted_by;
   const std::string what = std::string(check::name_of<T>()) + ", " + std::to_string(segments) +
                            " segments of " + std::to_string(rows) + " rows of " +
                            std::to_string(width);
@@ -40,17 +41,17 @@ void test(const std::vector<int64_t>& lengths, int64_t width, int64_t stride, in
       const check::Fenced<A> out(segments * width);
       emulator::launches = 0;
       if (has_x) {
-        const check::Fenced<A> workspace(gradnorm::product_sums_workspace(
-            x.data(), stride, g.data(), stride, rows, width, segments));
-        gradnorm::product_sums_cuda(x.data(), stride, g.data(), stride, rows, width,
+        const check::Fenced<A> workspace(
+            gradnorm::product_sums_workspace(x, stride, g, stride, rows, width, segments));
+        gradnorm::product_sums_cuda(x, stride, g, stride, rows, width,
                                     static_cast<const A*>(shift.data()),
                                     static_cast<const A*>(scale.data()), offsets.data(), segments,
                                     out.data(), workspace.data(), nullptr);
         check::failures += emulator::launches > (workspace.size() ? 2 : 1);
       } else {
         const check::Fenced<A> workspace(
-            gradnorm::sum_sums_workspace(g.data(), stride, rows, width, segments));
-        gradnorm::sum_sums_cuda(g.data(), stride, rows, width, offsets.data(), segments, out.data(),
+            gradnorm::sum_sums_workspace(g, stride, rows, width, segments));
+        gradnorm::sum_sums_cuda(g, stride, rows, width, offsets.data(), segments, out.data(),
                                 workspace.data(), nullptr);
         check::failures += emulator::launches > (workspace.size() ? 2 : 1);
       }
