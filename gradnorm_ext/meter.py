@@ -7,6 +7,7 @@ import dataclasses
 import fnmatch
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -232,7 +233,7 @@ class Meter:
     @contextmanager
     def block(self, who: str, plan: Plan, given: Given, *, always_verify: bool = False) -> Iterator[Block]:
         """`observe` with a plan of what else is to happen: what `Reweighted` and `check` are built on."""
-        with _eager(), self._opened(who, plan, given, always_verify) as block:
+        with _Eager(), self._opened(who, plan, given, always_verify) as block:
             yield block
 
     @contextmanager
@@ -551,21 +552,42 @@ def _constants(modules: Sequence[tuple[str, nn.Module]]) -> frozenset[int]:
     return frozenset(t.untyped_storage().data_ptr() for t in whole)
 
 
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Compiled functions run as they were written: a graph has neither the taps nor a block's books."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled
-        return contextlib.nullcontext()
-    refusal = (
-        "Meter: an observe block must be opened outside of compiled functions, got one inside of torch.compile; compile "
-        "the model, not the training step"
-    )
-    if torch.compiler.is_compiling():
-        raise RuntimeError(refusal)
-    try:
-        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    except RuntimeError as error:
-        raise RuntimeError(refusal) from error
-    return stance
+class _Eager:
+    """Compiled functions run as they were written: a graph has neither the taps nor a block's books.
+
+    The stance is the process's, and blocks of several threads need not close in the order in which they opened.
+    """
+
+    lock = threading.Lock()
+    blocks = 0
+    stance: contextlib.AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        with _Eager.lock:
+            if _Eager.stance is None and "torch._dynamo" in sys.modules:  # else nothing is compiled
+                _Eager.stance = self._take()
+            _Eager.blocks += 1
+
+    def __exit__(self, *_: object) -> None:
+        with _Eager.lock:
+            _Eager.blocks -= 1
+            if not _Eager.blocks and _Eager.stance is not None:
+                _Eager.stance.__exit__(None, None, None)
+                _Eager.stance = None
+
+    @staticmethod
+    def _take() -> contextlib.AbstractContextManager[Any]:
+        refusal = (
+            "Meter: an observe block must be opened outside of compiled functions, got one inside of torch.compile; "
+            "compile the model, not the training step"
+        )
+        if torch.compiler.is_compiling():
+            raise RuntimeError(refusal)
+        try:
+            stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        except RuntimeError as error:
+            raise RuntimeError(refusal) from error
+        return stance
 
 
 def _device_of(parameter: nn.Parameter) -> torch.device:

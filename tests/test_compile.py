@@ -85,3 +85,17 @@ def test_a_block_inside_a_compiled_function_is_refused():
 
     with pytest.raises(RuntimeError, match="must be opened outside of compiled functions"):
         step(case.x, case.y)
+
+
+def test_blocks_that_close_in_the_order_in_which_they_opened_leave_compilation_as_it_was():
+    torch.compiler.reset()
+    cases = [make(), make()]
+    blocks = [Meter(case.model).observe() for case in cases]
+    for block in blocks:
+        block.__enter__()
+    for case, block in zip(cases, blocks, strict=True):
+        case.run().backward()
+        block.__exit__(None, None, None)
+    graphs = counters["stats"]["unique_graphs"]
+    compiled_whole(torch.nn.Linear(2, 2))(torch.ones(1, 2))
+    assert counters["stats"]["unique_graphs"] == graphs + 1

@@ -13,10 +13,9 @@ what the uses delivered: a use that was not seen is an error, not a missing summ
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -769,21 +768,7 @@ class Observation:
             self.tagging = None
 
     def _backward_to_probe(self, edges: Sequence[GradientEdge], gradients: Sequence[Tensor]) -> None:
-        with self._through_checkpoints():
-            torch.autograd.grad(edges, (self.probe,), gradients, retain_graph=True, allow_unused=True)
-
-    @contextlib.contextmanager
-    def _through_checkpoints(self) -> Iterator[None]:
-        """A backward that ends at the probe, which reentrant checkpoints cannot run."""
-        try:
-            yield
-        except RuntimeError as error:
-            if "use_reentrant=True" not in str(error):
-                raise
-            raise RuntimeError(
-                f"{self.who}: activation checkpoints must not be reentrant, got use_reentrant=True; pass use_reentrant=False "
-                "to torch.utils.checkpoint, or gradient_checkpointing_kwargs={'use_reentrant': False} to a trainer"
-            ) from error
+        torch.autograd.grad(edges, (self.probe,), gradients, retain_graph=True, allow_unused=True)
 
     def _tag(self, use: Use, contribution: Contribution) -> None:
         fingerprint = contribution.fingerprint()
@@ -814,8 +799,7 @@ class Observation:
     def norms_pass(self, loss: Tensor) -> None:
         """The first of two backward passes: norms only, no weight gradient."""
         self.phase = "norms"
-        with self._through_checkpoints():
-            torch.autograd.backward((loss,), inputs=(self.probe,), retain_graph=True)
+        torch.autograd.backward((loss,), inputs=(self.probe,), retain_graph=True)
 
     def weighted_pass(self, loss: Tensor, weights: Tensor) -> None:
         """The second: weight gradients with a weight per example, ``[B]``."""
