@@ -41,4 +41,3 @@ def _process(rank: int, size: int, checks: Sequence[Callable[[int], None]], fold
             Path(folder, f"failure {check.__name__} {rank}").write_text(text)
             os._exit(1)  # the others are not waited for
     dist.destroy_process_group()
-    os._exit(0)  # the interpreter's last garbage collection was seen to take minutes after DDP, on a busy machine
