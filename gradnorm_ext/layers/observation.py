@@ -406,9 +406,11 @@ class Observation:
     def _followed(self, tensor: Tensor, shape: tuple[int, ...]) -> Layout | None:
         """Of rows that were selected on their way from where it is known whose they are."""
         assert self.batch is not None
-        followed = follow(tensor, self._layout_of_sizes)
-        if followed is None or not (followed.selected or (self.batch.packing is not None and len(shape) > 1)):
-            return None  # the sizes say as much
+        # Where none were selected, the sizes say as much.
+        packed = self.batch.packing is not None and len(shape) > 1
+        followed = follow(tensor, self._layout_of_sizes, unselected=packed)
+        if followed is None:
+            return None
         if not followed.regular:
             return Layout.of_owners(followed.owners, self.batch)
         self.rows_per_example.add(math.prod(shape) // self.batch.count)

@@ -25,18 +25,16 @@ class Followed(NamedTuple):
     Attributes:
         owners: each row's example, in the shape of the rows.
         regular: they are in batch-major order, equally many.
-        selected: they are not all that there were: sizes say nothing.
     """
 
     owners: Tensor
     regular: bool
-    selected: bool
 
 
-def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None]) -> Followed | None:
+def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None], *, unselected: bool) -> Followed | None:
     """The owners of a tensor's rows, its last dimension set aside, or None where the graph does not say.
 
-    ``layout_of`` knows the rows of a shape that shows the batch.
+    ``layout_of`` knows the rows of a shape that shows the batch. ``unselected``: also where all rows are there.
     """
     steps: list[tuple[Any, Shape, Shape]] = []
     node, shape = tensor.grad_fn, tuple(tensor.shape)
@@ -61,6 +59,8 @@ def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None]) -> Follo
         node, shape = before, source
     known = None if node is None else _layout_at(node, shape)
     selects |= known is not None and known.kind == "followed"
+    if not (selects or unselected):
+        return None
     known = known or layout_of(shape[:-1])
     if known is None:
         return None
@@ -71,7 +71,7 @@ def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None]) -> Follo
             return None
         owners = found
         regular = regular and step.name() not in _MOVING and _keeps_batch(step, source)
-    return Followed(owners, regular, selects)
+    return Followed(owners, regular)
 
 
 def _shape_after(node: Any) -> Shape:
