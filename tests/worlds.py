@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import runpy
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch.multiprocessing as mp
 
 
 def run_world(size: int, checks: Sequence[Callable[[int], None]], folder: Path) -> None:
-    """Run the checks, functions of the rank at the top of a module, on ``size`` ranks; raise what any of them raised."""
-    context = mp.spawn(_process, (size, list(checks), str(folder)), nprocs=size, join=False)
+    """Run the checks, functions of the rank at the top of one file, on ``size`` ranks; raise what any of them raised."""
+    file, names = checks[0].__code__.co_filename, [check.__name__ for check in checks]
+    context = mp.spawn(_process, (size, file, names, str(folder)), nprocs=size, join=False)
     failed = None
     try:
         while not context.join():
@@ -27,17 +29,18 @@ def run_world(size: int, checks: Sequence[Callable[[int], None]], folder: Path) 
         raise AssertionError("\n".join(found) or str(failed))
 
 
-def _process(rank: int, size: int, checks: Sequence[Callable[[int], None]], folder: str) -> None:
+def _process(rank: int, size: int, file: str, names: Sequence[str], folder: str) -> None:
+    found = runpy.run_path(file)  # under what name pytest imported it, another process does not know
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(minutes=5))
-    for check in checks:
+    for name in names:
         try:
             torch.manual_seed(0)
-            check(rank)
+            found[name](rank)
             dist.barrier()
         except BaseException:
-            text = f"{check.__name__}, rank {rank}:\n{traceback.format_exc()}"
-            Path(folder, f"failure {check.__name__} {rank}").write_text(text)
+            text = f"{name}, rank {rank}:\n{traceback.format_exc()}"
+            Path(folder, f"failure {name} {rank}").write_text(text)
             os._exit(1)  # the others are not waited for
     dist.destroy_process_group()
