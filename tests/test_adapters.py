@@ -25,17 +25,21 @@ def lora(**options):
 
 
 class Quantised(nn.Module):
-    """A linear layer whose frozen weight is kept in 8 bits and a scale a row, and unpacked in every forward."""
+    """A linear layer whose frozen weight is kept in 8 bits or 4, two to a byte, and a scale a row, unpacked in every forward."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, bits):
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("weight", (layer.weight.detach() / scale).round().to(torch.int8))
+        self.in_features, self.out_features, self.bits = layer.in_features, layer.out_features, bits
+        scale = layer.weight.detach().abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        weight = (layer.weight.detach() / scale).round().to(torch.int8)
+        self.register_buffer("weight", weight if bits == 8 else weight[:, ::2] * 16 + (weight[:, 1::2] & 15))
         self.register_buffer("scale", scale)
 
     def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
+        weight = self.weight
+        if self.bits == 4:
+            weight = torch.stack([weight >> 4, (weight << 4) >> 4], -1).flatten(1)
+        return nn.functional.linear(x, weight.to(x.dtype) * self.scale.to(x.dtype))
 
 
 class Adapter(nn.Module):
@@ -51,12 +55,12 @@ class Adapter(nn.Module):
         return self.base(x) + 2 * self.lora_B(self.lora_A(x))
 
 
-def quantised(dtype):
+def quantised(dtype, bits):
     model = architectures.build("llama", checkpointing=True, dtype=dtype).requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if name in LAYERS:
-                setattr(parent, name, Adapter(Quantised(child)).to(dtype))
+                setattr(parent, name, Adapter(Quantised(child, bits)).to(dtype))
     model.enable_input_require_grads()
     return model
 
@@ -138,9 +142,17 @@ def test_weights_that_are_tied_and_trained_beside_adapters():
     agrees_with_autograd(peft.get_peft_model(model, config).double(), *architectures.batch("llama"))
 
 
+def test_four_bits_are_unpacked_as_they_were_packed():
+    layer = nn.Linear(6, 3, bias=False)
+    step = layer.weight.detach().abs().amax(1) / 7
+    off = (Quantised(layer, 4)(torch.eye(6)).T - layer.weight).detach().abs().amax(1)
+    assert bool((off <= step / 2 + 1e-6).all())
+
+
+@pytest.mark.parametrize("bits", (8, 4))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
-def test_frozen_layers_may_be_quantised(dtype):
-    model, (inputs, labels) = quantised(torch.float64), architectures.batch("llama")
+def test_frozen_layers_may_be_quantised(dtype, bits):
+    model, (inputs, labels) = quantised(torch.float64, bits), architectures.batch("llama")
     if dtype == torch.float64:
         return agrees_with_autograd(model, inputs, labels)
     gradients = architectures.gradients_of(model, inputs, labels)
