@@ -27,7 +27,7 @@ from statistics import fmean, stdev
 
 import torch
 import torch.nn.functional as F
-from loops import INTERRUPTED, Loops
+from loops import INTERRUPTED, Loops, show
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -225,9 +225,7 @@ def main() -> int:
             for after, row in enumerate(result.accuracy):
                 writer.writerows([result.seed, result.method, after, task, value] for task, value in enumerate(row))
     plot(results, options.out / "continual_gsa.png")
-    with (options.out / "table.txt").open("w") as file:
-        Console(file=file, width=110).print(table, sentence, sep="\n", highlight=False)
-    console.print(table, sentence, f"\nResults in {options.out}", sep="\n", highlight=False)
+    show(options.out, console, table, sentence)
     return INTERRUPTED if loops.stopped else 0
 
 

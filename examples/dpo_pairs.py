@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import random
 import sys
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from loops import INTERRUPTED, Loops
+from loops import INTERRUPTED, Loops, show, write_rows
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -267,14 +266,9 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     table, sentences = table_of(before, runs), verdicts(before, runs)
     for run in runs:
-        with (options.out / f"{run.name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, run.rows[0])
-            writer.writeheader()
-            writer.writerows(run.rows)
+        write_rows(options.out / f"{run.name}.csv", run.rows)
     plot(runs, options.out / "dpo_pairs.png")
-    with (options.out / "table.txt").open("w") as file:
-        Console(file=file, width=110).print(table, *sentences, sep="\n", highlight=False)
-    console.print(table, *sentences, f"\nResults in {options.out}", sep="\n", highlight=False)
+    show(options.out, console, table, *sentences)
     return INTERRUPTED if loops.stopped else 0
 
 

@@ -1,12 +1,16 @@
-"""Counted loops with a progress bar each, which Ctrl-C ends between two steps: what the examples share."""
+"""What the examples share: counted loops with a progress bar each, which Ctrl-C ends between two steps, and their results."""
 
 from __future__ import annotations
 
+import csv
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 INTERRUPTED = 130  # exit status after Ctrl-C
 
@@ -51,3 +55,18 @@ class Loops:
         self.stopped = True
         self.progress.console.print("Ctrl-C: finishing this step, then reporting (once more: stop at once)")
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV file of rows with the same keys, at least one."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def show(folder: Path, console: Console, table: Table, *sentences: str) -> None:
+    """A table and what it says, into ``table.txt`` and onto the console."""
+    with (folder / "table.txt").open("w") as file:
+        Console(file=file, width=110).print(table, *sentences, sep="\n", highlight=False)
+    console.print(table, *sentences, f"\nResults in {folder}", sep="\n", highlight=False)

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import math
 import sys
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from loops import INTERRUPTED, Loops
+from loops import INTERRUPTED, Loops, show, write_rows
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -248,14 +247,9 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     table, words = table_of(before, std, runs), verdicts(before, {run.name: run for run in runs})
     for run in runs:
-        with (options.out / f"{run.name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, run.rows[0])
-            writer.writeheader()
-            writer.writerows(run.rows)
+        write_rows(options.out / f"{run.name}.csv", run.rows)
     plot(runs, options.out / "vanishing_reward_std.png")
-    with (options.out / "table.txt").open("w") as file:
-        Console(file=file, width=110).print(table, *words, sep="\n", highlight=False)
-    console.print(table, *words, f"\nResults in {options.out}", sep="\n", highlight=False)
+    show(options.out, console, table, *words)
     return INTERRUPTED if loops.stopped else 0
 
 
