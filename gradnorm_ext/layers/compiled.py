@@ -179,7 +179,8 @@ class _Graph:
             uses.append(
                 observation.use(slot, slot.parameter, traced.views, traced.function, layout, shared=traced.shared)
             )
-        observation.runs.setdefault(self.number, []).append(_Run(uses, set(range(len(self.sites)))))
+        nodes = [torch.autograd.graph.get_gradient_edge(use.slot.parameter).node for use in uses]
+        observation.runs.setdefault(self.number, []).append(_Run(uses, nodes, set(range(len(self.sites)))))
         return self.compiled(*inputs)
 
     def _mismatch(self, observation: Observation, slots: dict[int, Slot]) -> str | None:
@@ -216,6 +217,7 @@ class _Run:
     """One call of a graph in the open block: its uses, and the sites whose backward is still to come."""
 
     uses: list[Use]
+    nodes: list[Any]  # of the uses' parameters, which add up their gradients
     waiting: set[int]
 
 
@@ -378,10 +380,7 @@ class _Context:
 class _GraphCall(Call):
     """A call whose backward runs in a compiled graph."""
 
-    @property
-    def measures(self) -> bool:
-        parameter = next(use.slot.parameter for use in self.uses if use is not None)
-        return bool(torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node))
+    measures = False
 
 
 def _observed_backward(tensors: Sequence[Tensor], sizes: Sequence[int], graph: int, site: int) -> list[Tensor]:
@@ -400,6 +399,8 @@ def _observed_backward(tensors: Sequence[Tensor], sizes: Sequence[int], graph: i
     saved, gradients, state = pytree.tree_unflatten(leaves, of_graph.spec)
     uses = [None if i is None else runs[-1].uses[i] for i in of_graph.uses]
     call = _GraphCall(observation, layout, *uses, swapped=of_graph.swapped)
+    node = runs[-1].nodes[next(i for i in of_graph.uses if i is not None)]
+    call.measures = bool(torch._C._will_engine_execute_node(node))
     if call.measures:
         runs[-1].waiting.remove(site)
         for use in uses:
