@@ -532,8 +532,8 @@ class Observation:
         if self.at_once and needs_gradient and self.tagging is None and self._is_plain(use):
             slot.arrived, slot.measured = 1, True
             self.measured_uses += 1
-            gradient, norms = contribution.wgrad(self.weights)
-            return self._audited(use, gradient), self._counted(norms)
+            formed, measured = contribution.wgrad(self.weights)
+            return self._audited(use, formed), self._counted(measured)
         if slot.rows_over is not None:
             assert isinstance(contribution, Sums)
             contribution = replace(contribution, sums=_sum_over(slot.rows_over, contribution.sums))
