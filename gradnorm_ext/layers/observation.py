@@ -286,6 +286,7 @@ class Observation:
         self.half = False  # something is computed in float16
         self.blurred = False  # the tagging test met numbers that were not finite, and is to be run again
         self.graphs = graphs  # compiled graphs are observed
+        self.graphs_audited = False
         self.runs: dict[int, list[Any]] = {}  # of these graphs, by their numbers
         self._of_graphs: Tensor | None = None  # figures that came from there
         self.backward_once = graphs  # also through a selective checkpoint: verifying has to wait for the next block
@@ -330,6 +331,8 @@ class Observation:
         for slot in self.slots.values():
             if (self.verify or slot.name not in self.memory.audited) and batch.count > 0:
                 self._audit(slot)
+        if self.graphs and self.probe.device.type == "cpu":  # elsewhere it would wait for the device
+            self.audit_graphs()
 
     def slot_of(self, module: nn.Module, name: str, parameter: Tensor) -> Slot | None:
         """The slot of a parameter that is read through a module.
@@ -770,8 +773,10 @@ class Observation:
 
         return compare
 
-    def audit_graph(self, slots: Iterable[Slot]) -> None:
-        """Audit the parameters of a compiled graph; where their gradients wait, nothing else may arrive."""
+    def audit_graphs(self) -> None:
+        """Audit every parameter; where gradients wait until the block closes, none may arrive before."""
+        slots = () if self.graphs_audited else self.slots.values()
+        self.graphs_audited = True
         for slot in slots:
             if not self.plan.keep:
                 self._audit(slot)
