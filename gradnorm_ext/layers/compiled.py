@@ -9,8 +9,8 @@ them.
 
 A trace can look neither at numbers nor at where tensors lie. It goes by what blocks that ran eagerly have proven (the first
 block, and some later ones, do): by which functions a parameter is consumed, and in which layout (`Memory`). What was not
-proven, or is consumed by way of a view, is not traced; the graph then runs eagerly, with taps, and later blocks
-without graphs.
+proven, or is consumed by way of a view, is not traced: the graph then runs as Dynamo captured it, with taps, and the
+Meter's later blocks do without graphs.
 """
 
 from __future__ import annotations
