@@ -9,13 +9,14 @@ them.
 
 A trace can look neither at numbers nor at where tensors lie. It goes by what blocks that ran eagerly have proven (the first
 block, and some later ones, do): by which functions a parameter is consumed, and in which layout (`Memory`). What was not
-proven, or is consumed by way of a view, is not traced: the graph then runs as Dynamo captured it, with taps, and the
-Meter's later blocks do without graphs.
+proven is not traced, nor are functions of a parameter's entries: the graph then runs as Dynamo captured it, with taps,
+and the Meter's later blocks do without graphs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import warnings
@@ -82,6 +83,7 @@ class Graphs:
         graph = _Graph(self, module, observation, slots)
         try:
             graph.compiled = self.backend(graph.observed(), inputs)
+            graph.check_views()
         except (torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame):
             raise  # Dynamo's own ways
         except Exception as error:
@@ -152,6 +154,13 @@ class _Graph:
                 one.replace_all_uses_with(tap, delete_user_cb=lambda user, tap=tap: user is not tap)
         return torch.fx.GraphModule(self.module, graph)
 
+    def check_views(self) -> None:
+        """Blocks repeat them, which what belongs to the trace cannot be in."""
+        for use in self.uses:
+            given = [(view.args, view.keywords) for view in use.path if isinstance(view, functools.partial)]
+            if any(isinstance(leaf, (Tensor, torch.SymInt)) for leaf in pytree.tree_leaves(given)):
+                raise UntraceableError(f"{use.function} consumes {use.slot.name} by way of a view like another tensor")
+
     def restart(self) -> None:
         """The graph is traced anew: compilers do so more than once."""
         self.uses.clear()
@@ -176,9 +185,10 @@ class _Graph:
         uses = []
         for traced in self.uses:
             slot, layout = slots[self.place_of[id(traced.slot)]], Layout(traced.layout.kind, (), observation.batch)
-            uses.append(
-                observation.use(slot, slot.parameter, traced.views, traced.function, layout, shared=traced.shared)
-            )
+            value: Tensor = slot.parameter
+            for view in traced.path:
+                value = view(value)
+            uses.append(observation.use(slot, value, traced.views, traced.function, layout, shared=traced.shared))
         nodes = [torch.autograd.graph.get_gradient_edge(use.slot.parameter).node for use in uses]
         observation.runs.setdefault(self.number, []).append(_Run(uses, nodes, set(range(len(self.sites)))))
         return self.compiled(*inputs)
@@ -294,10 +304,8 @@ class _Traced:
         others: Sequence[Slot] = (),
     ) -> Use:
         use = Use(slot, value, views, function, layout, self, shared=shared)  # type: ignore[arg-type]
-        if others or not set(views) <= {"add"}:  # 1 + w has the gradient of w
-            raise UntraceableError(
-                f"{function} consumes {slot.name} by way of {', '.join(views) or 'another parameter'}"
-            )
+        if others or "curved" in views:
+            raise UntraceableError(f"{function} consumes {slot.name} by way of {', '.join(views) or 'others'}")
         if use.key not in self.memory.verified:
             raise UntraceableError(f"{function} of {slot.name} was verified by no block before")
         self.graph.uses.append(use)
