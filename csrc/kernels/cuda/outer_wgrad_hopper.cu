@@ -346,7 +346,7 @@ void outer_wgrad_hopper(const T* x, const T* g, const OuterWalk& walk, const Out
     throw std::runtime_error(std::string(operation) +
                              ": more rows or columns than TMA can address");
   }
-  const auto plan = plan_of(kHopperTile, walk, product, units, multiprocessors);
+  const auto plan = plan_outer(OuterKernel::kHopper, walk, product, units, multiprocessors);
   const Encode encode = encoder(operation);
   const Given<T> given = {
       tensor_map(operation, encode, x, product.x_stride, product.rows, product.p),
@@ -362,7 +362,7 @@ void outer_wgrad_hopper(const T* x, const T* g, const OuterWalk& walk, const Out
                                    : &outer_wgrad_hopper_kernel<T, false>;
   launch(operation, kernel, count < multiprocessors ? count : multiprocessors,
          dim3(kGroup + kConsumers), sizeof(Shared), stream, given);
-  if (plan.workspace) sum_slabs(operation, workspace, plan.splits, product, stream);
+  if (plan.workspace) sum_slabs(workspace, plan.splits, product, stream);
 }
 
 template void outer_wgrad_hopper<Half>(const Half*, const Half*, const OuterWalk&,

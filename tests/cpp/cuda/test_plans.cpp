@@ -63,7 +63,7 @@ void outer() {
     for (const int64_t units : {1, 2, 64}) {
       for (const bool dw : {false, true}) {
         const auto plan =
-            gradnorm::plan_outer(gradnorm::kHopperTile, d, 4096, 16384, units, dw, 132);
+            gradnorm::plan_outer(gradnorm::OuterKernel::kHopper, d, 4096, 16384, units, dw, 132);
         expect(plan.tiles_d * 128 >= d && plan.tiles_p == 22, "outer: tiles");
         expect(plan.splits >= 1 && plan.splits <= units, "outer: splits");
         expect(plan.parts == 2 * plan.tiles_d * plan.tiles_p, "outer: parts");
@@ -73,7 +73,8 @@ void outer() {
     }
   }
   const auto splits = [](int64_t d, int64_t p, int64_t rows, int64_t units) {
-    return gradnorm::plan_outer(gradnorm::kAmpereTile, d, p, rows, units, true, 132).splits;
+    return gradnorm::plan_outer(gradnorm::OuterKernel::kAmpere, d, p, rows, units, true, 132)
+        .splits;
   };
   expect(splits(256, 1024, 16384, 64) > 4, "outer: 16 tiles leave most of a card idle");
   expect(splits(4096, 4096, 16384, 64) > 1, "outer: 7.8 waves are evened out");
