@@ -239,15 +239,16 @@ template void outer_wgrad_ampere<BFloat16>(const BFloat16*, const BFloat16*, con
 
 #ifndef GRADNORM_WITH_CUTLASS  // else it is outer_wgrad_hopper.cu's
 template <typename T>
-void outer_wgrad_hopper(const T*, const T*, const OuterWalk&, const OuterProduct&, int64_t, int64_t,
-                        float*, void*) {
+void outer_wgrad_hopper(OuterKernel, const T*, const T*, const OuterWalk&, const OuterProduct&,
+                        int64_t, int64_t, float*, void*) {
   throw std::runtime_error("outer_wgrad: built without CUTLASS, hence without the Hopper kernel");
 }
 
-template void outer_wgrad_hopper<Half>(const Half*, const Half*, const OuterWalk&,
+template void outer_wgrad_hopper<Half>(OuterKernel, const Half*, const Half*, const OuterWalk&,
                                        const OuterProduct&, int64_t, int64_t, float*, void*);
-template void outer_wgrad_hopper<BFloat16>(const BFloat16*, const BFloat16*, const OuterWalk&,
-                                           const OuterProduct&, int64_t, int64_t, float*, void*);
+template void outer_wgrad_hopper<BFloat16>(OuterKernel, const BFloat16*, const BFloat16*,
+                                           const OuterWalk&, const OuterProduct&, int64_t, int64_t,
+                                           float*, void*);
 #endif
 
 }  // namespace gradnorm

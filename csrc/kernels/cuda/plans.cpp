@@ -21,7 +21,14 @@ int64_t power_of_two(int64_t least) {
 int64_t vector_of(int64_t element_bytes, bool aligned) { return aligned ? 16 / element_bytes : 1; }
 
 const OuterTile& tile_of(OuterKernel kernel) {
-  return kernel == OuterKernel::kHopper ? kHopperTile : kAmpereTile;
+  switch (kernel) {
+    case OuterKernel::kHopper:
+      return kHopperTile;
+    case OuterKernel::kHopperWide:
+      return kHopperWideTile;
+    default:
+      return kAmpereTile;
+  }
 }
 
 }  // namespace
