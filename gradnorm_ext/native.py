@@ -32,7 +32,7 @@ lookup_wgrad(Tensor ids, Tensor g, Tensor offsets, Tensor walk, Tensor columns, 
 lookup_wgrad_sorted(Tensor ids, Tensor place, Tensor? row, Tensor segment, Tensor offsets, Tensor g, Tensor walk,
     Tensor columns, Tensor? outputs, Tensor? weight, int padding_idx, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
 outer_fused(Tensor x, Tensor g, Tensor begin, Tensor end, Tensor unit, Tensor inner, Tensor? outer, Tensor? output,
-    Tensor? weight, int p, int d, int units, bool wgmma, Tensor(a!)? dw, Tensor(b!) norms) -> ()
+    Tensor? weight, int p, int d, int units, int kernel, Tensor(a!)? dw, Tensor(b!) norms) -> ()
 product_sums(Tensor x, Tensor g, Tensor? shift, Tensor? scale, Tensor offsets, Tensor(a!) out) -> ()
 sum_sums(Tensor g, Tensor offsets, Tensor(a!) out) -> ()
 sums_wgrad(Tensor sums, Tensor offsets, Tensor walk, Tensor columns, Tensor? weight, Tensor(a!)? dw,

@@ -52,7 +52,7 @@ def lookup_wgrad_sorted(ids, place, row, segment, offsets, g, walk, columns, out
         sqnorm[column] += total.square().sum()
 
 
-def outer_fused(x, g, begin, end, unit, inner, outer, output, weight, p, d, units, wgmma, dw, norms):
+def outer_fused(x, g, begin, end, unit, inner, outer, output, weight, p, d, units, kernel, dw, norms):
     """What the kernel of that name does, by its description in csrc/kernels/outer_wgrad.h; it does not split the units."""
     assert outer is None or weight is None  # no registers are left for a weighted total
     ends = inner if outer is None else outer
@@ -138,7 +138,7 @@ def test_what_no_fused_kernel_takes_is_refused():
     message = r"outer_wgrad: .* multiplies float16 or bfloat16, got torch.float32; .* GRADNORM_BACKEND=triton"
     with pytest.raises(TypeError, match=message):
         native_cuda.outer_wgrad(rows, rows, segments)
-    with pytest.raises(ValueError, match=r"outer_sqnorm: method must be one of mma, wgmma, .*got 'wmma'; use mma"):
+    with pytest.raises(ValueError, match=r"outer_sqnorm: method must be one of mma.*, got 'wmma'; use mma"):
         native_cuda.outer_sqnorm(rows.half(), rows.half(), segments, method="wmma")
 
 

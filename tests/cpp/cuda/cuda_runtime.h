@@ -69,6 +69,7 @@ namespace emulator {
 enum class Order { kForward, kBackward, kShuffled, kLagging };
 inline Order order = Order::kForward;
 inline cudaError_t next_error = cudaSuccess;  // what the next launch returns, instead of running
+inline cudaError_t last_error = cudaSuccess;
 inline int64_t launches = 0;
 
 struct Refused : std::logic_error {
@@ -424,20 +425,30 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaSt
   return cudaSuccess;
 }
 
+inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
+
+namespace emulator {
+// What was asked for, or what else is wrong.
+inline cudaError_t failure(bool is_valid) {
+  const cudaError_t asked = std::exchange(next_error, cudaSuccess);
+  if (asked != cudaSuccess || !is_valid) {
+    last_error = asked != cudaSuccess ? asked : cudaErrorInvalidValue;
+  }
+  return last_error;
+}
+}  // namespace emulator
+
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
-  return value > 227 * 1024 ? cudaErrorInvalidValue : cudaSuccess;
+  return emulator::failure(value <= 227 * 1024);
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  if (emulator::next_error != cudaSuccess) {
-    return std::exchange(emulator::next_error, cudaSuccess);
-  }
   const dim3 block = config->blockDim;
-  if (block.x * block.y * block.z == 0 || block.x * block.y * block.z > 1024) {
-    return cudaErrorInvalidValue;
-  }
+  const unsigned threads = block.x * block.y * block.z;
+  const cudaError_t error = emulator::failure(threads > 0 && threads <= 1024);
+  if (error != cudaSuccess) return error;
   ++emulator::launches;
   gridDim = config->gridDim;
   blockDim = block;
