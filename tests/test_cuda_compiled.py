@@ -68,7 +68,18 @@ def test_kernels_are_made_of_the_instructions_that_they_were_written_for(archite
         if match := re.search(r"Function : (\S+)", line):
             kernel = kernel_of(match[1])
         elif match := re.search(r"\*/ +(?:@!?U?P\d )?([A-Za-z0-9.]+)", line):
-            for name in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDSM", "LDL", "STL", "ATOM", "RED."):
+            for name in (
+                "HGMMA",
+                "WARPGROUP.DEPBAR",
+                "HMMA",
+                "UTMALDG",
+                "LDGSTS",
+                "LDSM",
+                "LDL",
+                "STL",
+                "ATOM",
+                "RED.",
+            ):
                 counts[kernel][name] += match[1].startswith(name)
             if match[1].startswith("HGMMA"):
                 counts[kernel][match[1].split(".")[1]] += 1
@@ -83,3 +94,4 @@ def test_kernels_are_made_of_the_instructions_that_they_were_written_for(archite
     if architecture == "sm_90a" and _C.with_cutlass:
         wgmma = counts[HOPPER]
         assert wgmma["64x192x16"] and wgmma["64x256x16"] and wgmma["UTMALDG"] and not wgmma["HMMA"], "wgmma, TMA"
+        assert wgmma["WARPGROUP.DEPBAR"] < wgmma["HGMMA"], "products that wait for each other"

@@ -154,6 +154,7 @@ void test_outer_cases() {
   Case nested = cases()[3];
   test_outer<Fused, T>(nested, Fused::kTile.d + 2, Fused::kTile.p + 8, 0, true, true,
                        1);  // four tiles
+  test_outer<Fused, T>(cases()[4], Fused::kTile.d + 2, Fused::kTile.p + 8, 0, false, true, 1);
   nested.what = "600 rows";
   nested.grouped.lengths = {100, 0, 33, 31, 64, 300, 72};
   test_outer<Fused, T>(nested, 10, 8, 0, false, true, 100);
