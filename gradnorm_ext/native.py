@@ -63,7 +63,7 @@ def build_info() -> list[str]:
         f"compiler: {_C.compiler}",
         f"cuda: {cuda}",
         f"cuda kernels here: {f'cannot run ({runs})' if runs else 'can run'}",
-        f"outer_wgrad by wgmma: {'built' if _C.with_cutlass else 'left out, no CUTLASS headers were found at build'}",
+        f"outer products by wgmma: {'built, for Hopper' if _C.with_cutlass else 'left out: no CUTLASS headers at build'}",
         f"built against torch {_C.torch_version}",
     ]
 

@@ -4,6 +4,7 @@ The kernels' numbers are tested on a CPU too, in C++ (tests/cpp/cuda).
 """
 
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -177,14 +178,46 @@ def test_values_are_sorted_where_looking_at_all_would_cost_more(plain, monkeypat
         torch.testing.assert_close(one, other, equal_nan=True)
 
 
-def test_a_launch_that_fails_says_what_where_and_what_to_do(monkeypatch):
-    def fails(*_):
-        raise RuntimeError("sum_sums: no kernel image is available for execution on the device")
+@needs_cuda_build
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "no kernel image is available for execution on the device",  # compiled for other cards
+        "CUDA driver version is insufficient for CUDA runtime version",  # or there is no driver
+        "the driver has no cuTensorMapEncodeTiled",
+        "unspecified launch failure",
+    ],
+)
+def test_a_kernel_that_cannot_run_says_what_where_and_what_to_do(reason, monkeypatch):
+    class Kernels:
+        def __getattr__(self, name):
+            def fails(*_):
+                raise error
 
-    monkeypatch.setattr(native_cuda, "_kernels", types.SimpleNamespace(sum_sums=fails))
-    message = r"^sum_sums: the native CUDA kernel must run on cpu .*, got: .*no kernel image.*GRADNORM_BACKEND=triton"
-    with pytest.raises(RuntimeError, match=message):
-        native_cuda.sum_sums(torch.ones(4, 2), Segments.equal(2, 2))
+            return fails
+
+    monkeypatch.setattr(native_cuda, "_kernels", Kernels())
+    segments, ids = Segments.equal(2, 2), torch.tensor([0, 1, 1, 0])
+    rows, sums = torch.ones(4, 2, dtype=torch.float16), torch.ones(2, 2)
+    arguments = {
+        **dict.fromkeys(("outer_sqnorm", "outer_wgrad", "product_sums"), (rows, rows, segments)),
+        **dict.fromkeys(("lookup_sqnorm", "lookup_wgrad"), (ids, rows, 2, segments)),
+        **dict.fromkeys(("sums_sqnorm", "sums_wgrad"), (sums, segments)),
+        "sum_sums": (rows, segments),
+    }
+    calls = {name: partial(getattr(native_cuda, name), *given) for name, given in arguments.items()}
+    calls["segment_std"] = partial(native_cuda.segment_std, torch.ones(4), ids, 2, ddof=1)
+    assert calls.keys() == set(native_cuda.SERVES)
+    for operation, call in calls.items():
+        error = RuntimeError(f"{reason}\nand more, of which a user makes nothing")
+        message = (
+            rf"^{operation}: the native CUDA kernel must run on cpu .*, got: {reason}; set GRADNORM_BACKEND=triton, "
+        )
+        with pytest.raises(RuntimeError, match=message):
+            call()
+        error = torch.cuda.OutOfMemoryError("as torch says it")
+        with pytest.raises(torch.cuda.OutOfMemoryError, match=r"^as torch says it$"):
+            call()
 
 
 def test_without_a_gpu_the_build_says_why_its_kernels_cannot_run():
