@@ -24,7 +24,6 @@ namespace {
 
 namespace arch = cutlass::arch;
 using cute::_1;
-using cute::_128;
 using cute::_16;
 using cute::_2;
 using cute::_64;

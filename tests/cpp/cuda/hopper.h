@@ -19,7 +19,6 @@
 
 #include <list>
 #include <map>
-#include <optional>
 
 using CUresult = int;
 using cuuint32_t = uint32_t;
