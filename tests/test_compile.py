@@ -333,6 +333,24 @@ def test_other_calls_in_a_block_change_nothing():
         assert_measured(meter, module, case)
 
 
+@pytest.mark.parametrize("measured_first", (True, False))
+def test_a_model_of_the_same_class_that_is_not_measured_has_a_graph_of_its_own(measured_first):
+    """Dynamo tells modules of one class apart by sizes alone; observed ones have another class."""
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.zeros(4, 2, dtype=torch.float64)
+    case = Case(nn.Sequential(nn.Linear(3, 2)).double(), x, y, oracle.square_loss)
+    module = copy.deepcopy(case.model)
+    model, other = whole(module), whole(copy.deepcopy(case.model))
+    meter = Meter(model, tasks=2)
+    for _ in range(4):
+        module.zero_grad()
+        with meter.observe(tasks=TASKS):
+            outputs = [one(x) for one in ((model, other) if measured_first else (other, model))]
+            (oracle.square_loss(outputs[not measured_first], y) + outputs[measured_first].sum()).backward()
+        assert_measured(meter, module, case)
+    assert graphs() == 2 and meter.memory.unobservable is None
+
+
 def test_a_backward_at_the_wrong_time_is_an_error():
     case = make()
     model = whole(case.model)

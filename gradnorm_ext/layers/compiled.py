@@ -9,8 +9,8 @@ them.
 
 A trace can look neither at numbers nor at where tensors lie. It goes by what blocks that ran eagerly have proven (the first
 block, and some later ones, do): by which functions a parameter is consumed, and in which layout (`Memory`). What was not
-proven, or is consumed by way of a view, is not traced; the graph then runs eagerly, with taps, and later blocks
-without graphs.
+proven, or is consumed by way of a view, is not traced: the graph then runs as Dynamo captured it, with taps, and the
+Meter's later blocks do without graphs.
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ class _Graph:
             observation.look_at_call(tuple(one for i, one in enumerate(inputs) if i not in slots), {})
             taps = {place: Tap.of(observation, slot, inputs[place]) for place, slot in slots.items()}
             return self.module.forward(*(taps.get(i, one) for i, one in enumerate(inputs)))
-        if not self.audited or inputs[next(iter(slots))].device.type == "cpu":  # elsewhere it waits for the device
-            observation.audit_graph(slots.values())
+        if not self.audited:
+            observation.audit_graphs()
             self.audited = True
         uses = []
         for traced in self.uses:
@@ -184,7 +184,10 @@ class _Graph:
         return self.compiled(*inputs)
 
     def _mismatch(self, observation: Observation, slots: dict[int, Slot]) -> str | None:
-        """What keeps a graph from being that of these parameters: one graph may serve several modules."""
+        """What keeps a graph from being that of these parameters: one graph may serve several modules.
+
+        Modules that are not observed have graphs of their own, since observed ones have another class.
+        """
         if len(slots) < len(self.slots):
             return "one of its parameters is not observed"
         for traced in self.uses:
