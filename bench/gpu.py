@@ -141,7 +141,7 @@ ROWS = (
 def outer(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
     """Every method's time for dW and norms over the library's for dW alone, beside what was predicted."""
     line = "{:14} {:10} {:>10} {:>8}   {:24} {:24} {:8} {:8} {}"
-    titles = ("gram, fused, split x plain", "predicted", "chosen", "best", "native: mma, wgmma x plain")
+    titles = ("gram, fused, split x plain", "predicted", "chosen", "best", "native: mma, wgmma, wide x plain")
     print(line.format("dW", "segments", "plain µs", "TFLOP/s", *titles))
     layers = {"40 x 33": (40, 33)} if machine.interpret else LAYERS
     rows = ((5, 3), (70, 2)) if machine.interpret else ROWS

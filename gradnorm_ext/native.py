@@ -32,7 +32,7 @@ lookup_wgrad(Tensor ids, Tensor g, Tensor offsets, Tensor walk, Tensor columns, 
 lookup_wgrad_sorted(Tensor ids, Tensor place, Tensor? row, Tensor segment, Tensor offsets, Tensor g, Tensor walk,
     Tensor columns, Tensor? outputs, Tensor? weight, int padding_idx, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
 outer_fused(Tensor x, Tensor g, Tensor begin, Tensor end, Tensor unit, Tensor inner, Tensor? outer, Tensor? output,
-    Tensor? weight, int p, int d, int units, bool wgmma, Tensor(a!)? dw, Tensor(b!) norms) -> ()
+    Tensor? weight, int p, int d, int units, int kernel, Tensor(a!)? dw, Tensor(b!) norms) -> ()
 product_sums(Tensor x, Tensor g, Tensor? shift, Tensor? scale, Tensor offsets, Tensor(a!) out) -> ()
 sum_sums(Tensor g, Tensor offsets, Tensor(a!) out) -> ()
 sums_wgrad(Tensor sums, Tensor offsets, Tensor walk, Tensor columns, Tensor? weight, Tensor(a!)? dw,
@@ -63,7 +63,7 @@ def build_info() -> list[str]:
         f"compiler: {_C.compiler}",
         f"cuda: {cuda}",
         f"cuda kernels here: {f'cannot run ({runs})' if runs else 'can run'}",
-        f"outer_wgrad by wgmma: {'built' if _C.with_cutlass else 'left out, no CUTLASS headers were found at build'}",
+        f"outer products by wgmma: {'built, for Hopper' if _C.with_cutlass else 'left out: no CUTLASS headers at build'}",
         f"built against torch {_C.torch_version}",
     ]
 

@@ -22,7 +22,7 @@ SERVES = (
     *("outer_sqnorm", "outer_wgrad", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
     *("sums_sqnorm", "sums_wgrad", "segment_std"),
 )
-METHODS = ("mma", "wgmma")  # of the fused product: on sm_80 and later; on Hopper alone, and never run yet
+METHODS = ("mma", "wgmma", "wgmma_wide")  # of the fused product (OuterKernel): from sm_80 on; on Hopper, in two tiles
 
 _LOOKS = 1 << 24  # ids that are looked at, segments x values, before sorting them pays; not measured
 
@@ -98,12 +98,12 @@ def _outer(
             f"{operation}: the native CUDA kernel multiplies float16 or bfloat16, got {x.dtype}; cast the rows, or set "
             "GRADNORM_BACKEND=triton"
         )
-    if method not in METHODS or (method == "wgmma" and not has_wgmma()):
+    if method not in METHODS or (method != "mma" and not has_wgmma()):
         raise ValueError(
-            f"{operation}: method must be one of {', '.join(METHODS)}, and wgmma in a build that found the CUTLASS headers, "
-            f"got {method!r}; use mma"
+            f"{operation}: method must be one of {', '.join(METHODS if has_wgmma() else METHODS[:1])} (wgmma where the build "
+            f"found the headers of CUTLASS), got {method!r}; use mma"
         )
-    p, d, wgmma = x.shape[1], g.shape[1], method == "wgmma"
+    p, d, kernel = x.shape[1], g.shape[1], METHODS.index(method)
     if len(x) == 0 or p == 0 or d == 0:
         if dw is not None:
             dw.zero_()
@@ -111,7 +111,7 @@ def _outer(
     if outputs is not None and dw is not None:
         dw.zero_()  # of an output without segments nothing is written
     walk, x, g = Walk.of(segments, len(x)), _padded(x), _padded(g)
-    norms = x.new_zeros(segments.columns, _C.outer_parts(d, p, wgmma), dtype=torch.float32)
+    norms = x.new_zeros(segments.columns, _C.outer_parts(d, p, kernel), dtype=torch.float32)
     for inner, outer, forms_dw in _products(len(segments.groups.levels), weight is not None, dw is not None):
         coarsest = inner if outer is None else outer
         output = weights = None
@@ -122,7 +122,7 @@ def _outer(
             _kernels.outer_fused(
                 *(x, g, walk.begin, walk.end, walk.unit(coarsest), walk.ends(inner)),
                 *(None if outer is None else walk.ends(outer), output, weights, p, d),
-                *((segments.count, *segments.groups.counts)[coarsest], wgmma, dw if forms_dw else None, norms),
+                *((segments.count, *segments.groups.counts)[coarsest], kernel, dw if forms_dw else None, norms),
             )
     return norms.sum(1)
 
@@ -148,7 +148,8 @@ def _products(levels: int, is_weighted: bool, with_dw: bool) -> list[tuple[int, 
 def _padded(rows: Tensor) -> Tensor:
     """With zeros up to a multiple of 8 columns, every row on a multiple of 16 bytes."""
     width = rows.shape[1]
-    if rows.stride(1) == 1 and all(size % 8 == 0 for size in (width, rows.stride(0), rows.data_ptr() // 2)):
+    lie_apart = rows.stride(1) == 1 and rows.stride(0) >= width  # not one row expanded, which TMA does not read
+    if lie_apart and all(size % 8 == 0 for size in (width, rows.stride(0), rows.data_ptr() // 2)):
         return rows
     padded = rows.new_zeros(len(rows), -(-width // 8) * 8)
     padded[:, :width] = rows

@@ -67,9 +67,22 @@ def test_kernels_are_made_of_the_instructions_that_they_were_written_for(archite
     for line in cuobjdump("-arch", architecture, "-sass").splitlines():
         if match := re.search(r"Function : (\S+)", line):
             kernel = kernel_of(match[1])
-        elif match := re.search(r"\*/ +(?:@!?U?P\d )?([A-Z0-9.]+)", line):
-            for name in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDSM", "LDL", "STL", "ATOM", "RED."):
+        elif match := re.search(r"\*/ +(?:@!?U?P\d )?([A-Za-z0-9.]+)", line):
+            for name in (
+                "HGMMA",
+                "WARPGROUP.DEPBAR",
+                "HMMA",
+                "UTMALDG",
+                "LDGSTS",
+                "LDSM",
+                "LDL",
+                "STL",
+                "ATOM",
+                "RED.",
+            ):
                 counts[kernel][name] += match[1].startswith(name)
+            if match[1].startswith("HGMMA"):
+                counts[kernel][match[1].split(".")[1]] += 1
             counts[kernel]["LDG.128"] += match[1].startswith("LDG") and ".128" in match[1]
     for kernel, count in counts.items():
         assert not count["LDL"] and not count["STL"], f"{kernel} spills registers"
@@ -80,4 +93,5 @@ def test_kernels_are_made_of_the_instructions_that_they_were_written_for(archite
         assert counts[kernel]["LDG.128"], f"{kernel} has no loads of 16 bytes"
     if architecture == "sm_90a" and _C.with_cutlass:
         wgmma = counts[HOPPER]
-        assert wgmma["HGMMA"] and wgmma["UTMALDG"] and not wgmma["HMMA"], "wgmma, TMA"
+        assert wgmma["64x192x16"] and wgmma["64x256x16"] and wgmma["UTMALDG"] and not wgmma["HMMA"], "wgmma, TMA"
+        assert wgmma["WARPGROUP.DEPBAR"] < wgmma["HGMMA"], "products that wait for each other"

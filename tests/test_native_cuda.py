@@ -4,6 +4,7 @@ The kernels' numbers are tested on a CPU too, in C++ (tests/cpp/cuda).
 """
 
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -52,14 +53,15 @@ def lookup_wgrad_sorted(ids, place, row, segment, offsets, g, walk, columns, out
         sqnorm[column] += total.square().sum()
 
 
-def outer_fused(x, g, begin, end, unit, inner, outer, output, weight, p, d, units, wgmma, dw, norms):
+def outer_fused(x, g, begin, end, unit, inner, outer, output, weight, p, d, units, kernel, dw, norms):
     """What the kernel of that name does, by its description in csrc/kernels/outer_wgrad.h; it does not split the units."""
     assert outer is None or weight is None  # no registers are left for a weighted total
     ends = inner if outer is None else outer
     starts = torch.cat([torch.ones(1, dtype=torch.bool), ends[:-1] >= 0])
     before = torch.cat([begin.new_zeros(1), (end - begin).cumsum(0)])[:-1]
     assert unit.equal(before[starts][starts.cumsum(0) - 1]) and starts.sum() <= units
-    assert x.data_ptr() % 16 == g.data_ptr() % 16 == x.shape[1] % 8 == g.shape[1] % 8 == 0
+    for rows in (x, g):  # what TMA asks for
+        assert rows.data_ptr() % 16 == rows.shape[1] % 8 == rows.stride(0) % 8 == 0 and rows.stride(0) >= rows.shape[1]
     total, sums = torch.zeros(d, p), [torch.zeros(d, p), torch.zeros(d, p)]
     for i in range(len(begin)):
         rows = slice(begin[i], end[i])
@@ -133,12 +135,20 @@ def test_outer_products_of_nothing_are_zero(plain):
     assert dw.tolist() == [[0] * 3] * 2 and sqnorm.tolist() == [0, 0]
 
 
+@needs_cuda_build
+def test_rows_that_lie_in_one_place_are_copied(plain):
+    segments = Segments.equal(2, 3)
+    x, g = torch.randn(6, 8).half(), torch.randn(8).half().expand(6, 8)
+    found = native_cuda.outer_sqnorm(x, g, segments)
+    torch.testing.assert_close(found, backends.load("reference").outer_sqnorm(x, g, segments))
+
+
 def test_what_no_fused_kernel_takes_is_refused():
     rows, segments = torch.ones(4, 2), Segments.equal(2, 2)
     message = r"outer_wgrad: .* multiplies float16 or bfloat16, got torch.float32; .* GRADNORM_BACKEND=triton"
     with pytest.raises(TypeError, match=message):
         native_cuda.outer_wgrad(rows, rows, segments)
-    with pytest.raises(ValueError, match=r"outer_sqnorm: method must be one of mma, wgmma, .*got 'wmma'; use mma"):
+    with pytest.raises(ValueError, match=r"outer_sqnorm: method must be one of mma.*, got 'wmma'; use mma"):
         native_cuda.outer_sqnorm(rows.half(), rows.half(), segments, method="wmma")
 
 
@@ -168,14 +178,46 @@ def test_values_are_sorted_where_looking_at_all_would_cost_more(plain, monkeypat
         torch.testing.assert_close(one, other, equal_nan=True)
 
 
-def test_a_launch_that_fails_says_what_where_and_what_to_do(monkeypatch):
-    def fails(*_):
-        raise RuntimeError("sum_sums: no kernel image is available for execution on the device")
+@needs_cuda_build
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "no kernel image is available for execution on the device",  # compiled for other cards
+        "CUDA driver version is insufficient for CUDA runtime version",  # or there is no driver
+        "the driver has no cuTensorMapEncodeTiled",
+        "unspecified launch failure",
+    ],
+)
+def test_a_kernel_that_cannot_run_says_what_where_and_what_to_do(reason, monkeypatch):
+    class Kernels:
+        def __getattr__(self, name):
+            def fails(*_):
+                raise error
 
-    monkeypatch.setattr(native_cuda, "_kernels", types.SimpleNamespace(sum_sums=fails))
-    message = r"^sum_sums: the native CUDA kernel must run on cpu .*, got: .*no kernel image.*GRADNORM_BACKEND=triton"
-    with pytest.raises(RuntimeError, match=message):
-        native_cuda.sum_sums(torch.ones(4, 2), Segments.equal(2, 2))
+            return fails
+
+    monkeypatch.setattr(native_cuda, "_kernels", Kernels())
+    segments, ids = Segments.equal(2, 2), torch.tensor([0, 1, 1, 0])
+    rows, sums = torch.ones(4, 2, dtype=torch.float16), torch.ones(2, 2)
+    arguments = {
+        **dict.fromkeys(("outer_sqnorm", "outer_wgrad", "product_sums"), (rows, rows, segments)),
+        **dict.fromkeys(("lookup_sqnorm", "lookup_wgrad"), (ids, rows, 2, segments)),
+        **dict.fromkeys(("sums_sqnorm", "sums_wgrad"), (sums, segments)),
+        "sum_sums": (rows, segments),
+    }
+    calls = {name: partial(getattr(native_cuda, name), *given) for name, given in arguments.items()}
+    calls["segment_std"] = partial(native_cuda.segment_std, torch.ones(4), ids, 2, ddof=1)
+    assert calls.keys() == set(native_cuda.SERVES)
+    for operation, call in calls.items():
+        error = RuntimeError(f"{reason}\nand more, of which a user makes nothing")
+        message = (
+            rf"^{operation}: the native CUDA kernel must run on cpu .*, got: {reason}; set GRADNORM_BACKEND=triton, "
+        )
+        with pytest.raises(RuntimeError, match=message):
+            call()
+        error = torch.cuda.OutOfMemoryError("as torch says it")
+        with pytest.raises(torch.cuda.OutOfMemoryError, match=r"^as torch says it$"):
+            call()
 
 
 def test_without_a_gpu_the_build_says_why_its_kernels_cannot_run():

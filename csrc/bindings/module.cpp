@@ -118,12 +118,11 @@ PYBIND11_MODULE(_C, m) {
         "Why the CUDA kernels cannot run here; empty if they can.");
   m.def(
       "outer_parts",
-      [](int64_t d, int64_t p, bool wgmma) {
-        using gradnorm::OuterKernel;
-        return gradnorm::outer_parts(wgmma ? OuterKernel::kHopper : OuterKernel::kAmpere, d, p);
+      [](int64_t d, int64_t p, int64_t kernel) {
+        return gradnorm::outer_parts(static_cast<gradnorm::OuterKernel>(kernel), d, p);
       },
-      py::arg("d"), py::arg("p"), py::arg("wgmma"),
-      "In how many parts the fused kernel for a [d, p] weight writes every norm.");
+      py::arg("d"), py::arg("p"), py::arg("kernel"),
+      "In how many parts a fused kernel (OuterKernel) for a [d, p] weight writes every norm.");
 #else
   m.attr("with_cuda") = false;
   m.def(

@@ -153,11 +153,11 @@ void lookup_wgrad_sorted_cuda(const Tensor& ids, const Tensor& place,
 void outer_fused_cuda(const Tensor& x, const Tensor& g, const Tensor& begin, const Tensor& end,
                       const Tensor& unit, const Tensor& inner, const std::optional<Tensor>& outer,
                       const std::optional<Tensor>& output, const std::optional<Tensor>& weight,
-                      int64_t p, int64_t d, int64_t units, bool wgmma, std::optional<Tensor> dw,
+                      int64_t p, int64_t d, int64_t units, int64_t method, std::optional<Tensor> dw,
                       Tensor& norms) {
   using gradnorm::OuterKernel;
   const OnDevice device(x);
-  const auto kernel = wgmma ? OuterKernel::kHopper : OuterKernel::kAmpere;
+  const auto kernel = static_cast<OuterKernel>(method);
   const int64_t items = begin.numel(), rows = x.size(0);
   const gradnorm::OuterWalk walk = {items,
                                     integers_of(begin, items),
@@ -184,9 +184,14 @@ void outer_fused_cuda(const Tensor& x, const Tensor& g, const Tensor& begin, con
       norms, gradnorm::outer_workspace(kernel, walk, product, units, multiprocessors));
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    auto* launch = wgmma ? &gradnorm::outer_wgrad_hopper<T> : &gradnorm::outer_wgrad_ampere<T>;
-    launch(rows_of<T>(x, rows), rows_of<T>(g, rows), walk, product, units, multiprocessors,
-           workspace.data(), device.stream());
+    const T *x_rows = rows_of<T>(x, rows), *g_rows = rows_of<T>(g, rows);
+    if (kernel == OuterKernel::kAmpere) {
+      gradnorm::outer_wgrad_ampere(x_rows, g_rows, walk, product, units, multiprocessors,
+                                   workspace.data(), device.stream());
+    } else {
+      gradnorm::outer_wgrad_hopper(kernel, x_rows, g_rows, walk, product, units, multiprocessors,
+                                   workspace.data(), device.stream());
+    }
   };
   if (x.scalar_type() == ScalarType::Half) {
     run(gradnorm::Half());

@@ -44,17 +44,18 @@ struct OuterProduct {
 };
 
 // The same as outer_wgrad_cpu for one level of groups at most, T being Half or BFloat16: in CUDA
-// for sm_80 and later, and for Hopper (sm_90a) alone. workspace  as many floats as outer_workspace
-// says.
-enum class OuterKernel { kAmpere, kHopper };
+// for sm_80 and later, and for Hopper (sm_90a) alone, in tiles of 128 x 192 or of 128 x 256 (wide).
+// workspace  as many floats as outer_workspace says.
+enum class OuterKernel { kAmpere, kHopper, kHopperWide };
 
 template <typename T>
 void outer_wgrad_ampere(const T* x, const T* g, const OuterWalk& walk, const OuterProduct& product,
                         int64_t units, int64_t multiprocessors, float* workspace, void* stream);
 
 template <typename T>
-void outer_wgrad_hopper(const T* x, const T* g, const OuterWalk& walk, const OuterProduct& product,
-                        int64_t units, int64_t multiprocessors, float* workspace, void* stream);
+void outer_wgrad_hopper(OuterKernel kernel, const T* x, const T* g, const OuterWalk& walk,
+                        const OuterProduct& product, int64_t units, int64_t multiprocessors,
+                        float* workspace, void* stream);
 
 // Of every norm, and floats; `units`: how many there are, at most.
 int64_t outer_parts(OuterKernel kernel, int64_t d, int64_t p);

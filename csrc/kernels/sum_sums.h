@@ -13,7 +13,8 @@ template <typename T>
 void sum_sums_cpu(const T* g, int64_t g_stride, int64_t width, const int64_t* offsets,
                   int64_t segments, T* out, const Host<T>& host);
 
-// T is float, double, Half or BFloat16; workspace  as many entries as sum_sums_workspace says
+// T is float, double, Half or BFloat16; workspace  as many entries as sum_sums_workspace says;
+// offsets  may be null: one segment of all rows
 template <typename T>
 void sum_sums_cuda(const T* g, int64_t g_stride, int64_t rows, int64_t width,
                    const int64_t* offsets, int64_t segments, Accumulator<T>* out,

@@ -105,6 +105,7 @@ inline bool is_vector_aligned(const void* pointer, int64_t stride_bytes) {
 
 inline void check(const char* operation, cudaError_t error) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // told; torch should not find it again
     throw std::runtime_error(std::string(operation) + ": " + cudaGetErrorString(error));
   }
 }

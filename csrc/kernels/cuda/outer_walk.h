@@ -2,8 +2,8 @@
 #pragma once
 
 #include "kernels/cuda/device.h"
-#include "kernels/cuda/plans.h"
 #include "kernels/outer_wgrad.h"
+#include "kernels/sum_sums.h"
 
 namespace gradnorm {
 
@@ -53,14 +53,11 @@ struct Blocks {
   }
 };
 
-inline OuterPlan plan_of(const OuterTile& tile, const OuterWalk& walk, const OuterProduct& product,
-                         int64_t units, int64_t multiprocessors) {
-  return plan_outer(tile, product.d, product.p, product.rows, units, product.dw && !walk.output,
-                    multiprocessors);
-}
-
 // dw = the sum of the splits' dw.
-void sum_slabs(const char* operation, const float* slabs, int64_t splits,
-               const OuterProduct& product, void* stream);
+inline void sum_slabs(const float* slabs, int64_t splits, const OuterProduct& product,
+                      void* stream) {
+  const int64_t size = product.d * product.p;
+  sum_sums_cuda<float>(slabs, size, splits, size, nullptr, 1, product.dw, nullptr, stream);
+}
 
 }  // namespace gradnorm

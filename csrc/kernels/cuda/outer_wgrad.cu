@@ -6,7 +6,6 @@
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/outer_walk.h"
 #include "kernels/cuda/plans.h"
-#include "kernels/cuda/segment_sums.h"
 #include "kernels/cuda/tensor_core.h"
 #include "kernels/outer_wgrad.h"
 
@@ -213,39 +212,12 @@ __global__ void __launch_bounds__(kThreads, 1) outer_wgrad_kernel(const Given<T>
   }
 }
 
-const OuterTile& tile_of(OuterKernel kernel) {
-  return kernel == OuterKernel::kHopper ? kHopperTile : kAmpereTile;
-}
-
 }  // namespace
-
-int64_t outer_parts(OuterKernel kernel, int64_t d, int64_t p) {
-  return plan_outer(tile_of(kernel), d, p, 0, 1, false, 1).parts;
-}
-
-int64_t outer_workspace(OuterKernel kernel, const OuterWalk& walk, const OuterProduct& product,
-                        int64_t units, int64_t multiprocessors) {
-  return plan_of(tile_of(kernel), walk, product, units, multiprocessors).workspace;
-}
-
-void sum_slabs(const char* operation, const float* slabs, int64_t splits,
-               const OuterProduct& product, void* stream) {
-  SegmentSums<float> parts = {};
-  parts.g = slabs;
-  parts.g_stride = parts.width = product.d * product.p;
-  parts.rows = splits;
-  parts.segments = 1;
-  parts.out = product.dw;
-  const bool aligned = is_vector_aligned(slabs, parts.width * sizeof(float));
-  const auto plan = plan_segment_sums(1, splits, parts.width, sizeof(float), aligned);
-  segment_sums(operation, parts, plan, static_cast<float*>(nullptr), stream);
-}
 
 template <typename T>
 void outer_wgrad_ampere(const T* x, const T* g, const OuterWalk& walk, const OuterProduct& product,
                         int64_t units, int64_t multiprocessors, float* workspace, void* stream) {
-  const char* operation = "outer_wgrad";
-  const auto plan = plan_of(kAmpereTile, walk, product, units, multiprocessors);
+  const auto plan = plan_outer(OuterKernel::kAmpere, walk, product, units, multiprocessors);
   const Given<T> given = {x,
                           g,
                           walk,
@@ -255,9 +227,9 @@ void outer_wgrad_ampere(const T* x, const T* g, const OuterWalk& walk, const Out
                           plan.splits,
                           plan.workspace ? workspace : nullptr};
   auto* kernel = walk.outer_column ? &outer_wgrad_kernel<T, true> : &outer_wgrad_kernel<T, false>;
-  launch(operation, kernel, plan.tiles_d * plan.tiles_p * plan.splits, dim3(kThreads), kSharedBytes,
-         stream, given);
-  if (plan.workspace) sum_slabs(operation, workspace, plan.splits, product, stream);
+  launch("outer_wgrad", kernel, plan.tiles_d * plan.tiles_p * plan.splits, dim3(kThreads),
+         kSharedBytes, stream, given);
+  if (plan.workspace) sum_slabs(workspace, plan.splits, product, stream);
 }
 
 template void outer_wgrad_ampere<Half>(const Half*, const Half*, const OuterWalk&,
@@ -267,15 +239,16 @@ template void outer_wgrad_ampere<BFloat16>(const BFloat16*, const BFloat16*, con
 
 #ifndef GRADNORM_WITH_CUTLASS  // else it is outer_wgrad_hopper.cu's
 template <typename T>
-void outer_wgrad_hopper(const T*, const T*, const OuterWalk&, const OuterProduct&, int64_t, int64_t,
-                        float*, void*) {
+void outer_wgrad_hopper(OuterKernel, const T*, const T*, const OuterWalk&, const OuterProduct&,
+                        int64_t, int64_t, float*, void*) {
   throw std::runtime_error("outer_wgrad: built without CUTLASS, hence without the Hopper kernel");
 }
 
-template void outer_wgrad_hopper<Half>(const Half*, const Half*, const OuterWalk&,
+template void outer_wgrad_hopper<Half>(OuterKernel, const Half*, const Half*, const OuterWalk&,
                                        const OuterProduct&, int64_t, int64_t, float*, void*);
-template void outer_wgrad_hopper<BFloat16>(const BFloat16*, const BFloat16*, const OuterWalk&,
-                                           const OuterProduct&, int64_t, int64_t, float*, void*);
+template void outer_wgrad_hopper<BFloat16>(OuterKernel, const BFloat16*, const BFloat16*,
+                                           const OuterWalk&, const OuterProduct&, int64_t, int64_t,
+                                           float*, void*);
 #endif
 
 }  // namespace gradnorm

@@ -20,6 +20,17 @@ int64_t power_of_two(int64_t least) {
 
 int64_t vector_of(int64_t element_bytes, bool aligned) { return aligned ? 16 / element_bytes : 1; }
 
+const OuterTile& tile_of(OuterKernel kernel) {
+  switch (kernel) {
+    case OuterKernel::kHopper:
+      return kHopperTile;
+    case OuterKernel::kHopperWide:
+      return kHopperWideTile;
+    default:
+      return kAmpereTile;
+  }
+}
+
 }  // namespace
 
 SegmentSumsPlan plan_segment_sums(int64_t segments, int64_t rows, int64_t width,
@@ -69,8 +80,9 @@ LookupPlan plan_lookup(int64_t rows, int64_t width, int64_t segments, int64_t le
   return plan;
 }
 
-OuterPlan plan_outer(const OuterTile& tile, int64_t d, int64_t p, int64_t rows, int64_t units,
+OuterPlan plan_outer(OuterKernel kernel, int64_t d, int64_t p, int64_t rows, int64_t units,
                      bool dw_is_sum, int64_t multiprocessors) {
+  const OuterTile& tile = tile_of(kernel);
   OuterPlan plan = {};
   plan.tiles_d = ceil_div(d, tile.d);
   plan.tiles_p = ceil_div(p, tile.p);
@@ -92,6 +104,21 @@ OuterPlan plan_outer(const OuterTile& tile, int64_t d, int64_t p, int64_t rows, 
   }
   plan.workspace = dw_is_sum && plan.splits > 1 ? plan.splits * d * p : 0;
   return plan;
+}
+
+OuterPlan plan_outer(OuterKernel kernel, const OuterWalk& walk, const OuterProduct& product,
+                     int64_t units, int64_t multiprocessors) {
+  return plan_outer(kernel, product.d, product.p, product.rows, units, product.dw && !walk.output,
+                    multiprocessors);
+}
+
+int64_t outer_parts(OuterKernel kernel, int64_t d, int64_t p) {
+  return plan_outer(kernel, d, p, 0, 1, false, 1).parts;
+}
+
+int64_t outer_workspace(OuterKernel kernel, const OuterWalk& walk, const OuterProduct& product,
+                        int64_t units, int64_t multiprocessors) {
+  return plan_outer(kernel, walk, product, units, multiprocessors).workspace;
 }
 
 }  // namespace gradnorm

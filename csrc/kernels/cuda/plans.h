@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels/outer_wgrad.h"
+
 namespace gradnorm {
 
 constexpr int kThreads = 256;  // of a block
@@ -58,10 +60,13 @@ struct OuterTile {
   int64_t d, p;
   int64_t parts;  // of a norm that come from one tile
 };
-constexpr OuterTile kAmpereTile = {128, 128, 1}, kHopperTile = {128, 192, 2};
+constexpr OuterTile kAmpereTile = {128, 128, 1}, kHopperTile = {128, 192, 2},
+                    kHopperWideTile = {128, 256, 2};
 // units  what a split must not cut: segments, or groups of them, at most so many; dw_is_sum whether
 // dw is the sum of all splits' (else there is none, or one for each unit)
-OuterPlan plan_outer(const OuterTile& tile, int64_t d, int64_t p, int64_t rows, int64_t units,
+OuterPlan plan_outer(OuterKernel kernel, int64_t d, int64_t p, int64_t rows, int64_t units,
                      bool dw_is_sum, int64_t multiprocessors);
+OuterPlan plan_outer(OuterKernel kernel, const OuterWalk& walk, const OuterProduct& product,
+                     int64_t units, int64_t multiprocessors);
 
 }  // namespace gradnorm

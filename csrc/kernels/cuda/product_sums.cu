@@ -6,11 +6,10 @@ namespace gradnorm {
 namespace {
 
 template <typename T>
-SegmentSumsPlan plan_of(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t rows,
-                        int64_t width, int64_t segments) {
-  const bool aligned =
-      is_vector_aligned(x, x_stride * sizeof(T)) && is_vector_aligned(g, g_stride * sizeof(T));
-  return plan_segment_sums(segments, rows, width, sizeof(T), aligned);
+SegmentSums<T> products_of(const T* x, int64_t x_stride, SegmentSums<T> rows) {
+  rows.x = x;
+  rows.x_stride = x_stride;
+  return rows;
 }
 
 }  // namespace
@@ -18,7 +17,8 @@ SegmentSumsPlan plan_of(const T* x, int64_t x_stride, const T* g, int64_t g_stri
 template <typename T>
 int64_t product_sums_workspace(const T* x, int64_t x_stride, const T* g, int64_t g_stride,
                                int64_t rows, int64_t width, int64_t segments) {
-  return plan_of(x, x_stride, g, g_stride, rows, width, segments).workspace;
+  const auto of_g = sums_of(g, g_stride, rows, width, nullptr, segments, {});
+  return plan_of(products_of(x, x_stride, of_g)).workspace;
 }
 
 template <typename T>
@@ -26,20 +26,11 @@ void product_sums_cuda(const T* x, int64_t x_stride, const T* g, int64_t g_strid
                        int64_t width, const Accumulator<T>* shift, const Accumulator<T>* scale,
                        const int64_t* offsets, int64_t segments, Accumulator<T>* out,
                        Accumulator<T>* workspace, void* stream) {
-  SegmentSums<T> given = {};
-  given.x = x;
-  given.x_stride = x_stride;
-  given.g = g;
-  given.g_stride = g_stride;
+  const auto of_g = sums_of(g, g_stride, rows, width, offsets, segments, out);
+  auto given = products_of(x, x_stride, of_g);
   given.shift = shift;
   given.scale = scale;
-  given.offsets = offsets;
-  given.rows = rows;
-  given.segments = segments;
-  given.width = width;
-  given.out = out;
-  const auto plan = plan_of(x, x_stride, g, g_stride, rows, width, segments);
-  segment_sums("product_sums", given, plan, workspace, stream);
+  segment_sums("product_sums", given, plan_of(given), workspace, stream);
 }
 
 #define GRADNORM_FOR(T)                                                                            \

@@ -86,7 +86,29 @@ static __global__ void __launch_bounds__(kThreads) segment_sums_kernel(const Seg
   }
 }
 
-// given.out  [segments, width]; workspace  plan.workspace entries
+// Of rows alone. `out`  [segments, width]
+template <typename T>
+SegmentSums<T> sums_of(const T* g, int64_t g_stride, int64_t rows, int64_t width,
+                       const int64_t* offsets, int64_t segments, Accumulator<T>* out) {
+  SegmentSums<T> given = {};
+  given.g = g;
+  given.g_stride = g_stride;
+  given.rows = rows;
+  given.width = width;
+  given.offsets = offsets;
+  given.segments = segments;
+  given.out = out;
+  return given;
+}
+
+template <typename T>
+SegmentSumsPlan plan_of(const SegmentSums<T>& given) {
+  const bool aligned = is_vector_aligned(given.x, given.x_stride * sizeof(T)) &&
+                       is_vector_aligned(given.g, given.g_stride * sizeof(T));
+  return plan_segment_sums(given.segments, given.rows, given.width, sizeof(T), aligned);
+}
+
+// workspace  plan.workspace entries
 template <typename T>
 void segment_sums(const char* operation, SegmentSums<T> given, const SegmentSumsPlan& plan,
                   Accumulator<T>* workspace, void* stream) {
@@ -103,14 +125,8 @@ void segment_sums(const char* operation, SegmentSums<T> given, const SegmentSums
   launch(operation, kernel, plan.blocks, threads, shared, stream, given);
   if (plan.chunks == 1) return;
   const int64_t width = given.segments * given.width;
-  const bool aligned = is_vector_aligned(workspace, width * sizeof(A));
-  SegmentSums<A> parts = {};
-  parts.g = workspace;
-  parts.g_stride = parts.width = width;
-  parts.rows = plan.chunks;
-  parts.segments = 1;
-  parts.out = out;
-  SegmentSumsPlan second = plan_segment_sums(1, plan.chunks, width, sizeof(A), aligned);
+  const auto parts = sums_of<A>(workspace, width, plan.chunks, width, nullptr, 1, out);
+  SegmentSumsPlan second = plan_of(parts);
   second.chunks = 1;
   second.blocks = (second.column_blocks + second.teams - 1) / second.teams;
   segment_sums(operation, parts, second, static_cast<A*>(nullptr), stream);

@@ -121,13 +121,8 @@ void sums_wgrad_cuda(const T* sums, int64_t width, const Segments& segments, con
     }
   }
   if (!dw) return;
-  SegmentSums<T> total = {};
-  total.g = sums;
-  total.g_stride = total.width = width;
+  auto total = sums_of(sums, width, segments.count, width, nullptr, 1, dw);
   total.scale = weight;
-  total.rows = segments.count;
-  total.segments = 1;
-  total.out = dw;
   segment_sums(operation, total, plan.total, workspace + plan.workspace, stream);
 }
 

@@ -8,10 +8,10 @@
 // between gives other results in another order, since shared memory starts as NaN and an
 // asynchronous copy arrives when it is waited for, no sooner. Refused, with the place: a barrier
 // that some threads of the block do not reach, threads that wait at two barriers, a warp's
-// operation that some of its lanes do not reach.
+// operation that some of its lanes do not reach, threads that wait for what never comes.
 //
-// The matrix instructions of sm_80 are here as PTX documents their fragments. Not emulated: memory
-// order without barriers, wgmma, TMA. Arithmetic is the host's.
+// The matrix instructions of sm_80 are here as PTX documents their fragments; what Hopper adds is
+// in hopper.h. Not emulated: memory order without barriers. Arithmetic is the host's.
 #pragma once
 
 #include <ucontext.h>
@@ -65,16 +65,18 @@ inline uint3 blockIdx;
 
 namespace emulator {
 
-enum class Order { kForward, kBackward, kShuffled };
+// kLagging: forward, the last four warps of a block only when nobody else can go on.
+enum class Order { kForward, kBackward, kShuffled, kLagging };
 inline Order order = Order::kForward;
 inline cudaError_t next_error = cudaSuccess;  // what the next launch returns, instead of running
+inline cudaError_t last_error = cudaSuccess;
 inline int64_t launches = 0;
 
 struct Refused : std::logic_error {
   using std::logic_error::logic_error;
 };
 
-enum class Waits { kNot, kBlock, kWarp, kDone };
+enum class Waits { kNot, kBlock, kWarp, kUntil, kDone };
 
 struct Copy {
   void* to;
@@ -91,15 +93,29 @@ struct Fiber {
   unsigned mask;
   const void* given;
   void* result;
+  std::function<bool()> until;           // what is waited for, at kUntil
   std::deque<std::vector<Copy>> groups;  // asynchronous copies; the last group is open
 };
 
 constexpr size_t kStack = 128 * 1024;
 
+// What goes on in a block beside its threads.
+struct Engine {
+  virtual void begin_block() = 0;
+  virtual bool advance() = 0;  // when no thread can go on: whether something happened
+  virtual void end_block() = 0;
+
+ protected:
+  ~Engine() = default;
+};
+
 struct Machine {
   std::vector<Fiber> fibers;
   std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<unsigned char> shared;
+  size_t shared_bytes;  // that the kernel asked for
+  int64_t round;        // of the scheduler, which comes to every warp once in a round
+  Engine* engine = nullptr;
   ucontext_t scheduler;
   Fiber* current = nullptr;
   std::function<void()> body;
@@ -120,13 +136,21 @@ inline void wait(Waits waits, const char* place) {
 
 inline void barrier(const char* place) { wait(Waits::kBlock, place); }
 
+inline void wait_until(const char* place, const std::function<bool()>& ready) {
+  if (ready()) return;
+  machine.current->until = ready;
+  wait(Waits::kUntil, place);
+}
+
 using Lanes = std::vector<Fiber*>;
 
-// Hands `operation` all lanes of the mask, with what each gave and where its result goes, once.
+// Hands `operation` all lanes of the mask of one group of `size` threads (a warp, or a warpgroup
+// with one mask for each of its warps), with what each gave and where its result goes, once.
 template <typename Given, typename Result, typename Operation>
-Result of_warp(const char* place, unsigned mask, const Given& given, const Operation& operation) {
+Result of_group(const char* place, unsigned size, unsigned mask, const Given& given,
+                const Operation& operation) {
   Fiber* fiber = machine.current;
-  const unsigned warp = fiber->number / 32;
+  const unsigned first = fiber->number / size * size;
   Result result;
   fiber->given = &given;
   fiber->result = &result;
@@ -136,11 +160,11 @@ Result of_warp(const char* place, unsigned mask, const Given& given, const Opera
   if (!(mask >> fiber->number % 32 & 1)) {
     throw Refused(std::string(place) + ": a lane is missing in the mask it gives");
   }
-  Lanes lanes(32, nullptr);
+  Lanes lanes(size, nullptr);
   bool complete = true;
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    const unsigned number = warp * 32 + lane;
+  for (unsigned lane = 0; lane < size; ++lane) {
+    if (!(mask >> lane % 32 & 1)) continue;
+    const unsigned number = first + lane;
     Fiber* other = number < machine.fibers.size() ? &machine.fibers[number] : nullptr;
     complete &=
         other && other->waits == Waits::kWarp && other->place == place && other->mask == mask;
@@ -155,6 +179,11 @@ Result of_warp(const char* place, unsigned mask, const Given& given, const Opera
     if (lane) lane->waits = Waits::kNot;
   }
   return result;
+}
+
+template <typename Given, typename Result, typename Operation>
+Result of_warp(const char* place, unsigned mask, const Given& given, const Operation& operation) {
+  return of_group<Given, Result>(place, 32, mask, given, operation);
 }
 
 template <typename T>
@@ -200,6 +229,9 @@ inline void pass_barrier() {
     if (fiber.waits == Waits::kWarp) {
       refuse(std::string(fiber.place) + ": a warp's operation that not all of its lanes reach,");
     }
+    if (fiber.waits == Waits::kUntil) {
+      refuse(std::string(fiber.place) + ": threads wait for what never comes");
+    }
     if (fiber.waits != Waits::kBlock) continue;
     if (place && place != fiber.place) {
       refuse(std::string(place) + " and " + fiber.place + ": threads wait at two barriers");
@@ -218,6 +250,9 @@ inline void run_block(size_t shared_bytes) {
   Machine& m = machine;
   const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
   m.shared.assign(shared_bytes + 1024, 0xff);  // NaN in every type of floats
+  m.shared_bytes = shared_bytes;
+  m.round = 0;
+  if (m.engine) m.engine->begin_block();
   m.fibers.clear();
   m.fibers.resize(threads);
   while (m.stacks.size() < threads) m.stacks.push_back(std::make_unique<char[]>(kStack));
@@ -235,16 +270,21 @@ inline void run_block(size_t shared_bytes) {
   // A warp runs until all of its lanes wait for the block, before another one does: as far ahead of
   // the others as it can get.
   std::vector<int64_t> warps((threads + 31) / 32), lanes(32);
-  for (;;) {
+  const int64_t lagging = order == Order::kLagging ? int64_t(warps.size()) - 4 : warps.size();
+  for (bool comes_to_all = false;;) {
+    const bool all = std::exchange(comes_to_all, false);
     bool ran = false, all_done = true;
+    ++m.round;
     arrange(warps);
     for (const int64_t warp : warps) {
+      if (warp >= lagging && !all) continue;
       for (bool runs = true; runs;) {
         runs = false;
         arrange(lanes);
         for (const int64_t lane : lanes) {
           if (warp * 32 + lane >= int64_t(threads)) continue;
           Fiber& fiber = m.fibers[warp * 32 + lane];
+          if (fiber.waits == Waits::kUntil && fiber.until()) fiber.waits = Waits::kNot;
           if (fiber.waits != Waits::kNot) continue;
           ran = runs = true;
           m.current = &fiber;
@@ -253,10 +293,20 @@ inline void run_block(size_t shared_bytes) {
         }
       }
     }
-    for (const Fiber& fiber : m.fibers) all_done &= fiber.waits == Waits::kDone;
-    if (all_done) return;
-    if (!ran) pass_barrier();
+    bool all_at_barrier = true;
+    for (const Fiber& fiber : m.fibers) {
+      all_done &= fiber.waits == Waits::kDone;
+      all_at_barrier &= fiber.waits == Waits::kBlock;
+    }
+    if (all_done) break;
+    if (ran || (!all_at_barrier && m.engine && m.engine->advance())) continue;
+    if (order == Order::kLagging && !all) {
+      comes_to_all = true;
+    } else {
+      pass_barrier();
+    }
   }
+  if (m.engine) m.engine->end_block();
 }
 
 // cp.async: the memory holds NaN until the copy is waited for.
@@ -375,20 +425,30 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaSt
   return cudaSuccess;
 }
 
+inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
+
+namespace emulator {
+// What was asked for, or what else is wrong.
+inline cudaError_t failure(bool is_valid) {
+  const cudaError_t asked = std::exchange(next_error, cudaSuccess);
+  if (asked != cudaSuccess || !is_valid) {
+    last_error = asked != cudaSuccess ? asked : cudaErrorInvalidValue;
+  }
+  return last_error;
+}
+}  // namespace emulator
+
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
-  return value > 227 * 1024 ? cudaErrorInvalidValue : cudaSuccess;
+  return emulator::failure(value <= 227 * 1024);
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  if (emulator::next_error != cudaSuccess) {
-    return std::exchange(emulator::next_error, cudaSuccess);
-  }
   const dim3 block = config->blockDim;
-  if (block.x * block.y * block.z == 0 || block.x * block.y * block.z > 1024) {
-    return cudaErrorInvalidValue;
-  }
+  const unsigned threads = block.x * block.y * block.z;
+  const cudaError_t error = emulator::failure(threads > 0 && threads <= 1024);
+  if (error != cudaSuccess) return error;
   ++emulator::launches;
   gridDim = config->gridDim;
   blockDim = block;

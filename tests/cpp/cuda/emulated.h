@@ -93,7 +93,8 @@ template <typename Result>
 Result in_every_order(const std::string& what, const std::function<Result()>& run) {
   emulator::order = emulator::Order::kForward;
   const Result first = run();
-  for (const auto order : {emulator::Order::kBackward, emulator::Order::kShuffled}) {
+  using emulator::Order;
+  for (const auto order : {Order::kBackward, Order::kShuffled, Order::kLagging}) {
     emulator::order = order;
     const Result again = run();
     if (std::memcmp(first.data(), again.data(), first.size() * sizeof(first[0]))) {

@@ -121,5 +121,6 @@ int main() {
                "test: no kernel image is available for execution on the device",
            "a launch that fails is an error");
   }
+  expect(cudaGetLastError() == cudaSuccess, "and nobody else's");
   return check::failures != 0;
 }

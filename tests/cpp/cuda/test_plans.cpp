@@ -1,4 +1,6 @@
 // The plans: that they cover the work, and how much workspace that takes.
+#include <tuple>
+
 #include "../check.h"
 #include "kernels/cuda/plans.h"
 
@@ -62,18 +64,24 @@ void outer() {
   for (const int64_t d : {1, 128, 4096, 128256}) {
     for (const int64_t units : {1, 2, 64}) {
       for (const bool dw : {false, true}) {
-        const auto plan =
-            gradnorm::plan_outer(gradnorm::kHopperTile, d, 4096, 16384, units, dw, 132);
-        expect(plan.tiles_d * 128 >= d && plan.tiles_p == 22, "outer: tiles");
-        expect(plan.splits >= 1 && plan.splits <= units, "outer: splits");
-        expect(plan.parts == 2 * plan.tiles_d * plan.tiles_p, "outer: parts");
-        expect(plan.workspace == (dw && plan.splits > 1 ? plan.splits * d * 4096 : 0),
-               "outer: workspace");
+        using gradnorm::OuterKernel;
+        for (const auto& [kernel, tiles_p, parts] : {std::tuple(OuterKernel::kAmpere, 32, 1),
+                                                     {OuterKernel::kHopper, 22, 2},
+                                                     {OuterKernel::kHopperWide, 16, 2}}) {
+          const auto plan = gradnorm::plan_outer(kernel, d, 4096, 16384, units, dw, 132);
+          expect(plan.tiles_d * 128 >= d && plan.tiles_p == tiles_p, "outer: tiles");
+          expect(plan.splits >= 1 && plan.splits <= units, "outer: splits");
+          expect(plan.parts == parts * plan.tiles_d * plan.tiles_p, "outer: parts");
+          expect(plan.parts == gradnorm::outer_parts(kernel, d, 4096), "outer: parts");
+          expect(plan.workspace == (dw && plan.splits > 1 ? plan.splits * d * 4096 : 0),
+                 "outer: workspace");
+        }
       }
     }
   }
   const auto splits = [](int64_t d, int64_t p, int64_t rows, int64_t units) {
-    return gradnorm::plan_outer(gradnorm::kAmpereTile, d, p, rows, units, true, 132).splits;
+    return gradnorm::plan_outer(gradnorm::OuterKernel::kAmpere, d, p, rows, units, true, 132)
+        .splits;
   };
   expect(splits(256, 1024, 16384, 64) > 4, "outer: 16 tiles leave most of a card idle");
   expect(splits(4096, 4096, 16384, 64) > 1, "outer: 7.8 waves are evened out");

@@ -8,7 +8,8 @@ namespace {
 using gradnorm::Accumulator;
 
 template <typename T>
-void test(const std::vector<int64_t>& lengths, int64_t width, int64_t stride, int64_t shifted_by) {
+void test(const std::vector<int64_t>& lengths, int64_t width, int64_t stride, int64_t shifted_by,
+          int64_t x_apart = 0) {
   using A = Accumulator<T>;
   const int64_t segments = int64_t(lengths.size());
   std::vector<int64_t> rising = {0};
@@ -16,8 +17,9 @@ void test(const std::vector<int64_t>& lengths, int64_t width, int64_t stride, in
   const int64_t rows = rising.back();
   const check::Fenced<int64_t> offsets(rising);
   // The last row ends where the memory ends.
-  const int64_t size = rows ? (rows - 1) * stride + width : 0;
-  const check::Fenced<T> of_x(size + shifted_by), of_g(size + shifted_by);
+  const int64_t x_stride = stride + x_apart, before_last = rows ? rows - 1 : 0;
+  const int64_t last = shifted_by + (rows ? width : 0);
+  const check::Fenced<T> of_x(before_last * x_stride + last), of_g(before_last * stride + last);
   const check::Fenced<A> shift(rows), scale(rows);
   check::fill(of_x, 1), check::fill(of_g, 2), check::fill(shift, 3), check::fill(scale, 4);
   const T *x = of_x.data() + shifted_by, *g = of_g.data() + shifted_by;
@@ -31,7 +33,7 @@ void test(const std::vector<int64_t>& lengths, int64_t width, int64_t stride, in
       for (int64_t r = rising[s]; r < rising[s + 1]; ++r) {
         for (int64_t i = 0; i < width; ++i) {
           const double factor =
-              has_x ? (check::value_of(x[r * stride + i]) - double(shift[r])) * double(scale[r])
+              has_x ? (check::value_of(x[r * x_stride + i]) - double(shift[r])) * double(scale[r])
                     : 1;
           expected[s * width + i] += check::value_of(g[r * stride + i]) * factor;
         }
@@ -42,8 +44,8 @@ void test(const std::vector<int64_t>& lengths, int64_t width, int64_t stride, in
       emulator::launches = 0;
       if (has_x) {
         const check::Fenced<A> workspace(
-            gradnorm::product_sums_workspace(x, stride, g, stride, rows, width, segments));
-        gradnorm::product_sums_cuda(x, stride, g, stride, rows, width,
+            gradnorm::product_sums_workspace(x, x_stride, g, stride, rows, width, segments));
+        gradnorm::product_sums_cuda(x, x_stride, g, stride, rows, width,
                                     static_cast<const A*>(shift.data()),
                                     static_cast<const A*>(scale.data()), offsets.data(), segments,
                                     out.data(), workspace.data(), nullptr);
@@ -72,6 +74,7 @@ void test_all() {
   test<T>({7, 0, 63, 1}, 33, 40, 0);                              // wide loads, a tail of columns
   test<T>({7, 0, 63, 1}, 32 * kWide + 1, 32 * kWide + kWide, 0);  // two stretches of columns
   test<T>({7, 0, 63, 1}, 40, 41, 0);                              // rows on no multiple of 16 bytes
+  test<T>({7, 0, 63, 1}, 40, 40, 0, 1);                           // rows of x alone
   test<T>({5, 9}, 2 * kWide, 2 * kWide, kWide / 2);               // all of them off by half
   test<T>({700}, 6, 8, 0);                                        // chunks
   test<T>({300, 0, 700}, 17, 17, 0);

@@ -42,19 +42,24 @@ void test(const check::Case& one, int64_t width) {
                16);
 }
 
+// Segments in three groups; where there are enough of them, a block goes through several stretches.
+check::Case many(int64_t count) {
+  check::Grouped grouped;
+  grouped.levels = {{}};
+  for (int64_t s = 0; s < count; ++s) {
+    grouped.lengths.push_back(1);
+    grouped.weights.push_back(0.25 * double(s % 7));
+    grouped.levels[0].push_back(s % 3);
+  }
+  return {"many segments in 3 groups", grouped};
+}
+
 template <typename T>
 void test_all() {
   for (const check::Case& one : check::cases()) {
     for (const int64_t width : {1, 5, 128, 700}) test<T>(one, width);
   }
-  check::Grouped many;
-  for (int64_t s = 0; s < 40; ++s) {
-    many.lengths.push_back(1);
-    many.weights.push_back(0.25 * double(s % 7));
-  }
-  many.levels = {std::vector<int64_t>(40)};
-  for (int64_t s = 0; s < 40; ++s) many.levels[0][s] = s % 3;
-  test<T>({"40 segments in 3 groups", many}, 260);
+  test<T>(many(40), 260);
 }
 
 }  // namespace
@@ -62,5 +67,6 @@ void test_all() {
 int main() {
   test_all<float>();
   test_all<double>();
+  test<float>(many(2112), 260);
   return check::failures != 0;
 }
