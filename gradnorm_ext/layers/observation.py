@@ -266,6 +266,7 @@ class Observation:
         self.batch_dim, self.backwards = batch_dim, backwards
         self.derives = derives  # uses without a rule are differentiated one example at a time
         self.constants = functools.cache(constants)  # where the model's buffers and frozen parameters lie
+        self.frozen: dict[int, Tensor] = {}  # and where those lie that FSDP2 gathers anew each time
         self.examples: int | None = None
         self.batch: Examples | None = None
         self.weights: Tensor | None = None  # per example
@@ -326,6 +327,11 @@ class Observation:
                 if slot.audit_due:
                     self._audit(slot)
         return slot
+
+    def look_at_frozen(self, parameter: nn.Parameter) -> None:
+        """Under FSDP2 a frozen parameter lies elsewhere whenever it is whole, which is when it is read."""
+        if self.shards is not None and not hasattr(parameter, "device_mesh"):
+            self.frozen[parameter.untyped_storage().data_ptr()] = parameter
 
     def split_read(self, slot: Slot, module: nn.Module) -> RuntimeError:
         """The error for a DTensor that is read where no rule expects one."""
@@ -426,8 +432,12 @@ class Observation:
         return tensor.untyped_storage().data_ptr() in self.inputs
 
     def is_constant(self, tensor: Tensor) -> bool:
-        """Whether this is a buffer of the model, which has no batch dimension whatever its sizes."""
-        return tensor.untyped_storage().data_ptr() in self.constants()
+        """Whether this is a buffer or a frozen parameter, which has no batch dimension whatever its sizes."""
+        where = tensor.untyped_storage().data_ptr()
+        gathered = self.frozen.get(where)
+        return where in self.constants() or (
+            gathered is not None and gathered.untyped_storage().data_ptr() == where  # else its memory is another's now
+        )
 
     def is_data(self, tensor: Tensor) -> bool:
         """Whether this is known to be no constant: an activation, or an argument of the model or one of its modules."""
@@ -957,6 +967,7 @@ class Observation:
             for kept in (slot.uses, slot.deferred, slot.kept):
                 kept.clear()
         self.slots.clear()
+        self.frozen.clear()
         del self.start
 
 

@@ -182,12 +182,15 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 def _observed_class(base: Any) -> type:
     def __getattr__(self: nn.Module, name: str) -> Any:
         value = base.__getattr__(self, name)
-        if isinstance(value, nn.Parameter) and value.requires_grad and torch.is_grad_enabled():
-            observation: Observation | None = self.__dict__.get(_SESSION)
-            if observation is not None and (slot := observation.slot_of(self, name, value)) is not None:
-                if hasattr(value, "device_mesh"):
-                    raise observation.split_read(slot, self)
-                return Tap.of(observation, slot, value)
+        observation: Observation | None = self.__dict__.get(_SESSION)
+        if observation is None or not isinstance(value, nn.Parameter):
+            return value
+        if not value.requires_grad:
+            observation.look_at_frozen(value)
+        elif torch.is_grad_enabled() and (slot := observation.slot_of(self, name, value)) is not None:
+            if hasattr(value, "device_mesh"):
+                raise observation.split_read(slot, self)
+            return Tap.of(observation, slot, value)
         return value
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
