@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 from worlds import run_world
 
-from gradnorm_ext import ClipExamples, InverseNorm, Meter, Reweighted
+from gradnorm_ext import IMTLG, ClipExamples, InverseNorm, Meter, Reweighted
 
 
 def check_meter(rank: int, wrap, head: str = "own") -> None:
@@ -131,6 +132,105 @@ def check_next_step_of_ddp(rank: int) -> None:
 
 def check_next_step_of_fsdp(rank: int) -> None:
     check_next_step(rank, fsdp)
+
+
+def gram_of(gradients: list[dict[str, torch.Tensor]], tasks: torch.Tensor) -> torch.Tensor:
+    flat = torch.stack([torch.cat([g.flatten() for g in of.values()]) for of in gradients])
+    of_task = torch.zeros(2, flat.shape[1], dtype=flat.dtype).index_add_(0, tasks, flat)
+    return of_task @ of_task.T
+
+
+def check_gram(rank: int, wrap) -> None:
+    """The tasks' inner products over all ranks, and the policies that need them."""
+    case, part = make_case("tied"), OF_RANK[rank]
+    truth = Truth(case)
+    gram = gram_of(truth.gradients, TASKS)
+    weights = IMTLG()(SimpleNamespace(task_gram=gram, task_count=TASKS.bincount()))
+    for how in (None, {"passes": 2}, {"apply": "next_step"}):
+        model = wrap(copy.deepcopy(case.model))
+        observer = Meter(model, tasks=2, gram=True, ranks="exact", per_layer=how is None)
+        if how is not None:
+            observer = Reweighted(torch.optim.SGD(model.parameters(), 0.0), observer, IMTLG(), **how)
+        for block in range(2):
+            model.zero_grad()
+            with observer.observe(tasks=TASKS[part]):
+                loss = case.loss(model(case.x[part]), case.y[part])
+                loss.backward() if how is None else observer.backward(loss)
+            assert relative(observer.stats.task_gram, gram) <= CLOSE
+            assert_same_on_all_ranks(observer.stats.task_gram)
+            if how is None:
+                of_layers = sum(layer.task_gram for layer in observer.stats.layers.values())
+                assert relative(of_layers, gram) <= CLOSE
+                continue
+            expected = torch.ones(2) if "apply" in how and block == 0 else weights
+            assert relative(observer.weights, expected) <= 10 * CLOSE  # a system of equations away
+            assert_same_on_all_ranks(observer.weights.double())
+            assert_gradients(model, truth.weighted(expected[TASKS]), 10 * CLOSE)
+
+
+def check_estimated_gram(rank: int, wrap) -> None:
+    """By the pairs of examples of two tasks that met on a rank; where none did, nothing is known."""
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case)
+    flat = torch.stack([torch.cat([g.flatten() for g in of.values()]) for of in truth.gradients])
+    for tasks, prompts in (
+        (TASKS, None),
+        (TASKS, torch.tensor([0, 1, 2, 3, 4, 5, 5])),
+        ((torch.arange(7) > 2).long(), None),
+    ):
+        met = pairs = 0
+        units = torch.arange(EXAMPLES) if prompts is None else prompts
+        count = [len(units[tasks == k].unique()) for k in range(2)]
+        for of_rank in OF_RANK:
+            here = tasks[of_rank]
+            met += float(flat[of_rank][here == 0].sum(0) @ flat[of_rank][here == 1].sum(0))
+            pairs += len(units[of_rank][here == 0].unique()) * len(units[of_rank][here == 1].unique())
+        expected = count[0] * count[1] * met / pairs if pairs else float("nan")
+        model = wrap(copy.deepcopy(case.model))
+        meter = Meter(model, tasks=2, gram=True)
+        for _ in range(2):
+            with meter.observe(tasks=tasks[part], prompts=None if prompts is None else prompts[part]):
+                case.loss(model(case.x[part]), case.y[part]).backward()
+            gram = meter.stats.task_gram
+            assert torch.equal(gram.diagonal(), meter.stats.task_sqnorm)
+            assert torch.equal(gram, gram.T) or not pairs
+            found = float(gram[0, 1])
+            assert abs(found - expected) <= CLOSE * abs(float(truth.task_norm.prod())) or (found != found and not pairs)
+            if pairs:
+                assert_same_on_all_ranks(gram)
+
+
+def check_exact_tasks(rank: int, wrap) -> None:
+    """The gradients of several blocks, of other sizes on every rank, as of one batch."""
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case)
+    model = wrap(copy.deepcopy(case.model))
+    meter = Meter(model, tasks=2, exact_tasks=True, ranks="exact")
+    for _ in range(2):
+        meter.reset()
+        for some in (slice(part.start, part.start + 2), slice(part.start + 2, part.stop), slice(0, 0)):
+            with meter.observe(tasks=TASKS[some]):
+                case.loss(model(case.x[some]), case.y[some]).backward()
+        stats = meter.stats
+        _, unbiased, variance = truth.estimates((slice(None),))
+        assert relative(stats.example_norm, truth.example_norm[part]) <= CLOSE
+        assert relative(stats.task_norm, truth.task_norm) <= CLOSE
+        assert relative(stats.task_gram, gram_of(truth.gradients, TASKS)) <= CLOSE
+        assert relative(stats.task_sqnorm_unbiased, unbiased) <= CLOSE
+        assert relative(stats.task_variance, variance) <= CLOSE
+        assert stats.task_units.tolist() == stats.task_count.tolist() == TASKS.bincount().tolist()
+        assert_same_on_all_ranks(torch.stack([stats.task_norm, stats.task_sqnorm_unbiased, stats.task_variance]))
+
+
+def check_sums_over_ranks_of_ddp(rank: int) -> None:
+    check_gram(rank, ddp)
+    check_estimated_gram(rank, ddp)
+    check_exact_tasks(rank, ddp)
+
+
+def check_sums_over_ranks_of_fsdp(rank: int) -> None:
+    check_gram(rank, fsdp)
+    check_exact_tasks(rank, fsdp)
 
 
 def check_missing_tasks_and_an_empty_rank(rank: int, wrap) -> None:
@@ -420,10 +520,21 @@ def check_refusals(rank: int) -> None:
                 optimizer.observe(tasks=TASKS),
             ):
                 pass
-        for option in ({"gram": True}, {"exact_tasks": True}):
-            meter = Meter(model, tasks=2, **option)
-            with pytest.raises(ValueError, match="gradients are not summed for every task"), meter.observe(tasks=TASKS):
+        plain = torch.optim.SGD(model.parameters(), 0.1)
+        for meter in (
+            Meter(model, tasks=2, exact_tasks=True),
+            Reweighted(plain, model, IMTLG(), tasks=2, gram=True, passes=2),
+        ):
+            with pytest.raises(ValueError, match="summed over the 2 ranks for every task"), meter.observe(tasks=TASKS):
                 pass
+        meter = Meter(model, tasks=2, exact_tasks=True, per_layer=True, ranks="exact")
+        with pytest.raises(ValueError, match="only the whole model's sums"), meter.observe(tasks=TASKS):
+            pass
+        mixing = Reweighted(
+            torch.optim.SGD(model.parameters(), 0.1), model, InverseNorm(), tasks=2, exact_tasks=True, ranks="exact"
+        )
+        with pytest.raises(RuntimeError, match="gradients are reduced during backward"), mixing.observe(tasks=TASKS):
+            pass
         local = Reweighted(torch.optim.SGD(model.parameters(), 0.1), model, InverseNorm(), tasks=2, ranks="local")
         with pytest.raises(RuntimeError, match="must weigh alike"), local.observe(tasks=TASKS):
             pass
@@ -449,13 +560,14 @@ def test_ddp_measures_and_weighs_as_one_process_would(tmp_path):
         check_options_of_ddp,
         check_a_static_graph,
     ]
-    checks += [check_refusals]
+    checks += [check_sums_over_ranks_of_ddp, check_refusals]
     run_world(RANKS, checks, tmp_path)
 
 
 def test_fsdp2_measures_and_weighs_as_one_process_would(tmp_path):
     checks = [check_meters_of_fsdp, check_two_passes_of_fsdp, check_next_step_of_fsdp, check_an_empty_rank_of_fsdp]
     checks += [check_accumulation_of_fsdp, check_options_of_fsdp, check_ranks_by_themselves]
+    checks += [check_sums_over_ranks_of_fsdp]
     run_world(RANKS, checks, tmp_path)
 
 

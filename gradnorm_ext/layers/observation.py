@@ -636,16 +636,22 @@ class Observation:
             rows = [slot.index for slot in self.slots.values() if slot.split_over is group]
             figures[rows] = _sum_over(group, figures[rows])
 
-    def _sum_over_ranks(self, figures: Tensor, total: Callable[[Tensor], Tensor]) -> None:
-        """The tasks' inner products over all ranks; every rank sums every parameter, whatever it used, in one order."""
+    def task_grams(self, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """``[parameters, K, K]``: inner products of the tasks' gradients that were added up in ``Plan.totals``.
+
+        Every rank sums every parameter that is measured, whatever it used, in one order.
+        """
         assert self.batch is not None and self.plan.totals is not None
         tasks = self.batch.groups.counts[-1]
+        grams = torch.zeros(len(self.slots), tasks, tasks, dtype=self.probe.dtype, device=self.probe.device)
         for slot in self.slots.values():
-            if slot.wanted:
-                gradients = figures.new_zeros(tasks, slot.parameter.numel())
-                if (of_rank := self.plan.totals.pop(slot.name, None)) is not None:
-                    gradients.copy_(of_rank.flatten(1))
-                figures[slot.index, -(tasks**2) :] = gram_of(total(gradients)).flatten()
+            gradients = self.plan.totals.get(slot.name)
+            if over_ranks is not None and slot.wanted:
+                of_all = grams.new_zeros(tasks, slot.parameter.numel())
+                gradients = over_ranks(of_all if gradients is None else of_all.copy_(gradients.flatten(1)))
+            if gradients is not None and slot.wanted:
+                grams[slot.index] = gram_of(gradients)
+        return grams
 
     def _audited(self, use: Use, gradient: Tensor | None) -> Tensor | None:
         """The gradient in the shape of what was used, written down where the parameter is audited."""
@@ -846,7 +852,10 @@ class Observation:
                 slot.weights = self.plan.layer_weights(slot.name, figures[slot.index])
         self._add_parts(figures)
         if self.plan.over_ranks is not None:
-            self._sum_over_ranks(figures, self.plan.over_ranks)
+            grams = self.task_grams(self.plan.over_ranks).flatten(1)
+            figures[:, -grams.shape[1] :] = grams
+            assert self.plan.totals is not None
+            self.plan.totals.clear()  # a second pass would keep them in vain
         self._learn()
         return figures
 
