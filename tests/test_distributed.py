@@ -26,7 +26,7 @@ from oracle import Case, Transformer, relative, token_loss
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -509,6 +509,26 @@ def check_fsdp_of_tensor_parallel(rank: int) -> None:
         check_split_layers(mesh["split"], wrap, 2, OF_RANK[rank // 2], sequence)
 
 
+def check_replicated_shards(rank: int) -> None:
+    """Two machines that each shard the model between them would have: examples are divided among all four."""
+    case = make_case()
+    of_rank = (slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 7))
+    truth, part = Truth(case, ranks=4), of_rank[rank]
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for ranks in ("unbiased", "exact"):
+        model = fsdp(copy.deepcopy(case.model), mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        optimizer = Reweighted(optimizer, model, InverseNorm(), passes=2, tasks=2, ranks=ranks)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with optimizer.observe(tasks=TASKS[part]):
+                optimizer.backward(case.loss(model(case.x[part]), case.y[part]))
+            assert relative(optimizer.stats.example_norm, truth.example_norm[part]) <= CLOSE
+            norm = truth.task_norm if ranks == "exact" else truth.estimates(of_rank)[0].clamp(min=0).sqrt()
+            assert relative(optimizer.stats.task_norm, norm) <= CLOSE
+            assert_gradients(model, truth.weighted(optimizer.weights[TASKS]))
+
+
 def check_refusals(rank: int) -> None:
     case, part = make_case(), OF_RANK[rank]
     for wrap in (ddp, fsdp):
@@ -537,6 +557,14 @@ def check_refusals(rank: int) -> None:
             pass
         local = Reweighted(torch.optim.SGD(model.parameters(), 0.1), model, InverseNorm(), tasks=2, ranks="local")
         with pytest.raises(RuntimeError, match="must weigh alike"), local.observe(tasks=TASKS):
+            pass
+    model = ddp(copy.deepcopy(case.model))
+    with model.join(), pytest.raises(RuntimeError, match="every rank must run every block, got DDP's join context"):
+        Meter(model).observe().__enter__()
+    flattened = FullyShardedDataParallel(copy.deepcopy(case.model), device_id=torch.device("cpu"))
+    for observer in (Meter(flattened), Reweighted(torch.optim.SGD(flattened.parameters()), flattened, InverseNorm())):
+        refused = pytest.raises(RuntimeError, match=r"tensors of their own, got the model \(FullyShardedDataParallel\)")
+        with refused, observer.observe():
             pass
     for wrap in (ddp, lambda model: fully_shard(model)):
         model = wrap(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)))
@@ -575,5 +603,5 @@ def test_layers_that_dtensor_splits_are_measured_whole(tmp_path):
     run_world(2, [check_tensor_parallel, check_split_layers_without_a_rule], tmp_path)
 
 
-def test_fsdp2_over_tensor_parallel_layers(tmp_path):
-    run_world(4, [check_fsdp_of_tensor_parallel], tmp_path)
+def test_fsdp2_over_tensor_parallel_layers_and_over_replicas(tmp_path):
+    run_world(4, [check_fsdp_of_tensor_parallel, check_replicated_shards], tmp_path)
