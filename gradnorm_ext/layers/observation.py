@@ -340,6 +340,13 @@ class Observation:
             "let Linear, Embedding, LayerNorm or RMSNorm use it, with DTensors as inputs, or freeze it"
         )
 
+    def wrapped_read(self, slot: Slot, parameter: Tensor) -> RuntimeError:
+        """The error for a parameter that is a tensor of another kind, which computes in ways of its own."""
+        return RuntimeError(
+            f"{self.who}: no rule for {slot.name}, which is trainable and a {type(parameter).__name__}; freeze it, or make the "
+            "model with plain parameters (of torchao's float8 linears: without enable_fsdp_float8_all_gather)"
+        )
+
     def check_split(self, slot: Slot) -> None:
         """Refuse what needs the whole gradient of a parameter that has parts on other ranks."""
         if self.plan.totals is not None or self.plan.layer_weights is not None or self.plan.gram:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Slot, Use
@@ -190,6 +191,8 @@ def _observed_class(base: Any) -> type:
         elif torch.is_grad_enabled() and (slot := observation.slot_of(self, name, value)) is not None:
             if hasattr(value, "device_mesh"):
                 raise observation.split_read(slot, self)
+            if type(value) is not nn.Parameter and is_traceable_wrapper_subclass(value):
+                raise observation.wrapped_read(slot, value)
             return Tap.of(observation, slot, value)
         return value
 
