@@ -22,7 +22,8 @@ from divided import (
     make_case,
     whole,
 )
-from oracle import Case, Transformer, relative, token_loss
+from oracle import Case, Transformer, relative, square_loss, token_loss
+from test_checkpoints import KINDS
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -35,6 +36,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from worlds import run_world
 
 from gradnorm_ext import IMTLG, ClipExamples, InverseNorm, Meter, Reweighted
@@ -363,6 +365,92 @@ def check_options_of_ddp(rank: int) -> None:
             optimizer.step()
 
 
+class Branch(nn.Module):
+    """A layer that only the examples of the first rank pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.more, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.first(x))
+        return self.head(torch.tanh(self.more(h)) if bool((x[:, 0] > 0).all()) else h)
+
+
+def check_layers_that_one_rank_uses(rank: int) -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(EXAMPLES, 6), torch.randn(EXAMPLES, 2)
+    x[:, 0] = x[:, 0].abs() * torch.where(torch.arange(EXAMPLES) < OF_RANK[0].stop, 1, -1)
+    case, part = Case(Branch(), x, y, square_loss).to(torch.float64), OF_RANK[rank]
+    truth = Truth(case)
+    for ranks in ("unbiased", "exact"):
+        model = DistributedDataParallel(copy.deepcopy(case.model), find_unused_parameters=True)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        optimizer = Reweighted(optimizer, model, InverseNorm(), passes=2, tasks=2, ranks=ranks)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with optimizer.observe(tasks=TASKS[part]):
+                optimizer.backward(case.loss(model(case.x[part]), case.y[part]))
+            assert relative(optimizer.stats.example_norm, truth.example_norm[part]) <= CLOSE
+            norm = truth.task_norm if ranks == "exact" else truth.estimates()[0].clamp(min=0).sqrt()
+            assert relative(optimizer.stats.task_norm, norm) <= CLOSE
+            assert_gradients(model, truth.weighted(optimizer.weights[TASKS]))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, block: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.block, self.options = block, KINDS[kind]
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.block, h, **self.options)
+
+
+def check_checkpointed_blocks(rank: int, wrap) -> None:
+    """What a block's backward computes again FSDP2 gathers again."""
+    part = OF_RANK[rank]
+    for kind in ("reentrant", "not reentrant", "selective by policy"):
+        case = make_case()
+        for i, block in enumerate(case.model.blocks):
+            case.model.blocks[i] = Checkpointed(block, kind)
+        truth = Truth(case)
+        for how in ({"passes": 2}, {"apply": "next_step"}):
+            model = wrap(copy.deepcopy(case.model))
+            plain = torch.optim.SGD(model.parameters(), 0.0)
+            optimizer = Reweighted(plain, model, InverseNorm(), tasks=2, ranks="exact", **how)
+            for _ in range(2):
+                optimizer.zero_grad()
+                with optimizer.observe(tasks=TASKS[part]):
+                    optimizer.backward(case.loss(model(case.x[part]), case.y[part]))
+                assert relative(optimizer.stats.example_norm, truth.example_norm[part]) <= CLOSE, (kind, how)
+                assert relative(optimizer.stats.task_norm, truth.task_norm) <= CLOSE
+                assert_gradients(model, truth.weighted(optimizer.weights[TASKS]))
+
+
+def check_checkpointed_blocks_of_ddp(rank: int) -> None:
+    check_checkpointed_blocks(rank, ddp)
+
+
+def check_checkpointed_blocks_of_fsdp(rank: int) -> None:
+    check_checkpointed_blocks(rank, fsdp)
+
+
+def check_a_divide_factor(rank: int) -> None:
+    """Gradients that are added up instead of averaged."""
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case, ranks=1)
+    model = fsdp(copy.deepcopy(case.model))
+    for module in (model, *model.blocks):
+        module.set_gradient_divide_factor(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer = Reweighted(optimizer, model, InverseNorm(), passes=2, tasks=2, ranks="exact")
+    with optimizer.observe(tasks=TASKS[part]):
+        optimizer.backward(case.loss(model(case.x[part]), case.y[part]))
+    assert relative(optimizer.stats.example_norm, truth.example_norm[part]) <= CLOSE
+    assert relative(optimizer.stats.task_norm, truth.task_norm) <= CLOSE
+    assert_gradients(model, truth.weighted(optimizer.weights[TASKS]))
+
+
 def check_a_static_graph(rank: int) -> None:
     case, part = make_case(), OF_RANK[rank]
     truth = Truth(case)
@@ -588,6 +676,7 @@ def test_ddp_measures_and_weighs_as_one_process_would(tmp_path):
         check_options_of_ddp,
         check_a_static_graph,
     ]
+    checks += [check_layers_that_one_rank_uses, check_checkpointed_blocks_of_ddp]
     checks += [check_sums_over_ranks_of_ddp, check_refusals]
     run_world(RANKS, checks, tmp_path)
 
@@ -595,7 +684,7 @@ def test_ddp_measures_and_weighs_as_one_process_would(tmp_path):
 def test_fsdp2_measures_and_weighs_as_one_process_would(tmp_path):
     checks = [check_meters_of_fsdp, check_two_passes_of_fsdp, check_next_step_of_fsdp, check_an_empty_rank_of_fsdp]
     checks += [check_accumulation_of_fsdp, check_options_of_fsdp, check_ranks_by_themselves]
-    checks += [check_sums_over_ranks_of_fsdp]
+    checks += [check_checkpointed_blocks_of_fsdp, check_a_divide_factor, check_sums_over_ranks_of_fsdp]
     run_world(RANKS, checks, tmp_path)
 
 
