@@ -213,6 +213,16 @@ def _computes_in_half(parameter: Tensor) -> bool:
     return autocast or parameter.dtype == torch.float16
 
 
+def _memory_of(tensor: Tensor) -> int | None:
+    """Where a tensor's entries lie; None of one that has none itself: a DTensor, or what a collective has yet to bring."""
+    if hasattr(tensor, "device_mesh"):
+        return None
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # torch's, of wrappers without a storage
+        return None
+
+
 def _sum_over(group: Any, tensor: Tensor) -> Tensor:
     tensor = tensor.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(tensor, group=group)
@@ -358,8 +368,8 @@ class Observation:
     def look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What a module's arguments say; the first ones are the model's inputs."""
         for one in args:
-            if isinstance(one, Tensor) and not one.requires_grad and not hasattr(one, "device_mesh"):
-                self.data.add(one.untyped_storage().data_ptr())
+            if isinstance(one, Tensor) and not one.requires_grad and (where := _memory_of(one)) is not None:
+                self.data.add(where)
         if not self.rows_per_example:
             self._look_at_inputs(args, kwargs)
 
@@ -372,8 +382,8 @@ class Observation:
             if one.dim() > self.batch_dim and one.shape[self.batch_dim] == self.examples:
                 first = one.shape[1 - self.batch_dim] if one.dim() > 1 else 1
                 self.rows_per_example |= {first * math.prod(one.shape[2:end]) for end in range(2, one.dim() + 1)}
-                if not hasattr(one, "device_mesh"):
-                    self.inputs.add(one.untyped_storage().data_ptr())
+                if (where := _memory_of(one)) is not None:
+                    self.inputs.add(where)
 
     def _begin_with(self, sizes: Sequence[int]) -> None:
         if not sizes or sizes[0] == 0:
@@ -436,11 +446,12 @@ class Observation:
 
     def is_input(self, tensor: Tensor) -> bool:
         """Whether this is an input of the model that shows the batch, or a view of one."""
-        return tensor.untyped_storage().data_ptr() in self.inputs
+        return _memory_of(tensor) in self.inputs
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether this is a buffer or a frozen parameter, which has no batch dimension whatever its sizes."""
-        where = tensor.untyped_storage().data_ptr()
+        if (where := _memory_of(tensor)) is None:
+            return False
         gathered = self.frozen.get(where)
         return where in self.constants() or (
             gathered is not None and gathered.untyped_storage().data_ptr() == where  # else its memory is another's now
@@ -448,7 +459,7 @@ class Observation:
 
     def is_data(self, tensor: Tensor) -> bool:
         """Whether this is known to be no constant: an activation, or an argument of the model or one of its modules."""
-        return tensor.requires_grad or tensor.untyped_storage().data_ptr() in self.data
+        return tensor.requires_grad or _memory_of(tensor) in self.data
 
     def _unexplained(self, shape: Sequence[int], name: str) -> ValueError:
         assert self.batch is not None
