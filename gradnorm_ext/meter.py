@@ -20,14 +20,17 @@ from torch import Tensor, nn
 from gradnorm_ext.distributed import How, Ranks, Shards, empty_rewards, find_ranks, parameter_groups, sharded_modules
 from gradnorm_ext.layers import (
     Examples,
+    Graphs,
     Interception,
     Memory,
     Observation,
     Packing,
     Plan,
+    compiled_modules,
     observe_modules,
     release_modules,
     repeatable_checkpoints,
+    whole_graph_backend,
 )
 from gradnorm_ext.rewards import RewardStats, reward_stats
 from gradnorm_ext.segments import Groups
@@ -233,11 +236,34 @@ class Meter:
     @contextmanager
     def block(self, who: str, plan: Plan, given: Given, *, always_verify: bool = False) -> Iterator[Block]:
         """`observe` with a plan of what else is to happen: what `Reweighted` and `check` are built on."""
-        with _Eager(), self._opened(who, plan, given, always_verify) as block:
-            yield block
+        callbacks = compiled_modules(module for _, module in _modules(self.model)) if _Compilation.exists() else []
+        graphs = None if always_verify else self._graphs_of(plan, given, callbacks)
+        with _Compilation(who, graphs, bool(callbacks)) as graphs:
+            try:
+                with self._opened(who, plan, given, always_verify, graphs) as block:
+                    yield block
+            finally:
+                if graphs is not None:
+                    graphs.observation = None
+
+    def _graphs_of(self, plan: Plan, given: Given, callbacks: Sequence[Any]) -> Graphs | None:
+        """The observed graphs of a compiled model; None where this block runs it as it was written."""
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        at_once = plan.passes == 1 and plan.layer_weights is None and given.get("backwards", 1) == 1
+        if (
+            not (callbacks and alone and at_once)
+            or self.exact_tasks
+            or self.modules is not None
+            or self.memory.verifies
+        ):
+            return None
+        backend = None if self.memory.unobservable else whole_graph_backend(callbacks)
+        return None if backend is None else Graphs.of(backend)
 
     @contextmanager
-    def _opened(self, who: str, plan: Plan, given: Given, always_verify: bool) -> Iterator[Block]:
+    def _opened(
+        self, who: str, plan: Plan, given: Given, always_verify: bool, graphs: Graphs | None
+    ) -> Iterator[Block]:
         if self._closed:
             raise RuntimeError(f"{who}: the meter must be open, got one that was closed; make a new Meter")
         loss_scale, batch_dim, backwards = (
@@ -292,6 +318,7 @@ class Meter:
             derives=self.on_unsupported == "vmap",
             constants=functools.partial(_constants, modules),
             always_verify=always_verify,
+            graphs=graphs is not None,
             **self._engine(who, modules),
         )
         names = [name for name, _ in parameters]
@@ -304,6 +331,8 @@ class Meter:
         block = Block(observation, stats_of)
         if batch.examples is not None:
             start(batch.examples)
+        if graphs is not None:
+            graphs.observation = observation
         observe_modules(modules, observation)
         functions = Interception()
         closed = False
@@ -564,31 +593,59 @@ def _constants(modules: Sequence[tuple[str, nn.Module]]) -> frozenset[int]:
     return frozenset(t.untyped_storage().data_ptr() for t in whole)
 
 
-class _Eager:
-    """Compiled functions run as they were written: a graph has neither the taps nor a block's books.
+class _Compilation:
+    """How compiled functions run while blocks are open: as they were written, or as observed graphs of one model.
 
     The stance is the process's, and blocks of several threads need not close in the order in which they opened.
     """
 
     lock = threading.Lock()
-    blocks = 0
+    blocks = 0  # that run eagerly
+    graphs: Graphs | None = None  # of the open block that does not
     stance: contextlib.AbstractContextManager[Any] | None = None
 
-    def __enter__(self) -> None:
-        with _Eager.lock:
-            if _Eager.stance is None and "torch._dynamo" in sys.modules:  # else nothing is compiled
-                _Eager.stance = self._take()
-            _Eager.blocks += 1
-
-    def __exit__(self, *_: object) -> None:
-        with _Eager.lock:
-            _Eager.blocks -= 1
-            if not _Eager.blocks and _Eager.stance is not None:
-                _Eager.stance.__exit__(None, None, None)
-                _Eager.stance = None
+    def __init__(self, who: str, graphs: Graphs | None, has_compiled: bool) -> None:
+        self.who, self.wanted, self.has_compiled = who, graphs, has_compiled
+        self.counts = False
 
     @staticmethod
-    def _take() -> contextlib.AbstractContextManager[Any]:
+    def exists() -> bool:
+        """Whether anything can be compiled."""
+        return "torch._dynamo" in sys.modules
+
+    def __enter__(self) -> Graphs | None:
+        cls = _Compilation
+        with cls.lock:
+            if cls.graphs is not None:
+                if self.has_compiled:
+                    raise RuntimeError(
+                        f"{self.who}: compiled models are observed by one block at a time, got one while another is open; "
+                        "close that one first"
+                    )
+                return None
+            if self.wanted is not None and not cls.blocks:
+                cls.stance = self._take("default", force_backend=self.wanted.compile)
+                cls.graphs = self.wanted
+                return self.wanted
+            if cls.stance is None and cls.exists():
+                cls.stance = self._take("force_eager")
+            self.counts = True
+            cls.blocks += 1
+            return None
+
+    def __exit__(self, *_: object) -> None:
+        cls = _Compilation
+        with cls.lock:
+            if self.counts:
+                cls.blocks -= 1
+            elif cls.graphs is not None and cls.graphs is self.wanted:
+                cls.graphs = None
+            if not cls.blocks and cls.graphs is None and cls.stance is not None:
+                cls.stance.__exit__(None, None, None)
+                cls.stance = None
+
+    @staticmethod
+    def _take(stance: str, **options: Any) -> contextlib.AbstractContextManager[Any]:
         refusal = (
             "Meter: an observe block must be opened outside of compiled functions, got one inside of torch.compile; "
             "compile the model, not the training step"
@@ -596,10 +653,10 @@ class _Eager:
         if torch.compiler.is_compiling():
             raise RuntimeError(refusal)
         try:
-            stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+            taken: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance(stance, **options)
         except RuntimeError as error:
             raise RuntimeError(refusal) from error
-        return stance
+        return taken
 
 
 def _device_of(parameter: nn.Parameter) -> torch.device:

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradnorm_ext.layers.calls import Backward, Call, first_order, no_autocast
+from gradnorm_ext.layers.calls import Backward, Call, Observed, first_order, no_autocast
 from gradnorm_ext.layers.contributions import Lookup
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.segments import Segments
 
 
-class _EmbeddingBag(torch.autograd.Function):
+class _EmbeddingBag(Observed):
     """``y[b] = Σ_{r in b} scale[r] W[ids[r]]``; ``ends [bags + 1]``: where the bags' rows begin."""
 
     @staticmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +25,31 @@ from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
 
+class Input(NamedTuple):
+    """A tensor that a function was given, as far as its gradient has to be like it."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+    is_parameter: bool
+
+
 class Call:
     """What a function's backward has to know: the uses it feeds, in the order of their probe rows."""
 
     def __init__(self, observation: Observation, layout: Layout, *uses: Use | None, swapped: bool = False) -> None:
         self.observation, self.layout, self.uses, self.swapped = observation, layout, uses, swapped
+        self.inputs: list[Input | None] = []  # of the function, in a compiler's trace
 
     @property
     def segments(self) -> Segments:
         return self.layout.segments
+
+    @property
+    def measures(self) -> bool:
+        """Whether the backward that is running is for the parameters: not so that of ``torch.autograd.grad(y, x)``."""
+        node = self.observation.probe_node
+        return node is not None and bool(torch._C._will_engine_execute_node(node))
 
     @property
     def probes(self) -> list[Tensor | None]:
@@ -84,14 +100,28 @@ def module_call(
     return Call(observation, layout, use, bias_use), use.operand, bias_use.operand
 
 
+class Observed(torch.autograd.Function):
+    """A rule's function; its first input is the `Call`."""
+
+    @classmethod
+    def apply(cls, call: Call, *inputs: Any) -> Any:
+        if call.observation.traces:
+            values = [use.value for use in call.uses if use is not None]
+            call.inputs = [
+                Input(x.shape, x.dtype, x.device, any(x is value for value in values))
+                if isinstance(x, Tensor)
+                else None
+                for x in (call, *inputs)
+            ]
+        return super().apply(call, *inputs)
+
+
 class Backward:
     """One run of a function's backward: delivers contributions and starts the tagging test."""
 
     def __init__(self, ctx: Any, call: Call) -> None:
         self.ctx, self.call, self.backend = ctx, call, call.observation.backend
-        # Not so in torch.autograd.grad(y, x): that run is not for the parameters.
-        probe_node = call.observation.probe_node
-        self.measures = probe_node is not None and bool(torch._C._will_engine_execute_node(probe_node))
+        self.measures = call.measures
 
     def deliver(
         self, which: int, argument: int, make: Callable[[], Contribution]
@@ -126,6 +156,9 @@ def first_order(backward: Any) -> Any:
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Any) -> Any:
+        call = getattr(ctx, "call", None)
+        if call is not None and call.observation.traces:
+            return call.observation.backward(backward, ctx, gradients)
         return refusing(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
 
     return run

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -88,6 +88,13 @@ class Outer:
 
     def fingerprint(self) -> Tensor:
         return _size_of_rows(self.x if self.swapped else self.g)
+
+
+def copied(contribution: Contribution) -> Contribution:
+    """The same in memory of its own: a compiled graph writes over what it has no more use for."""
+    parts = {one.name: getattr(contribution, one.name) for one in dataclasses.fields(contribution)}
+    own: dict[str, Any] = {name: part.clone() for name, part in parts.items() if isinstance(part, Tensor)}
+    return dataclasses.replace(contribution, **own)
 
 
 class FormedColumns(Protocol):

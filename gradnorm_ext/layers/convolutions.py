@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradnorm_ext.layers.calls import Backward, Call, first_order, no_autocast, summed, tapped_call
+from gradnorm_ext.layers.calls import Backward, Call, Observed, first_order, no_autocast, summed, tapped_call
 from gradnorm_ext.layers.contributions import Contribution, Convolved, Geometry
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.reference import accumulator
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(Observed):
     """``y[n, o, p] = Σ_ck w[o, c, k] x[n, c, stride p + dilation k - padding] + b[o]``, or its transpose."""
 
     @staticmethod

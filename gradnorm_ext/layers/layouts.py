@@ -98,6 +98,16 @@ class Examples:
             return "flat, second" if self.batch_dim == 1 else "flat"
         return None
 
+    def allows(self, kind: Kind, shape: Sequence[int]) -> bool:
+        """Whether rows of these sizes can be of a kind that was proven for others."""
+        if kind == "packed":
+            return self.packing is not None and _prefix(shape, self.packing.rows) is not None
+        if kind == "leading":
+            return bool(shape) and shape[0] == self.count
+        if kind == "second":
+            return len(shape) > 1 and shape[1] == self.count
+        return kind != "followed" and math.prod(shape) % self.count == 0
+
 
 def _prefix(shape: Sequence[int], rows: int) -> int | None:
     """How many of the first sizes make up ``rows``."""

@@ -8,14 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradnorm_ext.layers.calls import Backward, Call, first_order, module_call, no_autocast, summed, tapped_call
+from gradnorm_ext.layers.calls import (
+    Backward,
+    Call,
+    Observed,
+    first_order,
+    module_call,
+    no_autocast,
+    summed,
+    tapped_call,
+)
 from gradnorm_ext.layers.contributions import Outer
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation
 from gradnorm_ext.layers.taps import Tap
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Observed):
     """``y = x Wᵀ + b``; swapped: ``y = x W + b``. ``dtype`` is autocast's: the weight's gradient keeps the weight's."""
 
     @staticmethod
@@ -119,7 +128,7 @@ def matmul(first: Tensor, second: Tensor) -> Any:
     return y if y is NotImplemented else y.mT
 
 
-class _Bilinear(torch.autograd.Function):
+class _Bilinear(Observed):
     """``y[r, o] = Σ_ij w[o, i, j] x₁[r, i] x₂[r, j] + b[o]``, of ``x = [x₁, x₂]``."""
 
     @staticmethod

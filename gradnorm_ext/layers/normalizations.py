@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
+    Observed,
     first_order,
     module_call,
     no_autocast,
@@ -25,7 +26,7 @@ from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.reference import accumulator
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(Observed):
     """``y = (x - mean) / deviation ⊙ w + b`` over the last dimensions, as many as ``shape`` has."""
 
     @staticmethod
@@ -95,7 +96,7 @@ def layer_norm_module(observation: Observation, module: nn.LayerNorm, input: Ten
     return _apply_layer_norm(call, input, weight, bias, shape, module.eps)
 
 
-class _GroupNorm(torch.autograd.Function):
+class _GroupNorm(Observed):
     """``y[n, c] = (x[n, c] - mean[n, group of c]) / deviation ⊙ w[c] + b[c]``."""
 
     @staticmethod
@@ -153,7 +154,7 @@ def group_norm(
     return _GroupNorm.apply(call, input, scale, shift, num_groups, eps, *call.probes)
 
 
-class _Affine(torch.autograd.Function):
+class _Affine(Observed):
     """``y[n, c] = x[n, c] ⊙ w[c] + b[c]``."""
 
     @staticmethod

@@ -39,6 +39,7 @@ from gradnorm_ext.layers.contributions import (
     TiedOuter,
     combined_gram,
     combined_sqnorm,
+    copied,
     gram_of,
     per_row,
     tied_sqnorm,
@@ -192,6 +193,8 @@ class Memory:
     verified: set[tuple[str, str, str, tuple[str, ...]]] = field(default_factory=set)
     shared_lookups: set[tuple[str, int]] = field(default_factory=set)  # (parameter, dimensions of the ids)
     corrected: dict[tuple[str, str, int], Kind] = field(default_factory=dict)  # (parameter, function, dimensions)
+    kinds: dict[tuple[str, str], set[Kind]] = field(default_factory=dict)  # (parameter, function): what was verified
+    unobservable: str | None = None  # why the model's compiled graphs run as they were written
     audited: set[str] = field(default_factory=set)  # parameters whose whole gradient was accounted for
     blocks: int = 0  # closed so far
     unverified: bool = False  # there was a use of a new kind that only a later block can verify
@@ -200,6 +203,11 @@ class Memory:
     def due(self) -> bool:
         """Whether the next block verifies itself although nothing looks new: the 10th, the 100th, ..."""
         return str(self.blocks + 1).strip("0") == "1"
+
+    @property
+    def verifies(self) -> bool:
+        """Whether the next block verifies itself, or has to learn what there is."""
+        return self.due or self.unverified or not self.verified
 
     @property
     def asks_ranks(self) -> bool:
@@ -242,6 +250,8 @@ class Shards(Protocol):
 class Observation:
     """The state of one observe block. `begin` must be called before the first use, when B is known."""
 
+    traces = False  # this is a block, and no compiler's trace of one
+
     def __init__(
         self,
         who: str,
@@ -260,6 +270,7 @@ class Observation:
         reduces_early: bool = False,
         shards: Shards | None = None,
         places: Mapping[int, tuple[tuple[int, str], ...]] | None = None,
+        graphs: bool = False,
     ) -> None:
         self.who, self.memory, self.plan, self.backend = who, memory, plan, choose(backend)
         self.start = start  # calls `begin`, once the number of examples is known
@@ -285,7 +296,10 @@ class Observation:
             self.verify = memory.asks_ranks and bool(shards.agree(int(self.verify))[0])
         self.half = False  # something is computed in float16
         self.blurred = False  # the tagging test met numbers that were not finite, and is to be run again
-        self.backward_once = False  # through a selective checkpoint: verifying has to wait for the next block
+        self.graphs = graphs  # compiled graphs are observed
+        self.runs: dict[int, list[Any]] = {}  # of these graphs, by their numbers
+        self._of_graphs: Tensor | None = None  # figures that came from there
+        self.backward_once = graphs  # also through a selective checkpoint: verifying has to wait for the next block
         self.phase: Literal["norms", "weigh"] | None = None  # of two passes
         self.tagging: Literal["base", "scaled"] | None = None
         self.tag_factor: Tensor | None = None
@@ -295,6 +309,7 @@ class Observation:
         self.proven = False  # in the running test, a use has passed whose sizes leave no choice
         self.refuted_lookups: list[Use] = []  # taken for batched, and not
         self._layouts: dict[tuple[int, ...], Layout] = {}  # of activations, by their sizes
+        self._layouts_in_graphs: dict[tuple[Kind, tuple[int, ...]], Layout] = {}
         self.rows_per_example: set[int] = set()  # of tensors that show the batch
         self.inputs: set[int] = set()  # where the model's inputs lie that show the batch
         self.data: set[int] = set()  # where the arguments of modules lie that carry no gradient
@@ -342,6 +357,22 @@ class Observation:
         """Under FSDP2 a frozen parameter lies elsewhere whenever it is whole, which is when it is read."""
         if self.shards is not None and not hasattr(parameter, "device_mesh"):
             self.frozen[parameter.untyped_storage().data_ptr()] = parameter
+
+    def layout_of_kind(self, kind: Kind, shape: tuple[int, ...]) -> Layout:
+        """The layout of rows in a compiled graph: of the kind that was proven, if the sizes allow it."""
+        assert self.batch is not None
+        known = self._layouts_in_graphs.get((kind, shape))
+        if known is None:
+            if not self.batch.allows(kind, shape):
+                raise self._unexplained(shape, f"a graph that was compiled for {kind} rows")
+            known = self._layouts_in_graphs[kind, shape] = Layout(kind, shape, self.batch)
+        return known
+
+    def add_figures(self, slot: Slot, row: Tensor) -> None:
+        """What a use in a compiled graph gives, in place of the gradient of its row of the probe."""
+        if self._of_graphs is None:
+            self._of_graphs = torch.zeros_like(self.probe)
+        self._of_graphs[slot.index] += row
 
     def split_read(self, slot: Slot, module: nn.Module) -> RuntimeError:
         """The error for a DTensor that is read where no rule expects one."""
@@ -505,6 +536,16 @@ class Observation:
         if self.verify and not self.half:
             self.half = _computes_in_half(value)
         return use
+
+    def look_up(self, use: Use, ids: Tensor) -> Tensor:
+        """Write down which entries a use looks up, in the order of its rows; the ids are returned."""
+        use.lookup_dim = ids.dim()
+        if use.shared:
+            of_rows = ids.reshape(-1).repeat(self.examples or 1)
+            use.lookup_ids = of_rows, self.segments(len(of_rows))
+        else:
+            use.lookup_ids = use.layout.ids_of(ids), use.layout.segments
+        return ids
 
     def deliver(
         self, use: Use, contribution: Contribution, needs_gradient: bool
@@ -704,10 +745,10 @@ class Observation:
         lookups = [other.lookup_ids for other in slot.uses if other.lookup_ids is not None]
         whole = self.plan.keep or self.plan.gram or self.backwards > 1
         if len(lookups) != len(slot.uses) - 1 or not isinstance(contribution, (Outer, Parted)) or whole:
-            return contribution
+            return copied(contribution) if self.graphs else contribution
         placed = Placed(contribution, use.views, use.adjoint).in_parameter_space()
         if placed.views or not isinstance(placed.contribution, (Outer, Parted)):
-            return contribution
+            return copied(contribution) if self.graphs else contribution
         return TiedOuter.of(placed.contribution, lookups)
 
     def _audit(self, slot: Slot) -> None:
@@ -744,6 +785,18 @@ class Observation:
             return torch.zeros_like(given) if waits else None
 
         return compare
+
+    def audit_graph(self, slots: Iterable[Slot]) -> None:
+        """Audit the parameters of a compiled graph; where their gradients wait, nothing else may arrive."""
+        for slot in slots:
+            if not self.plan.keep:
+                self._audit(slot)
+            elif not slot.hooked:
+                self._hooks.append(slot.parameter.register_hook(functools.partial(self._refuse_gradient, slot)))
+
+    def _refuse_gradient(self, slot: Slot, total: Tensor) -> None:
+        if bool(total.any()):
+            self.failures.append(f"{slot.name} got a gradient from a use that was not seen")
 
     def run_tagging(self, inputs: Sequence[Input], uses: Sequence[Use]) -> None:
         """The tagging test of everything upstream of a use: called in its backward, with the gradients of its inputs."""
@@ -859,10 +912,11 @@ class Observation:
                 f"{self.who}: loss.backward() must run inside the observe block, got a forward without it; call it "
                 "before the block ends, and without inputs="
             )
-        assert self.probe.grad is not None
         self._refuse_unproven(used)
-        figures: Tensor = self.probe.grad[:, :-1].clone()
-        self._check_use_counts(self.probe.grad[:, -1])
+        found = [one for one in (self.probe.grad, self._of_graphs) if one is not None]
+        counted = functools.reduce(torch.add, found)
+        figures: Tensor = counted[:, :-1].clone()
+        self._check_use_counts(counted[:, -1])
         for slot in self.slots.values():
             if slot.deferred:
                 figures[slot.index] = self._combined(slot).to(figures)
@@ -944,6 +998,8 @@ class Observation:
             self.memory.audited |= {slot.name for slot in seen}
         if self.examples is not None and self.examples > 1 and self.verify and not self.blurred:
             self.memory.verified |= {use.key for slot in seen for use in slot.uses}
+            for use in (use for slot in seen for use in slot.uses):
+                self.memory.kinds.setdefault((use.slot.name, use.function), set()).add(use.layout.kind)
         for slot in self.slots.values():
             for use in slot.uses:
                 if use.shared and use.lookup_ids is not None:
@@ -999,6 +1055,8 @@ class Observation:
 
 
 def _keep(use: Use, contribution: Contribution) -> None:
+    if use.observation.graphs:
+        contribution = copied(contribution)
     versions = tuple(kept._version for kept in contribution.kept)
     use.slot.kept.append((use, contribution, versions))
 

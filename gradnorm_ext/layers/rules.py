@@ -20,6 +20,7 @@ from gradnorm_ext.layers.bags import embedding_bag
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
+    Observed,
     first_order,
     is_row,
     no_autocast,
@@ -36,7 +37,7 @@ from gradnorm_ext.layers.observation import Observation, Use
 from gradnorm_ext.layers.taps import LookedUp, Tap, saving_themselves
 
 
-class _Embedding(torch.autograd.Function):
+class _Embedding(Observed):
     """``y[r] = W[ids[r]]``."""
 
     @staticmethod
@@ -80,7 +81,7 @@ def embedding(
         return weight.looked_up_rows(F.embedding(input, weight.value, padding_idx), input, padding_idx)
     layout = observation.layout(input, 0, weight.name, "embedding")
     use = weight.use("embedding", layout)
-    use.lookup_ids, use.lookup_dim = (layout.ids_of(input), layout.segments), input.dim()
+    input = observation.look_up(use, input)
     use.needs_proof = True  # these may be positions, of a table that all examples share
     call = Call(observation, layout, use)
     return _Embedding.apply(call, input, use.operand, padding_idx, *call.probes)
@@ -108,7 +109,7 @@ def rms_norm(
     return multiply(F.rms_norm(input, normalized_shape, None, eps), weight)
 
 
-class _Product(torch.autograd.Function):
+class _Product(Observed):
     """``y = x ⊙ w``, broadcast."""
 
     @staticmethod
@@ -138,7 +139,7 @@ class _Product(torch.autograd.Function):
         return None, dx, dw, of_weight
 
 
-class _Sum(torch.autograd.Function):
+class _Sum(Observed):
     """``y = x + w``, broadcast; or ``y = x + W[ids]`` for ids that all examples share (a position table)."""
 
     @staticmethod
@@ -195,9 +196,7 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
     use = tap.use(function, layout, sums=True)
     use.needs_proof = not other.requires_grad  # that may be no data, but a constant with a size of B
     if tap.looked_up is not None:
-        ids = tap.looked_up.ids.reshape(-1).repeat(observation.examples or 1)
-        use.lookup_ids = ids, observation.segments(len(ids))
-        use.lookup_dim = tap.looked_up.ids.dim()
+        observation.look_up(use, tap.looked_up.ids)
     return Call(observation, layout, use), use
 
 
@@ -279,7 +278,7 @@ def subtract_from(first: Any, second: Any) -> Any:
     return subtract(second, first)
 
 
-class _Quotient(torch.autograd.Function):
+class _Quotient(Observed):
     """``y = x / w``, broadcast."""
 
     @staticmethod
@@ -327,7 +326,7 @@ def prelu(input: Any, weight: Any) -> Any:
     return NotImplemented if negative_part is NotImplemented else F.relu(input) + negative_part
 
 
-class _Expand(torch.autograd.Function):
+class _Expand(Observed):
     """``y[b] = w`` for every example: a class token given to the batch."""
 
     @staticmethod
@@ -518,7 +517,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.group_norm: group_norm,
     F.instance_norm: instance_norm,
     F.batch_norm: batch_norm,
-    F.rms_norm: rms_norm,
+    **dict.fromkeys((F.rms_norm, torch.rms_norm), rms_norm),  # the second in graphs
     **dict.fromkeys((torch.mul, _T.mul, _T.__mul__, _T.__rmul__, torch.multiply), multiply),
     **dict.fromkeys((_T.mul_, _T.__imul__), _in_place(multiply)),
     **dict.fromkeys((torch.add, _T.add, _T.__add__, _T.__radd__), add),

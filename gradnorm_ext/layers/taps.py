@@ -79,8 +79,12 @@ class Tap(Tensor):
         views: tuple[str, ...] = (),
         others: tuple[Slot, ...] = (),
     ) -> Tap:
-        with torch._C.DisableTorchFunctionSubclass():
-            tap = value.as_subclass(Tap)
+        tap: Tap
+        if observation.traces:
+            tap = Tensor._make_wrapper_subclass(_TracedTap, value.shape, dtype=value.dtype, device=value.device)
+        else:
+            with torch._C.DisableTorchFunctionSubclass():
+                tap = value.as_subclass(Tap)
         tap.observation, tap.slot, tap.value, tap.views, tap.looked_up = observation, slot, value, views, None
         tap.others = others
         return tap
@@ -170,6 +174,16 @@ class Tap(Tensor):
         return result
 
 
+class _TracedTap(Tap):
+    """A tap in a compiler's trace, whose tensors cannot be of our class: one without entries beside its value."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise NotImplementedError(f"{func} of a tap")
+
+
 def saving_themselves() -> Any:
     """For graphs that are gone through when the block closes, after which a checkpoint would not compute them again."""
     return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
@@ -181,8 +195,11 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def _observed_class(base: Any) -> type:
+    # What is compiled is observed as a graph (`compiled`); a compiler must see the modules as they were.
     def __getattr__(self: nn.Module, name: str) -> Any:
         value = base.__getattr__(self, name)
+        if torch.compiler.is_compiling():
+            return value
         observation: Observation | None = self.__dict__.get(_SESSION)
         if observation is None or not isinstance(value, nn.Parameter):
             return value
@@ -197,6 +214,8 @@ def _observed_class(base: Any) -> type:
         return value
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return base.__call__(self, *args, **kwargs)
         observation: Observation | None = self.__dict__.get(_SESSION)
         if observation is not None and torch.is_grad_enabled():
             observation.look_at_call(args, kwargs)
@@ -220,6 +239,8 @@ def _observed_class(base: Any) -> type:
     if rule is not None:
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return base.forward(self, *args, **kwargs)
             observation: Observation | None = self.__dict__.get(_SESSION)
             result = NotImplemented
             if observation is not None and torch.is_grad_enabled():
