@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from models import TASKS, Problem, example_losses
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradnorm_ext import IMTLG, ClipExamples, InverseNorm, Meter, Reweighted, Stats
 
@@ -120,6 +121,51 @@ def per_task(problem: Problem, policy: Any, *, forwards: int) -> Training:
     return adamw(problem), backward
 
 
+def two_backwards(problem: Problem, _: None) -> Training:
+    """A backward to the activations and then a whole one: two passes before a norm is taken."""
+    first = next(module for module in problem.model.modules() if module._parameters)
+    outputs: list[Tensor] = []
+    first.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+
+    def backward() -> dict[str, Tensor]:
+        loss = problem.losses().mean()
+        torch.autograd.grad(loss, outputs.pop(), retain_graph=True)
+        loss.backward()
+        return {}
+
+    return adamw(problem), backward
+
+
+class _ByExample(torch.autograd.Function):
+    """A linear layer whose weight gradient is added up from the library's product of each example."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dw = torch.zeros_like(weight)
+        for of_x, of_g in zip(x, g, strict=True):
+            dw.addmm_(of_g.t(), of_x)
+        dx = g @ weight if ctx.needs_input_grad[0] else None
+        return dx, dw, g.flatten(0, 1).sum(0) if ctx.needs_input_grad[2] else None
+
+
+def products_by_example(problem: Problem, _: None) -> Training:
+    """The plain step with weight gradients from one product an example, where it has several rows; no norms."""
+
+    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+        return _ByExample.apply(x, layer.weight, layer.bias) if x.dim() == 3 else F.linear(x, layer.weight, layer.bias)
+
+    for module in problem.model.modules():
+        if type(module) is nn.Linear:
+            module.forward = partial(forward, module)
+    return plain(problem, None)
+
+
 def norm_of(gradient: Tensor) -> Tensor:
     """Of rows first: torch 2.13's float32 norm of a million numbers at once is off by 1e-5, and would be refused."""
     return gradient.norm(dim=-1).norm()
@@ -161,6 +207,8 @@ VARIANTS = {
     "gram_tasks": Variant(
         partial(reweighted, tasks=TASKS, gram=True), even_out_projections, (1.15, None, None, None, None)
     ),
+    "products_by_example": Variant(products_by_example),
+    "two_backwards": Variant(two_backwards),
     "vmap_examples": Variant(per_example, clip),
     "backward_per_task": Variant(partial(per_task, forwards=1), even_out),
     "batch_per_task": Variant(partial(per_task, forwards=TASKS), even_out),

@@ -333,6 +333,26 @@ def test_other_calls_in_a_block_change_nothing():
         assert_measured(meter, module, case)
 
 
+@pytest.mark.parametrize("measured_first", (True, False))
+@pytest.mark.filterwarnings("ignore:Meter. a compiled graph cannot be observed")
+def test_a_graph_that_serves_a_measured_model_and_another_leaves_no_use_unseen(measured_first):
+    """Dynamo tells modules of one class apart by sizes alone."""
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.zeros(4, 2, dtype=torch.float64)
+    case = Case(nn.Sequential(nn.Linear(3, 2)).double(), x, y, oracle.square_loss)
+    module = copy.deepcopy(case.model)
+    model, other = whole(module), whole(copy.deepcopy(case.model))
+    meter = Meter(model, tasks=2)
+    for _ in range(4):
+        module.zero_grad()
+        with meter.observe(tasks=TASKS):
+            outputs = [one(x) for one in ((model, other) if measured_first else (other, model))]
+            loss = oracle.square_loss(outputs[not measured_first], y)
+            (loss + outputs[measured_first].sum()).backward()
+        assert_measured(meter, module, case)
+    assert graphs() == 1
+
+
 def test_a_backward_at_the_wrong_time_is_an_error():
     case = make()
     model = whole(case.model)

@@ -139,7 +139,8 @@ class Backward:
 
     def tag(self, *inputs: Tensor) -> None:
         """Test what lies upstream of the function's first tensor arguments, whose gradients these are."""
-        self.tag_all([(place, dx, self.call.layout) for place, dx in enumerate(inputs)])
+        if self.call.observation.verify:
+            self.tag_all([(place, dx, self.call.layout) for place, dx in enumerate(inputs)])
 
     def tag_all(self, inputs: Sequence[tuple[int, Tensor, Layout]]) -> None:
         """The same for tensor arguments anywhere among them, by their places, each with a layout of its own."""

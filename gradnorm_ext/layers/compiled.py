@@ -72,16 +72,14 @@ class Graphs:
     def compile(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A backend of ``torch.compile``."""
         observation = self.observation
-        slots = {}
+        graph = None
         if observation is not None and torch.is_grad_enabled():
-            slots = {i: slot for i, one in enumerate(inputs) if (slot := observation.slots.get(id(one))) is not None}
-        if not slots:
+            graph = _Graph(self, module, observation, inputs)
+        if observation is None or graph is None or not (graph.slots or graph.others):
             compiled: Callable[..., Any] = self.backend(module, inputs)
             return compiled
-        assert observation is not None
-        graph = _Graph(self, module, observation, slots)
         try:
-            graph.compiled = self.backend(graph.observed(), inputs)
+            graph.compiled = self.backend(graph.observed() if graph.slots else module, inputs)
         except (torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame):
             raise  # Dynamo's own ways
         except Exception as error:
@@ -124,10 +122,15 @@ class _Graph:
     """One graph: where its parameters are, and what was traced of their uses."""
 
     def __init__(
-        self, graphs: Graphs, module: torch.fx.GraphModule, observation: Observation, slots: dict[int, Slot]
+        self, graphs: Graphs, module: torch.fx.GraphModule, observation: Observation, inputs: Sequence[Any]
     ) -> None:
         self.graphs, self.module, self.number = graphs, module, next(_numbers)
-        self.slots = {place: Slot(slot.index, slot.name, slot.parameter, slot.wanted) for place, slot in slots.items()}
+        found = {
+            place: slot for place, one in enumerate(inputs) if (slot := observation.slots.get(id(one))) is not None
+        }
+        self.slots = {place: Slot(slot.index, slot.name, slot.parameter, slot.wanted) for place, slot in found.items()}
+        trained = (i for i, one in enumerate(inputs) if isinstance(one, nn.Parameter) and one.requires_grad)
+        self.others = tuple(place for place in trained if place not in found)  # of models that are not measured
         self.place_of = {id(slot): place for place, slot in self.slots.items()}
         self.traced = _Traced(self, observation)
         self.compiled: Callable[..., Any] | None = None
@@ -162,7 +165,7 @@ class _Graph:
         observation = self.graphs.observation
         if observation is None or observation.batch is None:
             raise RuntimeError("Meter: an observed graph must be called inside an observe block, got a call outside")
-        found = {place: observation.slots.get(id(inputs[place])) for place in self.slots}
+        found = {place: observation.slots.get(id(inputs[place])) for place in (*self.slots, *self.others)}
         slots = {place: slot for place, slot in found.items() if slot is not None}
         refusal = self.refusal or self._mismatch(observation, slots)
         if refusal is not None or self.compiled is None:
@@ -170,8 +173,8 @@ class _Graph:
             observation.look_at_call(tuple(one for i, one in enumerate(inputs) if i not in slots), {})
             taps = {place: Tap.of(observation, slot, inputs[place]) for place, slot in slots.items()}
             return self.module.forward(*(taps.get(i, one) for i, one in enumerate(inputs)))
-        if not self.audited or inputs[next(iter(slots))].device.type == "cpu":  # elsewhere it waits for the device
-            observation.audit_graph(slots.values())
+        if not self.audited:
+            observation.audit_graphs()
             self.audited = True
         uses = []
         for traced in self.uses:
@@ -185,8 +188,8 @@ class _Graph:
 
     def _mismatch(self, observation: Observation, slots: dict[int, Slot]) -> str | None:
         """What keeps a graph from being that of these parameters: one graph may serve several modules."""
-        if len(slots) < len(self.slots):
-            return "one of its parameters is not observed"
+        if slots.keys() != self.slots.keys():
+            return "one graph serves modules that are observed and others"
         for traced in self.uses:
             slot, kind = slots[self.place_of[id(traced.slot)]], traced.layout.kind
             kinds = observation.memory.kinds.get((slot.name, traced.function), set())

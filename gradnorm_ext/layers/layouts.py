@@ -23,6 +23,7 @@ measured, and remembered for this use.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -201,8 +202,9 @@ class Layout:
         """Take the alternative."""
         assert self.alternative is not None
         self.kind, self.corrected = self.alternative, not self.corrected
+        self.__dict__.pop("segments", None)
 
-    @property
+    @functools.cached_property
     def segments(self) -> Segments:
         """The segments of what `rows_of` returns."""
         if self.kind == "packed":

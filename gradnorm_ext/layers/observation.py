@@ -297,6 +297,7 @@ class Observation:
         self.half = False  # something is computed in float16
         self.blurred = False  # the tagging test met numbers that were not finite, and is to be run again
         self.graphs = graphs  # compiled graphs are observed
+        self.graphs_audited = False
         self.runs: dict[int, list[Any]] = {}  # of these graphs, by their numbers
         self._of_graphs: Tensor | None = None  # figures that came from there
         self.backward_once = graphs  # also through a selective checkpoint: verifying has to wait for the next block
@@ -314,6 +315,7 @@ class Observation:
         self.inputs: set[int] = set()  # where the model's inputs lie that show the batch
         self.data: set[int] = set()  # where the arguments of modules lie that carry no gradient
         self.budget = plan.budget
+        self.at_once = False  # gradient and norms are taken when a backward arrives, and nothing else
         self.measured_uses = 0
         self._hooks: list[Any] = []
 
@@ -322,6 +324,10 @@ class Observation:
         self.batch, self.examples = batch, batch.count
         if self.plan.task_weights is not None:
             self.weights = self.plan.task_weights.to(tasks.device)[tasks]
+        plan = self.plan
+        self.at_once = not (plan.gram or plan.keep or plan.passes == 2 or self.backwards > 1) and (
+            plan.totals is None and plan.layer_weights is None and plan.over_ranks is None
+        )
         parameters = [slot.parameter for slot in self.slots.values()]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         columns = batch.count + sum(batch.groups.counts)
@@ -336,6 +342,8 @@ class Observation:
         for slot in self.slots.values():
             if (self.verify or slot.name not in self.memory.audited) and batch.count > 0:
                 self._audit(slot)
+        if self.graphs and self.probe.device.type == "cpu":  # elsewhere it would wait for the device
+            self.audit_graphs()
 
     def slot_of(self, module: nn.Module, name: str, parameter: Tensor) -> Slot | None:
         """The slot of a parameter that is read through a module.
@@ -551,13 +559,18 @@ class Observation:
         self, use: Use, contribution: Contribution, needs_gradient: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """What a use's backward returns for the parameter and for the probe."""
-        if use.slot.rows_over is not None:
+        slot = use.slot
+        if self.at_once and needs_gradient and self.tagging is None and self._is_plain(use):
+            slot.arrived, slot.measured = 1, True
+            self.measured_uses += 1
+            formed, measured = contribution.wgrad(self.weights)
+            return self._audited(use, formed), self._counted(measured)
+        if slot.rows_over is not None:
             assert isinstance(contribution, Sums)
-            contribution = replace(contribution, sums=_sum_over(use.slot.rows_over, contribution.sums))
+            contribution = replace(contribution, sums=_sum_over(slot.rows_over, contribution.sums))
         if self.tagging is not None:
             self._tag(use, contribution)
             return None, None
-        slot = use.slot
         if self.phase == "weigh":
             return self._audited(use, contribution.total(self.weights) if needs_gradient else None), None
         if self.plan.passes == 2 and self.phase is None:
@@ -584,11 +597,19 @@ class Observation:
                 follower.slot.deferred.append((follower, contribution))
         self.measured_uses += 1
         gradient = self._audited(use, gradient)
-        if norms is None:
-            return gradient, self._unmeasured
+        return gradient, self._unmeasured if norms is None else self._counted(norms)
+
+    def _is_plain(self, use: Use) -> bool:
+        """Whether this is the only use of a parameter, and of the parameter itself: nearly all are, and cost this."""
+        slot = use.slot
+        once = len(slot.uses) == 1 and not slot.arrived and slot.wanted
+        return once and not use.views and not use.followers and slot.rows_over is None
+
+    def _counted(self, norms: Tensor) -> Tensor:
+        """A row of the probe's gradient: the norms, and one use."""
         if norms.dtype != self._one.dtype or norms.device != self._one.device:
             norms = norms.to(self._one)
-        return gradient, torch.cat([norms, self._one])
+        return torch.cat([norms, self._one])
 
     def deliver_nothing(self, use: Use, needs_gradient: bool) -> tuple[Tensor | None, Tensor | None]:
         """What a use's backward returns where this rank has no examples."""
@@ -786,8 +807,10 @@ class Observation:
 
         return compare
 
-    def audit_graph(self, slots: Iterable[Slot]) -> None:
-        """Audit the parameters of a compiled graph; where their gradients wait, nothing else may arrive."""
+    def audit_graphs(self) -> None:
+        """Audit every parameter; where gradients wait until the block closes, none may arrive before."""
+        slots = () if self.graphs_audited else self.slots.values()
+        self.graphs_audited = True
         for slot in slots:
             if not self.plan.keep:
                 self._audit(slot)
