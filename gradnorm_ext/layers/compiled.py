@@ -9,13 +9,14 @@ them.
 
 A trace can look neither at numbers nor at where tensors lie. It goes by what blocks that ran eagerly have proven (the first
 block, and some later ones, do): by which functions a parameter is consumed, and in which layout (`Memory`). What was not
-proven, or is consumed by way of a view, is not traced; the graph then runs eagerly, with taps, and later blocks
-without graphs.
+proven is not traced, nor are functions of a parameter's entries: the graph then runs as Dynamo captured it, with taps,
+and the Meter's later blocks do without graphs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import warnings
@@ -72,14 +73,17 @@ class Graphs:
     def compile(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A backend of ``torch.compile``."""
         observation = self.observation
-        graph = None
+        slots = {}
         if observation is not None and torch.is_grad_enabled():
-            graph = _Graph(self, module, observation, inputs)
-        if observation is None or graph is None or not (graph.slots or graph.others):
+            slots = {i: slot for i, one in enumerate(inputs) if (slot := observation.slots.get(id(one))) is not None}
+        if not slots:
             compiled: Callable[..., Any] = self.backend(module, inputs)
             return compiled
+        assert observation is not None
+        graph = _Graph(self, module, observation, slots)
         try:
-            graph.compiled = self.backend(graph.observed() if graph.slots else module, inputs)
+            graph.compiled = self.backend(graph.observed(), inputs)
+            graph.check_views()
         except (torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame):
             raise  # Dynamo's own ways
         except Exception as error:
@@ -122,15 +126,10 @@ class _Graph:
     """One graph: where its parameters are, and what was traced of their uses."""
 
     def __init__(
-        self, graphs: Graphs, module: torch.fx.GraphModule, observation: Observation, inputs: Sequence[Any]
+        self, graphs: Graphs, module: torch.fx.GraphModule, observation: Observation, slots: dict[int, Slot]
     ) -> None:
         self.graphs, self.module, self.number = graphs, module, next(_numbers)
-        found = {
-            place: slot for place, one in enumerate(inputs) if (slot := observation.slots.get(id(one))) is not None
-        }
-        self.slots = {place: Slot(slot.index, slot.name, slot.parameter, slot.wanted) for place, slot in found.items()}
-        trained = (i for i, one in enumerate(inputs) if isinstance(one, nn.Parameter) and one.requires_grad)
-        self.others = tuple(place for place in trained if place not in found)  # of models that are not measured
+        self.slots = {place: Slot(slot.index, slot.name, slot.parameter, slot.wanted) for place, slot in slots.items()}
         self.place_of = {id(slot): place for place, slot in self.slots.items()}
         self.traced = _Traced(self, observation)
         self.compiled: Callable[..., Any] | None = None
@@ -155,6 +154,13 @@ class _Graph:
                 one.replace_all_uses_with(tap, delete_user_cb=lambda user, tap=tap: user is not tap)
         return torch.fx.GraphModule(self.module, graph)
 
+    def check_views(self) -> None:
+        """Blocks repeat them, which what belongs to the trace cannot be in."""
+        for use in self.uses:
+            given = [(view.args, view.keywords) for view in use.path if isinstance(view, functools.partial)]
+            if any(isinstance(leaf, (Tensor, torch.SymInt)) for leaf in pytree.tree_leaves(given)):
+                raise UntraceableError(f"{use.function} consumes {use.slot.name} by way of a view like another tensor")
+
     def restart(self) -> None:
         """The graph is traced anew: compilers do so more than once."""
         self.uses.clear()
@@ -165,7 +171,7 @@ class _Graph:
         observation = self.graphs.observation
         if observation is None or observation.batch is None:
             raise RuntimeError("Meter: an observed graph must be called inside an observe block, got a call outside")
-        found = {place: observation.slots.get(id(inputs[place])) for place in (*self.slots, *self.others)}
+        found = {place: observation.slots.get(id(inputs[place])) for place in self.slots}
         slots = {place: slot for place, slot in found.items() if slot is not None}
         refusal = self.refusal or self._mismatch(observation, slots)
         if refusal is not None or self.compiled is None:
@@ -179,17 +185,21 @@ class _Graph:
         uses = []
         for traced in self.uses:
             slot, layout = slots[self.place_of[id(traced.slot)]], Layout(traced.layout.kind, (), observation.batch)
-            uses.append(
-                observation.use(slot, slot.parameter, traced.views, traced.function, layout, shared=traced.shared)
-            )
+            value: Tensor = slot.parameter
+            for view in traced.path:
+                value = view(value)
+            uses.append(observation.use(slot, value, traced.views, traced.function, layout, shared=traced.shared))
         nodes = [torch.autograd.graph.get_gradient_edge(use.slot.parameter).node for use in uses]
         observation.runs.setdefault(self.number, []).append(_Run(uses, nodes, set(range(len(self.sites)))))
         return self.compiled(*inputs)
 
     def _mismatch(self, observation: Observation, slots: dict[int, Slot]) -> str | None:
-        """What keeps a graph from being that of these parameters: one graph may serve several modules."""
-        if slots.keys() != self.slots.keys():
-            return "one graph serves modules that are observed and others"
+        """What keeps a graph from being that of these parameters: one graph may serve several modules.
+
+        Modules that are not observed have graphs of their own, since observed ones have another class.
+        """
+        if len(slots) < len(self.slots):
+            return "one of its parameters is not observed"
         for traced in self.uses:
             slot, kind = slots[self.place_of[id(traced.slot)]], traced.layout.kind
             kinds = observation.memory.kinds.get((slot.name, traced.function), set())
@@ -294,10 +304,8 @@ class _Traced:
         others: Sequence[Slot] = (),
     ) -> Use:
         use = Use(slot, value, views, function, layout, self, shared=shared)  # type: ignore[arg-type]
-        if others or not set(views) <= {"add"}:  # 1 + w has the gradient of w
-            raise UntraceableError(
-                f"{function} consumes {slot.name} by way of {', '.join(views) or 'another parameter'}"
-            )
+        if others or "curved" in views:
+            raise UntraceableError(f"{function} consumes {slot.name} by way of {', '.join(views) or 'others'}")
         if use.key not in self.memory.verified:
             raise UntraceableError(f"{function} of {slot.name} was verified by no block before")
         self.graph.uses.append(use)

@@ -80,7 +80,7 @@ def multiply_rows(
     if any(tap.looked_up or tap.is_met_by_constant(x) for tap in taps):
         return NotImplemented
     if isinstance(weight, Tap) and bias is None and _is_identity(taps[0].observation, x):
-        return weight if swapped else weight.viewed(weight.value.t(), "t")
+        return weight if swapped else weight.viewed(Tensor.t, "t")
     call, weight, bias = tapped_call(x, weight, bias, function, layout=layout, swapped=swapped)
     return _apply_linear(call, x, weight, bias)
 

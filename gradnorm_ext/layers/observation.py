@@ -85,6 +85,7 @@ class Use:
     lookup_ids: tuple[Tensor, Segments] | None = None  # of a lookup: what a tied head needs to know beforehand
     lookup_dim: int = 0  # of a lookup: the dimensions of its ids
     shared: bool = False  # looked-up rows that all examples share
+    path: tuple[Callable[[Tensor], Tensor], ...] = ()  # from the parameter to the value, where views lead there
     followers: tuple[Use, ...] = ()  # the same use, of the other parameters that ``value`` was derived from
     needs_proof: bool = False  # what it meets may have no batch dimension: the tagging test has to pass through it
     fingerprint: Tensor | None = field(default=None, repr=False)

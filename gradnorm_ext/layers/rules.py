@@ -7,6 +7,7 @@ whose backward hands `Observation.deliver` a contribution, and list the rule at 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -236,7 +237,7 @@ def _curved(tap: Any, others: Any, function: Callable[[Tensor], Tensor]) -> Any:
         if value.shape != tap.shape:
             return NotImplemented
         (slope,) = torch.autograd.grad(value.sum(), entries)
-    return tap.viewed(_Curve.apply(tap.value, value.detach(), slope), "curved")
+    return tap.viewed(lambda entries: _Curve.apply(entries, value.detach(), slope), "curved")
 
 
 def _curve_rule(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -253,7 +254,7 @@ def add(first: Any, second: Any, *, alpha: float = 1) -> Any:
     if alpha != 1:
         return NotImplemented
     if not isinstance(other, Tensor):  # 1 + w: its gradient is the parameter's
-        return NotImplemented if tap.looked_up else tap.viewed(tap.value + other, "add")
+        return NotImplemented if tap.looked_up else tap.viewed(lambda value: value + other, "add")
     if (meeting := _meet(tap, other, "add")) is None:
         return NotImplemented
     call, use = meeting
@@ -261,7 +262,7 @@ def add(first: Any, second: Any, *, alpha: float = 1) -> Any:
 
 
 def negative(tap: Tap) -> Any:
-    return NotImplemented if tap.looked_up is not None else tap.viewed(-tap.value, "negative")
+    return NotImplemented if tap.looked_up is not None else tap.viewed(torch.neg, "negative")
 
 
 def subtract(first: Any, second: Any, *, alpha: float = 1) -> Any:
@@ -321,7 +322,8 @@ def prelu(input: Any, weight: Any) -> Any:
     if isinstance(input, Tap) or weight.looked_up is not None or weight.dim() > 1:
         return NotImplemented
     if weight.numel() > 1:
-        weight = weight.viewed(weight.value.view(-1, *[1] * (input.dim() - 2)), "reshape")
+        shape = -1, *[1] * (input.dim() - 2)
+        weight = weight.viewed(lambda value: value.view(shape), "reshape")
     negative_part = multiply(input.clamp(max=0), weight)
     return NotImplemented if negative_part is NotImplemented else F.relu(input) + negative_part
 
@@ -369,7 +371,7 @@ def _expand_to_packed(tap: Tap, own: Sequence[int], shape: torch.Size, batch: Ex
     places = [i for i, (before, after) in enumerate(zip(own, shape, strict=True)) if before == 1 and after == rows]
     if len(places) != 1:
         return NotImplemented
-    moved = tap.viewed(tap.value.view(own).movedim(places[0], 0), "permute")
+    moved = tap.viewed(lambda value: value.view(own).movedim(places[0], 0), "permute")
     layout = Layout("packed", (shape[places[0]],), batch)
     use = moved.use("expand", layout, sums=True)
     rest = [size for i, size in enumerate(shape) if i != places[0]]
@@ -410,14 +412,17 @@ def _view_rule(function: Callable[..., Any], name: str) -> Callable[..., Any]:
             return NotImplemented
         if name == "slice" and any(isinstance(a, list) or (isinstance(a, Tensor) and a.dim()) for a in _flat(args)):
             return _gathered(tap, *args)
-        value = function(tap.value, *args, **kwargs)
-        if value is tap.value:
-            return tap
+        how = functools.partial(_called, function, args, kwargs)
         if tap.looked_up is not None and name != "cast":
-            return tap.rearranged(value, lambda order: function(order, *args, **kwargs))
-        return tap.viewed(value, name)
+            return tap.rearranged(how(tap.value), how)
+        return tap.viewed(how, name)
 
     return view
+
+
+def _called(function: Callable[..., Any], args: Any, kwargs: Any, value: Tensor) -> Tensor:
+    result: Tensor = function(value, *args, **kwargs)
+    return result
 
 
 def _gathered(tap: Tap, *index: Any) -> Any:
@@ -433,9 +438,15 @@ def _slices_rule(function: Callable[..., Any]) -> Callable[..., Any]:
     def slices(tap: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(tap, Tap) or tap.looked_up is not None:
             return NotImplemented
-        return tuple(tap.viewed(piece, "slice") for piece in function(tap.value, *args, **kwargs))
+        pieces = range(len(function(tap.value, *args, **kwargs)))
+        return tuple(tap.viewed(functools.partial(_piece, function, args, kwargs, i), "slice") for i in pieces)
 
     return slices
+
+
+def _piece(function: Callable[..., Any], args: Any, kwargs: Any, which: int, value: Tensor) -> Tensor:
+    result: Tensor = function(value, *args, **kwargs)[which]
+    return result
 
 
 def _given(tap: Tap) -> Any:

@@ -64,6 +64,7 @@ class Tap(Tensor):
     slot: Slot
     value: Tensor
     views: tuple[str, ...]
+    path: tuple[Callable[[Tensor], Tensor], ...] = ()  # from the parameter to the value, view by view
     others: tuple[Slot, ...]  # further parameters that the value was derived from
     looked_up: LookedUp | None
     rules: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}  # filled by `rules`, as is the next
@@ -102,13 +103,18 @@ class Tap(Tensor):
         """Whether this is a derived parameter and ``x`` not known to be data: then the result is one, too."""
         return self.is_derived and not self.observation.is_data(x)
 
-    def viewed(self, value: Tensor, view: str) -> Tap:
+    def viewed(self, how: Callable[[Tensor], Tensor], view: str) -> Tap:
         """The tap of a view of this one, or of a cast or a shift, whose gradient has the same norm."""
+        value = how(self.value)
+        if value is self.value:
+            return self
         tap = Tap.of(self.observation, self.slot, value, self.views, self.others)
         if self.looked_up is not None:
             tap.looked_up = replace(self.looked_up, rows=value.detach())
         elif not (view == "cast" and value.dtype == self.value.dtype):
-            tap.views = (*self.views, view)
+            tap.views, tap.path = (*self.views, view), (*self.path, how)
+        else:
+            tap.path = self.path
         return tap
 
     def looked_up_rows(self, rows: Tensor, ids: Tensor, padding_idx: int | None) -> Tap:
@@ -130,7 +136,9 @@ class Tap(Tensor):
             raise self.refusal(f"{function} (of a function of it)")
         shared = self.looked_up is not None
         value = self.looked_up.table if self.looked_up is not None else self.value
-        return self.observation.use(self.slot, value, self.views, function, layout, shared=shared, others=self.others)
+        use = self.observation.use(self.slot, value, self.views, function, layout, shared=shared, others=self.others)
+        use.path = self.path
+        return use
 
     def refusal(self, function: str) -> RuntimeError:
         """The error for a function that no rule knows."""
