@@ -271,6 +271,7 @@ def peak_in_fresh_process(*arguments: Any) -> int:
 
 SCALE_BOUNDS = {"ddp_meter": 1.08, "fsdp2_meter": 1.08}  # of the time of a plain step
 MOST_BYTES = 1024  # per task and step, of what "unbiased" figures send
+MOST_GROWTH = 1.1  # exponent of the time that measuring adds: linear in rows, layers and tasks, or less
 
 
 def time_scale(quick: bool, refusals: list[str]) -> list[Figure]:
@@ -287,6 +288,8 @@ def time_scale(quick: bool, refusals: list[str]) -> list[Figure]:
         bound = None if quick else SCALE_BOUNDS.get(case) if figure == "time_ratio" else None
         if figure == "bytes_per_task" and not case.endswith("exact"):
             bound = float(MOST_BYTES)
+        if figure == "exponent" and not quick:
+            bound = MOST_GROWTH
         print(f"{case:26} {size:14} {figure:16} {verdict(one, bound)}", flush=True)
         figures.append(one)
     return figures

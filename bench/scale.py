@@ -1,7 +1,7 @@
 """What ``run.py scale`` measures: a measured step beside the plain one in every way of training larger models.
 
-Two processes (gloo) for DDP and FSDP2; one for checkpointing, mixed precision, accumulation and compilation; and how the
-time that measuring adds grows with the batch, the length, the layers and the tasks.
+Two processes (gloo) for DDP, FSDP2 and tensor parallelism; one for checkpointing, mixed precision, accumulation and
+compilation; and how the time that measuring adds grows with the batch, the length, the layers and the tasks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import GPT, TASKS, Problem, example_losses, gpt_problem
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gradnorm_ext import InverseNorm, Meter, Reweighted
 from gradnorm_ext.distributed import Ranks
+from gradnorm_ext.layers import observation
 
 RANKS = 2
 SIZES = {False: {"examples": 8, "length": 128}, True: {"examples": 4, "length": 9}}
@@ -43,12 +47,16 @@ def make(quick: bool, **changes: int) -> Problem:
     return gpt_problem(random, sizes.pop("examples"), sizes.pop("length"), 1.0, **sizes)
 
 
-def loss_of(model: nn.Module, problem: Problem) -> Tensor:
-    return example_losses(model(problem.inputs), problem.targets).mean()
+def loss_of(model: nn.Module, problem: Problem, examples: int | None = None) -> Tensor:
+    """A mean over the examples, or over as many as the whole batch has."""
+    return example_losses(model(problem.inputs), problem.targets).sum() / (examples or len(problem.tasks))
 
 
-def step_of(model: nn.Module, problem: Problem, how: str) -> tuple[Callable[[], None], Any]:
-    """One step to be repeated, and what has ``stats``: "plain", "meter", "exact", "next_step" or "two_passes"."""
+def step_of(model: nn.Module, problem: Problem, how: str, parts: int = 1) -> tuple[Callable[[], None], list[Tensor]]:
+    """One step to be repeated, and the examples' norms in each of its blocks.
+
+    ``how``: "plain", "meter", "exact", "next_step" or "two_passes"; ``parts``: blocks that accumulate.
+    """
     plain = torch.optim.AdamW(model.parameters(), lr=1e-5)
     if how in ("meter", "exact"):
         observer: Any = Meter(model, tasks=TASKS, ranks="exact" if how == "exact" else None)
@@ -58,15 +66,21 @@ def step_of(model: nn.Module, problem: Problem, how: str) -> tuple[Callable[[], 
     else:
         observer = None
     optimizer = observer if isinstance(observer, Reweighted) else plain
+    examples, norms = len(problem.tasks), []
+    batches = [problem.part(part) for part in torch.arange(examples).chunk(parts)]
 
     def step() -> None:
         optimizer.zero_grad()
-        with nullcontext() if observer is None else observer.observe(tasks=problem.tasks):
-            loss = loss_of(model, problem)
-            optimizer.backward(loss) if optimizer is observer else loss.backward()
+        norms.clear()
+        for batch in batches:
+            with nullcontext() if observer is None else observer.observe(tasks=batch.tasks):
+                loss = loss_of(model, batch, examples)
+                optimizer.backward(loss) if optimizer is observer else loss.backward()
+            if observer is not None:
+                norms.append(observer.stats.example_norm)
         optimizer.step()
 
-    return step, observer
+    return step, norms
 
 
 def in_pairs(plain: Callable[[], None], ours: Callable[[], None], runs: int) -> list[float]:
@@ -96,7 +110,20 @@ def as_fsdp(model: GPT) -> nn.Module:
     return fully_shard(model)
 
 
-ENGINES: dict[str, Callable[[GPT], nn.Module]] = {"ddp": as_ddp, "fsdp2": as_fsdp}
+def as_tensor_parallel(model: GPT) -> nn.Module:
+    """Vocabulary and MLPs are split; attention is not."""
+    plan = {
+        "tokens": RowwiseParallel(input_layouts=Replicate()),
+        "blocks.*.up": ColwiseParallel(),
+        "blocks.*.down": RowwiseParallel(),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    return parallelize_module(model, init_device_mesh("cpu", (RANKS,)), plan)
+
+
+HOWS = ("meter", "exact", "next_step", "two_passes")
+DIVIDED: dict[str, Callable[[GPT], nn.Module]] = {"ddp": as_ddp, "fsdp2": as_fsdp}  # these divide the batch
+ENGINES = {**DIVIDED, "tensor_parallel": as_tensor_parallel}
 
 
 def of_rank(problem: Problem, rank: int) -> Problem:
@@ -117,28 +144,30 @@ def _process(rank: int, quick: bool, runs: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
     whole = make(quick)
-    problem = of_rank(whole, rank)
     samples: list[Sample] = []
     refusals = []
     for engine, wrap in ENGINES.items():
+        divided = engine in DIVIDED
+        problem = of_rank(whole, rank) if divided else whole
         plain = step_of(wrap(copy.deepcopy(whole.model)), problem, "plain")[0]
-        for how in ("meter", "exact", "next_step", "two_passes"):
-            model = wrap(copy.deepcopy(whole.model))
-            step, observer = step_of(model, problem, how)
+        for how in HOWS if divided else (how for how in HOWS if how != "exact"):
+            step, norms = step_of(wrap(copy.deepcopy(whole.model)), problem, how)
             sent = _CountBytes()
             with sent:
                 step()
             alone = Meter(copy.deepcopy(whole.model), ranks="local")
             with alone.observe():
                 loss_of(alone.model, problem).backward()
-            wrong = (RANKS * observer.stats.example_norm / alone.stats.example_norm - 1).abs().max().reshape(1)
+            ours = RANKS * norms[0] if divided else norms[0]
+            wrong = (ours / alone.stats.example_norm - 1).abs().max().reshape(1)
             dist.all_reduce(wrong, dist.ReduceOp.MAX)
             if not float(wrong) <= 1e-5:
                 refusals.append(f"{engine}, {how}: norms are off by {float(wrong):.1e} of one process's")
                 continue
             dist.barrier()
             samples.append((f"{engine}_{how}", "gpt", "time_ratio", in_pairs(plain, step, runs)))
-            samples.append((f"{engine}_{how}", "gpt", "bytes_per_task", [sent.bytes / TASKS]))
+            bytes_sent = ("bytes_per_task", sent.bytes / TASKS) if divided else ("bytes", sent.bytes)
+            samples.append((f"{engine}_{how}", "gpt", bytes_sent[0], [float(bytes_sent[1])]))
     if rank == 0:
         torch.save({"samples": samples, "refusals": refusals}, f"{folder}/found")
     dist.barrier()
@@ -146,20 +175,24 @@ def _process(rank: int, quick: bool, runs: int, folder: str) -> None:
 
 
 class _CountBytes:
-    """Counts what our own reductions hand to the process group."""
+    """Counts what our own reductions hand to the process groups, beside the engines'."""
 
     def __init__(self) -> None:
-        self.bytes, self.own = 0, Ranks.total
+        self.bytes, self.over_ranks, self.over_parts = 0, Ranks.total, observation._sum_over
 
     def __enter__(self) -> None:
         def total(ranks: Ranks, tensor: Tensor, op: Any = None) -> Tensor:
             self.bytes += tensor.nbytes
-            return self.own(ranks, tensor, op)
+            return self.over_ranks(ranks, tensor, op)
 
-        Ranks.total = total  # type: ignore[method-assign]
+        def sum_over(group: Any, tensor: Tensor) -> Tensor:
+            self.bytes += tensor.nbytes
+            return self.over_parts(group, tensor)
+
+        Ranks.total, observation._sum_over = total, sum_over  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
-        Ranks.total = self.own  # type: ignore[method-assign]
+        Ranks.total, observation._sum_over = self.over_ranks, self.over_parts  # type: ignore[method-assign]
 
 
 # One process.
@@ -201,25 +234,26 @@ ALONE: dict[str, Callable[[GPT], nn.Module]] = {
     "autocast_bfloat16": Autocast,
     "compiled": torch.compile,  # plain steps run the graph, measured ones the model as it was written
 }
+PARTS = {"accumulation": 4}  # blocks before a step, of the eager model
 
 
 def measure_alone(quick: bool, runs: int, refusals: list[str]) -> list[Sample]:
     samples: list[Sample] = []
     problem = make(quick)
     reference = None
-    for name, wrap in ALONE.items():
+    for name in (*ALONE, *PARTS):
         if quick and name == "compiled":  # takes half a minute
             continue
-        model = wrap(copy.deepcopy(problem.model))
-        step, meter = step_of(model, problem, "meter")
+        wrap, parts = ALONE.get(name, ALONE["eager"]), PARTS.get(name, 1)
+        step, norms = step_of(wrap(copy.deepcopy(problem.model)), problem, "meter", parts)
         step()
-        norm = meter.stats.example_norm
+        norm = torch.cat(norms)
         reference = norm if reference is None else reference
         wrong = float((norm / reference - 1).abs().max())
         if not wrong <= (0.05 if name == "autocast_bfloat16" else 1e-4):
             refusals.append(f"{name}: norms are off by {wrong:.1e} of the eager model's")
             continue
-        plain = step_of(wrap(copy.deepcopy(problem.model)), problem, "plain")[0]
+        plain = step_of(wrap(copy.deepcopy(problem.model)), problem, "plain", parts)[0]
         samples.append((name, "gpt", "time_ratio", in_pairs(plain, step, runs)))
     return samples
 
@@ -265,12 +299,11 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
     return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
 
-def measure(quick: bool, refusals: list[str]) -> list[Sample]:
-    runs = 3 if quick else 15
+def measure(quick: bool, refusals: list[str]) -> Iterator[Sample]:
+    """Everything, as it comes."""
+    runs = 3 if quick else 11
     multiprocessing.set_start_method("spawn", force=True)
     torch.set_num_threads(1)
-    return [
-        *measure_ranks(quick, runs, refusals),
-        *measure_alone(quick, runs, refusals),
-        *measure_growth(quick, runs),
-    ]
+    yield from measure_ranks(quick, runs, refusals)
+    yield from measure_alone(quick, runs, refusals)
+    yield from measure_growth(quick, runs)

@@ -144,7 +144,7 @@ class Shards:
 
 
 def _sums(stats: Stats, exact: bool) -> Tensor:
-    """``[8, K]`` float64: what adds up over ranks."""
+    """``[8, K]`` float64: what adds up over ranks; with a Gram matrix of this rank's, ``[8 + 2 K, K]``."""
     n, count = stats.task_units.double(), stats.task_count.double()
     units, task_of_unit = stats.example_norm, stats.tasks
     if stats.prompt_norm is not None and stats.prompts is not None:
@@ -154,11 +154,14 @@ def _sums(stats: Stats, exact: bool) -> Tensor:
     whole = square if exact or stats.task_norm is None else stats.task_norm.double().square()
     spread = torch.where(n > 1, square - whole / n, 0)
     bad = (~stats.finite).to(n).expand_as(n)
-    return torch.stack([n, count, square, whole - square, n * (n - 1), spread, (n - 1).clamp(min=0), bad])
+    sums = torch.stack([n, count, square, whole - square, n * (n - 1), spread, (n - 1).clamp(min=0), bad])
+    if stats.task_gram is None or exact:
+        return sums
+    return torch.cat([sums, stats.task_gram.double(), n * n[:, None]])
 
 
 def _whole(stats: Stats, sums: Tensor, exact: bool) -> Stats:
-    n, count, square, apart, pairs, spread, free, bad = sums.unbind()
+    n, count, square, apart, pairs, spread, free, bad = sums[:8].unbind()
     figures: dict[str, Tensor | None] = {}
     if stats.task_norm is not None:
         dtype = stats.task_norm.dtype
@@ -174,6 +177,11 @@ def _whole(stats: Stats, sums: Tensor, exact: bool) -> Stats:
             "task_sqnorm_unbiased": torch.where(n > 1, unbiased, torch.nan).to(dtype),
             "task_variance": torch.where(n > 1, variance, torch.nan).to(dtype),
         }
+        if stats.task_gram is not None and not exact:
+            met, of_pairs = sums[8:].chunk(2)
+            both = n * n[:, None]
+            gram = torch.where(both > 0, both * met / of_pairs, 0)
+            figures["task_gram"] = gram.diagonal_scatter(sqnorm).to(dtype)
     counts = {"task_units": n.long(), "task_count": count.long(), "finite": bad.sum() == 0}
     return dataclasses.replace(stats, **figures, **counts)  # type: ignore[arg-type]
 

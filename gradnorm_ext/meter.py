@@ -27,7 +27,6 @@ from gradnorm_ext.layers import (
     Packing,
     Plan,
     compiled_modules,
-    gram_of,
     observe_modules,
     release_modules,
     repeatable_checkpoints,
@@ -101,10 +100,11 @@ class Meter:
             for all of them that costs less; ``Reweighted`` weighs all of them by it. None: all.
         per_layer: also give ``stats.layers``: the same figures for every module that owns parameters.
         gram: also give ``stats.task_gram``, the inner products of the tasks' gradients, exact; a layer's gradients of
-            all tasks are in memory at a time.
+            all tasks are in memory at a time. Over ranks with "unbiased" they are estimates, which no policy gets.
         exact_tasks: ``stats`` are of all blocks since the last `reset` (``Reweighted`` resets with every step), as of one
             batch, with ``task_norm`` and ``task_gram`` of the tasks' summed gradients: under gradient accumulation a
-            batch's own are only a part. Keeps every task's gradient: K times the parameters' memory.
+            batch's own are only a part. Keeps every task's gradient: K times the parameters' memory. Over ranks it needs
+            ``ranks="exact"``, and no ``per_layer``.
         on_unsupported: what becomes of a use of a parameter that no rule knows: "error", or "vmap": that use alone is
             differentiated one example at a time, exact, at the price of a backward pass of it per example.
         ranks: what the tasks' figures are of, where DDP or FSDP2 divides the batch among processes. "unbiased" (None,
@@ -326,7 +326,7 @@ class Meter:
         def stats_of(figures: Tensor) -> Stats:
             unscaled = figures if loss_scale == 1 else figures / loss_scale**2
             stats = self._make_stats(observation, batch, unscaled, names)
-            return stats if ranks is None else ranks.together(stats)
+            return stats if ranks is None or self.exact_tasks else ranks.together(stats)
 
         block = Block(observation, stats_of)
         if batch.examples is not None:
@@ -353,19 +353,22 @@ class Meter:
             if block.stats is None:
                 block.measure()
             observation.close()
+            stats = self._of_step(block.stats, loss_scale, observation, ranks) if self.exact_tasks else block.stats
             closed = True
         finally:
             observation.release()
             if self.exact_tasks and not closed:
                 self.reset()  # the totals hold a part of this block
         self._parameter_sqnorm = names, block.figures[:, : observation.examples] / loss_scale**2
-        self._stats = block.stats
-        if self.exact_tasks:
-            assert block.stats is not None
-            self._blocks.append((loss_scale, block.stats))
-            measured = [total for name, total in self.totals.items() if wanted is None or name in wanted]
-            gram = torch.stack([gram_of(total) for total in measured]).sum(0) / loss_scale**2
-            self._stats = Stats.merged([stats for _, stats in self._blocks], gram)
+        self._stats = stats
+
+    def _of_step(self, stats: Stats | None, loss_scale: float, observation: Observation, ranks: Ranks | None) -> Stats:
+        """Of all blocks since the reset, with this one, as of one batch."""
+        assert stats is not None
+        self._blocks.append((loss_scale, stats))
+        grams = observation.task_grams(None if ranks is None else ranks.total)
+        merged = Stats.merged([of_block for _, of_block in self._blocks], grams.sum(0) / loss_scale**2)
+        return merged if ranks is None else ranks.together(merged)
 
     def reset(self) -> None:
         """With ``exact_tasks``: begin a new step; the next block's statistics are its own."""
@@ -389,13 +392,22 @@ class Meter:
         return find_ranks(who, self.model, self.ranks, self.process_group)
 
     def _over_ranks(self, who: str, plan: Plan, ranks: Ranks) -> Plan:
-        if (self.gram and not ranks.exact) or self.exact_tasks:
-            option, instead = ("exact_tasks", "") if self.exact_tasks else ("gram", 'pass ranks="exact", or ')
+        if not ranks.exact and (self.exact_tasks or (self.gram and plan.reweights)):
+            option = "exact_tasks" if self.exact_tasks else "gram"
             raise ValueError(
-                f"{who}: over several ranks gradients are not summed for every task, got {option}=True; {instead}measure "
-                'each rank by itself with ranks="local"'
+                f"{who}: {option}=True needs gradients that are summed over the {ranks.size} ranks for every task, got "
+                'ranks="unbiased"; pass ranks="exact", or measure each rank by itself with ranks="local"'
             )
-        return dataclasses.replace(plan, gram=True, totals={}, over_ranks=ranks.total) if ranks.exact else plan
+        if not ranks.exact:
+            return plan
+        if self.exact_tasks:  # what the ranks have added up is summed over them when the block closes
+            if self.per_layer:
+                raise ValueError(
+                    f"{who}: with exact_tasks over {ranks.size} ranks only the whole model's sums are formed, got "
+                    "per_layer=True; leave one of them out"
+                )
+            return plan
+        return dataclasses.replace(plan, gram=True, totals={}, over_ranks=ranks.total)
 
     def _engine(self, who: str, modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Any]:
         """What an observation has to know of DDP and FSDP2.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -223,7 +224,7 @@ class Reweighted(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._observed and self.unobserved == "error":
+        if not self._observed and self.unobserved == "error" and not self._makes_state():
             raise RuntimeError(
                 "Reweighted: step needs an observe block since the last step, got none, so nothing was measured; wrap "
                 'forward and backward in `with optimizer.observe(...)`, or pass unobserved="plain"'
@@ -254,7 +255,11 @@ class Reweighted(torch.optim.Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's; under "gradnorm" running means, the next weights, the policy's state, skipped steps."""
+        """The wrapped optimizer's; under "gradnorm" running means, the next weights, the policy's state, skipped steps.
+
+        ``torch.distributed.checkpoint.state_dict`` takes over an optimizer's "state" and "param_groups" and nothing else,
+        so the first group has the same once more, as bytes.
+        """
         own = {
             "history": self.history.state_dict(),
             "next_weights": self._next_weights,
@@ -262,11 +267,17 @@ class Reweighted(torch.optim.Optimizer):
         }
         if hasattr(self.policy, "load_state_dict"):
             own["policy"] = {"type": type(self.policy).__name__, "state": self.policy.state_dict()}  # type: ignore[attr-defined]
-        return {**self.optimizer.state_dict(), "gradnorm": own}
+        state = self.optimizer.state_dict()
+        first, *groups = state["param_groups"]
+        return {**state, "param_groups": [{**first, "gradnorm": _to_bytes(own)}, *groups], "gradnorm": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load one of ours, or the wrapped optimizer's own (the running means and the policy then start afresh)."""
-        own = state_dict.get("gradnorm")
+        state, groups = dict(state_dict), [dict(group) for group in state_dict["param_groups"]]
+        copies = [copy for group in groups if (copy := group.pop("gradnorm", None)) is not None]
+        own = state.pop("gradnorm", None)
+        if own is None and copies:
+            own = torch.load(io.BytesIO(copies[0]), map_location="cpu", weights_only=True)
         if own is not None and len(own["next_weights"]) != len(self.meter.task_names):
             raise ValueError(
                 f"Reweighted: the state must be of {len(self.meter.task_names)} tasks, got one of "
@@ -279,7 +290,7 @@ class Reweighted(torch.optim.Optimizer):
                 f"{remembered['type']}; make the optimizer with the same policy, or leave the state's "
                 '["gradnorm"]["policy"] out'
             )
-        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "gradnorm"})
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
         if own is not None:
             self.history.load_state_dict(own["history"])
             self._next_weights, self.skipped_steps = own["next_weights"].clone(), own["skipped_steps"]
@@ -312,6 +323,10 @@ class Reweighted(torch.optim.Optimizer):
         self.__dict__.update(
             {name: hooks for name, hooks in vars(self.optimizer).items() if name.startswith("_optimizer_")}
         )
+
+    def _makes_state(self) -> bool:
+        """Whether a step is the one, at a rate of 0, by which ``torch.distributed.checkpoint`` makes the state it loads into."""
+        return not self.state and all(float(group.get("lr", 1)) == 0 for group in self.param_groups)
 
     def _begin_step(self) -> None:
         self._observed.clear()
@@ -422,6 +437,12 @@ class Reweighted(torch.optim.Optimizer):
                     f'Reweighted: apply="same_step" forms gradients after backward, got {name} with a hook that acts on '
                     'its gradient during backward (post_accumulate_grad_hook); remove it, or use apply="next_step"'
                 )
+
+
+def _to_bytes(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
 class _Grad(NamedTuple):

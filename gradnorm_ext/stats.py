@@ -40,7 +40,8 @@ class Stats:
         reward: the reward statistics, where rewards were given.
         finite: a boolean scalar: all norms (and rewards) are finite.
         task_gram: ``[K, K]``: the inner products of the tasks' gradients, whose diagonal is ``task_norm²``; None until
-            measured.
+            measured. Of several ranks with ``ranks="unbiased"`` estimates, which need not be of any gradients: its diagonal
+            is ``task_sqnorm``, and NaN stands where two tasks met on no rank.
         task_sqnorm: ``[K]``: of several ranks, the estimate that ``task_norm`` is the root of, which may be negative;
             else None.
     """

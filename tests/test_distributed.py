@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
-from oracle import Case, Transformer, group_norms, per_example_gradients, relative, token_loss
+from divided import (
+    CLOSE,
+    EXAMPLES,
+    OF_RANK,
+    RANKS,
+    TASKS,
+    Truth,
+    assert_gradients,
+    assert_same_on_all_ranks,
+    ddp,
+    fsdp,
+    make_case,
+    whole,
+)
+from oracle import Case, Transformer, relative, square_loss, token_loss
+from test_checkpoints import KINDS
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -20,89 +36,10 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from worlds import run_world
 
-from gradnorm_ext import ClipExamples, InverseNorm, Meter, Reweighted
-
-RANKS = 2
-CLOSE = 1e3 * torch.finfo(torch.float64).eps
-EXAMPLES = 7
-OF_RANK = (slice(0, 3), slice(3, 7))  # uneven
-TASKS = torch.tensor([0, 1, 0, 1, 0, 1, 1])
-
-
-def make_case(head: str = "own", examples: int = EXAMPLES) -> Case:
-    random = torch.Generator().manual_seed(1)
-    torch.manual_seed(0)
-    x, y = (torch.randint(1, 13, (examples, 5), generator=random) for _ in range(2))
-    return Case(Transformer(head), x, y, token_loss).to(torch.float64)
-
-
-def ddp(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(model)
-
-
-def fsdp(model: nn.Module, reshard: bool = True, **options) -> nn.Module:
-    for block in model.blocks:
-        fully_shard(block, reshard_after_forward=reshard, **options)
-    return fully_shard(model, reshard_after_forward=reshard, **options)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
-
-
-class Truth:
-    """Each example's contribution to the averaged gradient, and what follows from it."""
-
-    def __init__(self, case: Case, tasks: torch.Tensor = TASKS, ranks: int = RANKS) -> None:
-        one_by_one = per_example_gradients(case)
-        self.gradients = [{name: g / ranks for name, g in of.items()} for of in one_by_one]
-        self.tasks = tasks
-        self.example_norm = group_norms(self.gradients, torch.arange(len(self.gradients)), len(self.gradients))
-        self.task_norm = group_norms(self.gradients, tasks, 2)
-
-    def weighted(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {
-            name: sum(w * of[name] for w, of in zip(weights, self.gradients, strict=True)) for name in self.gradients[0]
-        }
-
-    def estimates(self, of_rank=OF_RANK) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """task_sqnorm, task_sqnorm_unbiased and task_variance, by the sums over pairs and deviations that define them."""
-        flat = torch.stack([torch.cat([g.flatten() for g in of.values()]) for of in self.gradients])
-        found = []
-        for k in range(2):
-            squares = pairs = spread = free = 0.0
-            n_pairs = 0
-            for part in of_rank:
-                units = flat[part][self.tasks[part] == k]
-                products = units @ units.T
-                squares += float(products.diagonal().sum())
-                pairs += float(products.sum() - products.diagonal().sum())
-                n_pairs += len(units) * (len(units) - 1)
-                if len(units) > 1:
-                    spread += float((units - units.mean(0)).square().sum())
-                    free += len(units) - 1
-            n = int((self.tasks == k).sum())
-            unbiased = pairs / n_pairs if n_pairs else float("nan")
-            found.append((squares + n * (n - 1) * unbiased, unbiased, spread / free if free else float("nan")))
-        return tuple(torch.tensor(each, dtype=torch.float64) for each in zip(*found, strict=True))
-
-
-def assert_gradients(model: nn.Module, expected: dict[str, torch.Tensor], close: float = CLOSE) -> None:
-    size = max(float(g.abs().max()) for g in expected.values())
-    for name, found in gradients_of(model).items():
-        assert float((found - expected[name]).abs().max()) <= close * size, name
-
-
-def assert_same_on_all_ranks(tensor: torch.Tensor) -> None:
-    parts = [torch.empty_like(tensor) for _ in range(RANKS)]
-    torch.distributed.all_gather(parts, tensor.contiguous())
-    assert all(torch.equal(part, tensor) for part in parts)
+from gradnorm_ext import IMTLG, ClipExamples, InverseNorm, Meter, Reweighted
 
 
 def check_meter(rank: int, wrap, head: str = "own") -> None:
@@ -197,6 +134,105 @@ def check_next_step_of_ddp(rank: int) -> None:
 
 def check_next_step_of_fsdp(rank: int) -> None:
     check_next_step(rank, fsdp)
+
+
+def gram_of(gradients: list[dict[str, torch.Tensor]], tasks: torch.Tensor) -> torch.Tensor:
+    flat = torch.stack([torch.cat([g.flatten() for g in of.values()]) for of in gradients])
+    of_task = torch.zeros(2, flat.shape[1], dtype=flat.dtype).index_add_(0, tasks, flat)
+    return of_task @ of_task.T
+
+
+def check_gram(rank: int, wrap) -> None:
+    """The tasks' inner products over all ranks, and the policies that need them."""
+    case, part = make_case("tied"), OF_RANK[rank]
+    truth = Truth(case)
+    gram = gram_of(truth.gradients, TASKS)
+    weights = IMTLG()(SimpleNamespace(task_gram=gram, task_count=TASKS.bincount()))
+    for how in (None, {"passes": 2}, {"apply": "next_step"}):
+        model = wrap(copy.deepcopy(case.model))
+        observer = Meter(model, tasks=2, gram=True, ranks="exact", per_layer=how is None)
+        if how is not None:
+            observer = Reweighted(torch.optim.SGD(model.parameters(), 0.0), observer, IMTLG(), **how)
+        for block in range(2):
+            model.zero_grad()
+            with observer.observe(tasks=TASKS[part]):
+                loss = case.loss(model(case.x[part]), case.y[part])
+                loss.backward() if how is None else observer.backward(loss)
+            assert relative(observer.stats.task_gram, gram) <= CLOSE
+            assert_same_on_all_ranks(observer.stats.task_gram)
+            if how is None:
+                of_layers = sum(layer.task_gram for layer in observer.stats.layers.values())
+                assert relative(of_layers, gram) <= CLOSE
+                continue
+            expected = torch.ones(2) if "apply" in how and block == 0 else weights
+            assert relative(observer.weights, expected) <= 10 * CLOSE  # a system of equations away
+            assert_same_on_all_ranks(observer.weights.double())
+            assert_gradients(model, truth.weighted(expected[TASKS]), 10 * CLOSE)
+
+
+def check_estimated_gram(rank: int, wrap) -> None:
+    """By the pairs of examples of two tasks that met on a rank; where none did, nothing is known."""
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case)
+    flat = torch.stack([torch.cat([g.flatten() for g in of.values()]) for of in truth.gradients])
+    for tasks, prompts in (
+        (TASKS, None),
+        (TASKS, torch.tensor([0, 1, 2, 3, 4, 5, 5])),
+        ((torch.arange(7) > 2).long(), None),
+    ):
+        met = pairs = 0
+        units = torch.arange(EXAMPLES) if prompts is None else prompts
+        count = [len(units[tasks == k].unique()) for k in range(2)]
+        for of_rank in OF_RANK:
+            here = tasks[of_rank]
+            met += float(flat[of_rank][here == 0].sum(0) @ flat[of_rank][here == 1].sum(0))
+            pairs += len(units[of_rank][here == 0].unique()) * len(units[of_rank][here == 1].unique())
+        expected = count[0] * count[1] * met / pairs if pairs else float("nan")
+        model = wrap(copy.deepcopy(case.model))
+        meter = Meter(model, tasks=2, gram=True)
+        for _ in range(2):
+            with meter.observe(tasks=tasks[part], prompts=None if prompts is None else prompts[part]):
+                case.loss(model(case.x[part]), case.y[part]).backward()
+            gram = meter.stats.task_gram
+            assert torch.equal(gram.diagonal(), meter.stats.task_sqnorm)
+            assert torch.equal(gram, gram.T) or not pairs
+            found = float(gram[0, 1])
+            assert abs(found - expected) <= CLOSE * abs(float(truth.task_norm.prod())) or (found != found and not pairs)
+            if pairs:
+                assert_same_on_all_ranks(gram)
+
+
+def check_exact_tasks(rank: int, wrap) -> None:
+    """The gradients of several blocks, of other sizes on every rank, as of one batch."""
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case)
+    model = wrap(copy.deepcopy(case.model))
+    meter = Meter(model, tasks=2, exact_tasks=True, ranks="exact")
+    for _ in range(2):
+        meter.reset()
+        for some in (slice(part.start, part.start + 2), slice(part.start + 2, part.stop), slice(0, 0)):
+            with meter.observe(tasks=TASKS[some]):
+                case.loss(model(case.x[some]), case.y[some]).backward()
+        stats = meter.stats
+        _, unbiased, variance = truth.estimates((slice(None),))
+        assert relative(stats.example_norm, truth.example_norm[part]) <= CLOSE
+        assert relative(stats.task_norm, truth.task_norm) <= CLOSE
+        assert relative(stats.task_gram, gram_of(truth.gradients, TASKS)) <= CLOSE
+        assert relative(stats.task_sqnorm_unbiased, unbiased) <= CLOSE
+        assert relative(stats.task_variance, variance) <= CLOSE
+        assert stats.task_units.tolist() == stats.task_count.tolist() == TASKS.bincount().tolist()
+        assert_same_on_all_ranks(torch.stack([stats.task_norm, stats.task_sqnorm_unbiased, stats.task_variance]))
+
+
+def check_sums_over_ranks_of_ddp(rank: int) -> None:
+    check_gram(rank, ddp)
+    check_estimated_gram(rank, ddp)
+    check_exact_tasks(rank, ddp)
+
+
+def check_sums_over_ranks_of_fsdp(rank: int) -> None:
+    check_gram(rank, fsdp)
+    check_exact_tasks(rank, fsdp)
 
 
 def check_missing_tasks_and_an_empty_rank(rank: int, wrap) -> None:
@@ -329,6 +365,92 @@ def check_options_of_ddp(rank: int) -> None:
             optimizer.step()
 
 
+class Branch(nn.Module):
+    """A layer that only the examples of the first rank pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.more, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.first(x))
+        return self.head(torch.tanh(self.more(h)) if bool((x[:, 0] > 0).all()) else h)
+
+
+def check_layers_that_one_rank_uses(rank: int) -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(EXAMPLES, 6), torch.randn(EXAMPLES, 2)
+    x[:, 0] = x[:, 0].abs() * torch.where(torch.arange(EXAMPLES) < OF_RANK[0].stop, 1, -1)
+    case, part = Case(Branch(), x, y, square_loss).to(torch.float64), OF_RANK[rank]
+    truth = Truth(case)
+    for ranks in ("unbiased", "exact"):
+        model = DistributedDataParallel(copy.deepcopy(case.model), find_unused_parameters=True)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        optimizer = Reweighted(optimizer, model, InverseNorm(), passes=2, tasks=2, ranks=ranks)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with optimizer.observe(tasks=TASKS[part]):
+                optimizer.backward(case.loss(model(case.x[part]), case.y[part]))
+            assert relative(optimizer.stats.example_norm, truth.example_norm[part]) <= CLOSE
+            norm = truth.task_norm if ranks == "exact" else truth.estimates()[0].clamp(min=0).sqrt()
+            assert relative(optimizer.stats.task_norm, norm) <= CLOSE
+            assert_gradients(model, truth.weighted(optimizer.weights[TASKS]))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, block: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.block, self.options = block, KINDS[kind]
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.block, h, **self.options)
+
+
+def check_checkpointed_blocks(rank: int, wrap) -> None:
+    """What a block's backward computes again FSDP2 gathers again."""
+    part = OF_RANK[rank]
+    for kind in ("reentrant", "not reentrant", "selective by policy"):
+        case = make_case()
+        for i, block in enumerate(case.model.blocks):
+            case.model.blocks[i] = Checkpointed(block, kind)
+        truth = Truth(case)
+        for how in ({"passes": 2}, {"apply": "next_step"}):
+            model = wrap(copy.deepcopy(case.model))
+            plain = torch.optim.SGD(model.parameters(), 0.0)
+            optimizer = Reweighted(plain, model, InverseNorm(), tasks=2, ranks="exact", **how)
+            for _ in range(2):
+                optimizer.zero_grad()
+                with optimizer.observe(tasks=TASKS[part]):
+                    optimizer.backward(case.loss(model(case.x[part]), case.y[part]))
+                assert relative(optimizer.stats.example_norm, truth.example_norm[part]) <= CLOSE, (kind, how)
+                assert relative(optimizer.stats.task_norm, truth.task_norm) <= CLOSE
+                assert_gradients(model, truth.weighted(optimizer.weights[TASKS]))
+
+
+def check_checkpointed_blocks_of_ddp(rank: int) -> None:
+    check_checkpointed_blocks(rank, ddp)
+
+
+def check_checkpointed_blocks_of_fsdp(rank: int) -> None:
+    check_checkpointed_blocks(rank, fsdp)
+
+
+def check_a_divide_factor(rank: int) -> None:
+    """Gradients that are added up instead of averaged."""
+    case, part = make_case(), OF_RANK[rank]
+    truth = Truth(case, ranks=1)
+    model = fsdp(copy.deepcopy(case.model))
+    for module in (model, *model.blocks):
+        module.set_gradient_divide_factor(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer = Reweighted(optimizer, model, InverseNorm(), passes=2, tasks=2, ranks="exact")
+    with optimizer.observe(tasks=TASKS[part]):
+        optimizer.backward(case.loss(model(case.x[part]), case.y[part]))
+    assert relative(optimizer.stats.example_norm, truth.example_norm[part]) <= CLOSE
+    assert relative(optimizer.stats.task_norm, truth.task_norm) <= CLOSE
+    assert_gradients(model, truth.weighted(optimizer.weights[TASKS]))
+
+
 def check_a_static_graph(rank: int) -> None:
     case, part = make_case(), OF_RANK[rank]
     truth = Truth(case)
@@ -379,17 +501,20 @@ def check_options_of_fsdp(rank: int) -> None:
 
 
 class Split(nn.Module):
-    """What DTensor splits: a vocabulary, columns and rows of products with and without bias, norms of parts of sequences."""
+    """What DTensor splits: a vocabulary, columns and rows of products with and without bias, norms of parts of sequences.
+
+    Most sizes are odd: parts differ.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens, self.norm1, self.norm2 = nn.Embedding(13, 8), nn.LayerNorm(8), nn.RMSNorm(8)
-        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 14, bias=False)
-        self.gate, self.back = nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False)
-        self.own = nn.Linear(8, 8)  # not split
+        self.tokens, self.norm1, self.norm2 = nn.Embedding(13, 9), nn.LayerNorm(9), nn.RMSNorm(9)
+        self.up, self.down, self.head = nn.Linear(9, 11), nn.Linear(11, 9), nn.Linear(9, 15, bias=False)
+        self.gate, self.back = nn.Linear(9, 12, bias=False), nn.Linear(12, 9, bias=False)
+        self.own, self.place = nn.Linear(9, 9), nn.Parameter(torch.randn(9))  # not split
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        h = self.tokens(ids)
+        h = self.tokens(ids) + self.place
         h = h + self.down(torch.tanh(self.up(self.norm1(h))))
         h = h + self.back(torch.tanh(self.gate(self.norm2(h))))
         return self.head(torch.tanh(self.own(h)))
@@ -410,10 +535,12 @@ def split(model: nn.Module, mesh, sequence: bool, embedding: str) -> nn.Module:
 
 def check_split_layers(mesh, wrap, data_ranks: int, part: slice, sequence: bool) -> None:
     torch.manual_seed(0)
-    x, y = (torch.randint(0, 13, (EXAMPLES, 6), generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    shape = EXAMPLES, 6 if sequence else 5  # torch's own plan needs sequences in equal parts
+    x, y = (torch.randint(0, 13, shape, generator=torch.Generator().manual_seed(1)) for _ in range(2))
     case = Case(Split(), x, y, token_loss).to(torch.float64)
     if sequence:  # a layer that is not split would see this rank's rows only, in its gradient as in its norms
         case.model.own.requires_grad_(False)
+        case.model.place.requires_grad_(False)
     truth = Truth(case, ranks=data_ranks)
     bound = float(truth.example_norm.median())
     for embedding in ("rows", "columns") if data_ranks == 1 else ("rows",):
@@ -475,6 +602,26 @@ def check_fsdp_of_tensor_parallel(rank: int) -> None:
         check_split_layers(mesh["split"], wrap, 2, OF_RANK[rank // 2], sequence)
 
 
+def check_replicated_shards(rank: int) -> None:
+    """Two machines that each shard the model between them would have: examples are divided among all four."""
+    case = make_case()
+    of_rank = (slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 7))
+    truth, part = Truth(case, ranks=4), of_rank[rank]
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for ranks in ("unbiased", "exact"):
+        model = fsdp(copy.deepcopy(case.model), mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        optimizer = Reweighted(optimizer, model, InverseNorm(), passes=2, tasks=2, ranks=ranks)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with optimizer.observe(tasks=TASKS[part]):
+                optimizer.backward(case.loss(model(case.x[part]), case.y[part]))
+            assert relative(optimizer.stats.example_norm, truth.example_norm[part]) <= CLOSE
+            norm = truth.task_norm if ranks == "exact" else truth.estimates(of_rank)[0].clamp(min=0).sqrt()
+            assert relative(optimizer.stats.task_norm, norm) <= CLOSE
+            assert_gradients(model, truth.weighted(optimizer.weights[TASKS]))
+
+
 def check_refusals(rank: int) -> None:
     case, part = make_case(), OF_RANK[rank]
     for wrap in (ddp, fsdp):
@@ -486,12 +633,31 @@ def check_refusals(rank: int) -> None:
                 optimizer.observe(tasks=TASKS),
             ):
                 pass
-        for option in ({"gram": True}, {"exact_tasks": True}):
-            meter = Meter(model, tasks=2, **option)
-            with pytest.raises(ValueError, match="gradients are not summed for every task"), meter.observe(tasks=TASKS):
+        plain = torch.optim.SGD(model.parameters(), 0.1)
+        for meter in (
+            Meter(model, tasks=2, exact_tasks=True),
+            Reweighted(plain, model, IMTLG(), tasks=2, gram=True, passes=2),
+        ):
+            with pytest.raises(ValueError, match="summed over the 2 ranks for every task"), meter.observe(tasks=TASKS):
                 pass
+        meter = Meter(model, tasks=2, exact_tasks=True, per_layer=True, ranks="exact")
+        with pytest.raises(ValueError, match="only the whole model's sums"), meter.observe(tasks=TASKS):
+            pass
+        mixing = Reweighted(
+            torch.optim.SGD(model.parameters(), 0.1), model, InverseNorm(), tasks=2, exact_tasks=True, ranks="exact"
+        )
+        with pytest.raises(RuntimeError, match="gradients are reduced during backward"), mixing.observe(tasks=TASKS):
+            pass
         local = Reweighted(torch.optim.SGD(model.parameters(), 0.1), model, InverseNorm(), tasks=2, ranks="local")
         with pytest.raises(RuntimeError, match="must weigh alike"), local.observe(tasks=TASKS):
+            pass
+    model = ddp(copy.deepcopy(case.model))
+    with model.join(), pytest.raises(RuntimeError, match="every rank must run every block, got DDP's join context"):
+        Meter(model).observe().__enter__()
+    flattened = FullyShardedDataParallel(copy.deepcopy(case.model), device_id=torch.device("cpu"))
+    for observer in (Meter(flattened), Reweighted(torch.optim.SGD(flattened.parameters()), flattened, InverseNorm())):
+        refused = pytest.raises(RuntimeError, match=r"tensors of their own, got the model \(FullyShardedDataParallel\)")
+        with refused, observer.observe():
             pass
     for wrap in (ddp, lambda model: fully_shard(model)):
         model = wrap(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)))
@@ -515,13 +681,15 @@ def test_ddp_measures_and_weighs_as_one_process_would(tmp_path):
         check_options_of_ddp,
         check_a_static_graph,
     ]
-    checks += [check_refusals]
+    checks += [check_layers_that_one_rank_uses, check_checkpointed_blocks_of_ddp]
+    checks += [check_sums_over_ranks_of_ddp, check_refusals]
     run_world(RANKS, checks, tmp_path)
 
 
 def test_fsdp2_measures_and_weighs_as_one_process_would(tmp_path):
     checks = [check_meters_of_fsdp, check_two_passes_of_fsdp, check_next_step_of_fsdp, check_an_empty_rank_of_fsdp]
     checks += [check_accumulation_of_fsdp, check_options_of_fsdp, check_ranks_by_themselves]
+    checks += [check_checkpointed_blocks_of_fsdp, check_a_divide_factor, check_sums_over_ranks_of_fsdp]
     run_world(RANKS, checks, tmp_path)
 
 
@@ -529,5 +697,5 @@ def test_layers_that_dtensor_splits_are_measured_whole(tmp_path):
     run_world(2, [check_tensor_parallel, check_split_layers_without_a_rule], tmp_path)
 
 
-def test_fsdp2_over_tensor_parallel_layers(tmp_path):
-    run_world(4, [check_fsdp_of_tensor_parallel], tmp_path)
+def test_fsdp2_over_tensor_parallel_layers_and_over_replicas(tmp_path):
+    run_world(4, [check_fsdp_of_tensor_parallel, check_replicated_shards], tmp_path)

@@ -14,10 +14,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_world(size: int, checks: Sequence[Callable[[int], None]], folder: Path) -> None:
-    """Run the checks, functions of the rank at the top of one file, on ``size`` ranks; raise what any of them raised."""
+def run_world(size: int, checks: Sequence[Callable[[int], None]], folder: Path, *, timeout: float = 300) -> None:
+    """Run the checks, functions of the rank at the top of one file, on ``size`` ranks; raise what any of them raised.
+
+    No collective waits longer than ``timeout`` seconds.
+    """
     file, names = checks[0].__code__.co_filename, [check.__name__ for check in checks]
-    context = mp.spawn(_process, (size, file, names, str(folder)), nprocs=size, join=False)
+    context = mp.spawn(_process, (size, file, names, str(folder), timeout), nprocs=size, join=False)
     failed = None
     try:
         while not context.join():
@@ -29,11 +32,12 @@ def run_world(size: int, checks: Sequence[Callable[[int], None]], folder: Path) 
         raise AssertionError("\n".join(found) or str(failed))
 
 
-def _process(rank: int, size: int, file: str, names: Sequence[str], folder: str) -> None:
+def _process(rank: int, size: int, file: str, names: Sequence[str], folder: str, timeout: float) -> None:
     found = runpy.run_path(file)  # under what name pytest imported it, another process does not know
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(minutes=5))
+    limit = datetime.timedelta(seconds=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
     for name in names:
         try:
             torch.manual_seed(0)

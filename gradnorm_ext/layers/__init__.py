@@ -6,7 +6,6 @@ from gradnorm_ext.layers import tensor_parallel as _tensor_parallel  # noqa: F40
 from gradnorm_ext.layers import unruled as _unruled  # noqa: F401
 from gradnorm_ext.layers.checkpoints import repeatable_checkpoints
 from gradnorm_ext.layers.compiled import Graphs, compiled_modules, whole_graph_backend
-from gradnorm_ext.layers.contributions import gram_of
 from gradnorm_ext.layers.functions import Interception, measure_as
 from gradnorm_ext.layers.heads import HeadScores, fused_head
 from gradnorm_ext.layers.layouts import Examples, Layout, Packing
@@ -26,7 +25,6 @@ __all__ = [
     "accumulate",
     "compiled_modules",
     "fused_head",
-    "gram_of",
     "measure_as",
     "observe_modules",
     "release_modules",

@@ -188,10 +188,23 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def float8_matmul(x: Tensor, weight: Tensor, products: Any, config: Any) -> Tensor:
+    """torchao's, ``x @ weight``: computed in float8, differentiated in the precision of its inputs.
+
+    Its own backward rounds gradients to float8 by a scale that all examples share, which no example's norm is of.
+    """
+    function = sys.modules["torchao.float8.float8_linear"].matmul_with_hp_or_float8_args
+    with torch.no_grad():
+        value: Tensor = function.apply(x.detach(), weight.detach(), products, config)
+    wide = x @ weight
+    return value + (wide - wide.detach())
+
+
 _EQUIVALENTS: dict[str, Equivalent] = {
     "trl.kernels.chunked_logprob.ChunkedLogProbFunction": chunked_log_prob,
     "liger_kernel.ops.fused_linear_cross_entropy.LigerFusedLinearCrossEntropyFunction": fused_linear_cross_entropy,
     "liger_kernel.ops.rms_norm.LigerRMSNormFunction": rms_norm,
     "liger_kernel.ops.layer_norm.LigerLayerNormFunction": layer_norm,
+    "torchao.float8.float8_linear.matmul_with_hp_or_float8_args": float8_matmul,
 }
 _OPEN: dict[type[Function], int] = {}  # in how many open blocks each is asked first

@@ -222,6 +222,16 @@ def _computes_in_half(parameter: Tensor) -> bool:
     return autocast or parameter.dtype == torch.float16
 
 
+def _memory_of(tensor: Tensor) -> int | None:
+    """Where a tensor's entries lie; None of one that has none itself: a DTensor, or what a collective has yet to bring."""
+    if hasattr(tensor, "device_mesh"):
+        return None
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # torch's, of wrappers without a storage
+        return None
+
+
 def _sum_over(group: Any, tensor: Tensor) -> Tensor:
     tensor = tensor.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(tensor, group=group)
@@ -278,6 +288,7 @@ class Observation:
         self.batch_dim, self.backwards = batch_dim, backwards
         self.derives = derives  # uses without a rule are differentiated one example at a time
         self.constants = functools.cache(constants)  # where the model's buffers and frozen parameters lie
+        self.frozen: dict[int, Tensor] = {}  # and where those lie that FSDP2 gathers anew each time
         self.examples: int | None = None
         self.batch: Examples | None = None
         self.weights: Tensor | None = None  # per example
@@ -351,6 +362,11 @@ class Observation:
                     self._audit(slot)
         return slot
 
+    def look_at_frozen(self, parameter: nn.Parameter) -> None:
+        """Under FSDP2 a frozen parameter lies elsewhere whenever it is whole, which is when it is read."""
+        if self.shards is not None and not hasattr(parameter, "device_mesh"):
+            self.frozen[parameter.untyped_storage().data_ptr()] = parameter
+
     def layout_of_kind(self, kind: Kind, shape: tuple[int, ...]) -> Layout:
         """The layout of rows in a compiled graph: of the kind that was proven, if the sizes allow it."""
         assert self.batch is not None
@@ -374,6 +390,13 @@ class Observation:
             "let Linear, Embedding, LayerNorm or RMSNorm use it, with DTensors as inputs, or freeze it"
         )
 
+    def wrapped_read(self, slot: Slot, parameter: Tensor) -> RuntimeError:
+        """The error for a parameter that is a tensor of another kind, which computes in ways of its own."""
+        return RuntimeError(
+            f"{self.who}: no rule for {slot.name}, which is trainable and a {type(parameter).__name__}; freeze it, or make the "
+            "model with plain parameters (of torchao's float8 linears: without enable_fsdp_float8_all_gather)"
+        )
+
     def check_split(self, slot: Slot) -> None:
         """Refuse what needs the whole gradient of a parameter that has parts on other ranks."""
         if self.plan.totals is not None or self.plan.layer_weights is not None or self.plan.gram:
@@ -385,8 +408,8 @@ class Observation:
     def look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What a module's arguments say; the first ones are the model's inputs."""
         for one in args:
-            if isinstance(one, Tensor) and not one.requires_grad and not hasattr(one, "device_mesh"):
-                self.data.add(one.untyped_storage().data_ptr())
+            if isinstance(one, Tensor) and not one.requires_grad and (where := _memory_of(one)) is not None:
+                self.data.add(where)
         if not self.rows_per_example:
             self._look_at_inputs(args, kwargs)
 
@@ -399,8 +422,8 @@ class Observation:
             if one.dim() > self.batch_dim and one.shape[self.batch_dim] == self.examples:
                 first = one.shape[1 - self.batch_dim] if one.dim() > 1 else 1
                 self.rows_per_example |= {first * math.prod(one.shape[2:end]) for end in range(2, one.dim() + 1)}
-                if not hasattr(one, "device_mesh"):
-                    self.inputs.add(one.untyped_storage().data_ptr())
+                if (where := _memory_of(one)) is not None:
+                    self.inputs.add(where)
 
     def _begin_with(self, sizes: Sequence[int]) -> None:
         if not sizes or sizes[0] == 0:
@@ -463,15 +486,20 @@ class Observation:
 
     def is_input(self, tensor: Tensor) -> bool:
         """Whether this is an input of the model that shows the batch, or a view of one."""
-        return tensor.untyped_storage().data_ptr() in self.inputs
+        return _memory_of(tensor) in self.inputs
 
     def is_constant(self, tensor: Tensor) -> bool:
-        """Whether this is a buffer of the model, which has no batch dimension whatever its sizes."""
-        return tensor.untyped_storage().data_ptr() in self.constants()
+        """Whether this is a buffer or a frozen parameter, which has no batch dimension whatever its sizes."""
+        if (where := _memory_of(tensor)) is None:
+            return False
+        gathered = self.frozen.get(where)
+        return where in self.constants() or (
+            gathered is not None and gathered.untyped_storage().data_ptr() == where  # else its memory is another's now
+        )
 
     def is_data(self, tensor: Tensor) -> bool:
         """Whether this is known to be no constant: an activation, or an argument of the model or one of its modules."""
-        return tensor.requires_grad or tensor.untyped_storage().data_ptr() in self.data
+        return tensor.requires_grad or _memory_of(tensor) in self.data
 
     def _unexplained(self, shape: Sequence[int], name: str) -> ValueError:
         assert self.batch is not None
@@ -689,16 +717,22 @@ class Observation:
             rows = [slot.index for slot in self.slots.values() if slot.split_over is group]
             figures[rows] = _sum_over(group, figures[rows])
 
-    def _sum_over_ranks(self, figures: Tensor, total: Callable[[Tensor], Tensor]) -> None:
-        """The tasks' inner products over all ranks; every rank sums every parameter, whatever it used, in one order."""
+    def task_grams(self, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """``[parameters, K, K]``: inner products of the tasks' gradients that were added up in ``Plan.totals``.
+
+        Every rank sums every parameter that is measured, whatever it used, in one order.
+        """
         assert self.batch is not None and self.plan.totals is not None
         tasks = self.batch.groups.counts[-1]
+        grams = torch.zeros(len(self.slots), tasks, tasks, dtype=self.probe.dtype, device=self.probe.device)
         for slot in self.slots.values():
-            if slot.wanted:
-                gradients = figures.new_zeros(tasks, slot.parameter.numel())
-                if (of_rank := self.plan.totals.pop(slot.name, None)) is not None:
-                    gradients.copy_(of_rank.flatten(1))
-                figures[slot.index, -(tasks**2) :] = gram_of(total(gradients)).flatten()
+            gradients = self.plan.totals.get(slot.name)
+            if over_ranks is not None and slot.wanted:
+                of_all = grams.new_zeros(tasks, slot.parameter.numel())
+                gradients = over_ranks(of_all if gradients is None else of_all.copy_(gradients.flatten(1)))
+            if gradients is not None and slot.wanted:
+                grams[slot.index] = gram_of(gradients)
+        return grams
 
     def _audited(self, use: Use, gradient: Tensor | None) -> Tensor | None:
         """The gradient in the shape of what was used, written down where the parameter is audited."""
@@ -914,7 +948,10 @@ class Observation:
                 slot.weights = self.plan.layer_weights(slot.name, figures[slot.index])
         self._add_parts(figures)
         if self.plan.over_ranks is not None:
-            self._sum_over_ranks(figures, self.plan.over_ranks)
+            grams = self.task_grams(self.plan.over_ranks).flatten(1)
+            figures[:, -grams.shape[1] :] = grams
+            assert self.plan.totals is not None
+            self.plan.totals.clear()  # a second pass would keep them in vain
         self._learn()
         return figures
 
@@ -1037,6 +1074,7 @@ class Observation:
             for kept in (slot.uses, slot.deferred, slot.kept):
                 kept.clear()
         self.slots.clear()
+        self.frozen.clear()
         del self.start
 
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Slot, Use
@@ -207,12 +208,17 @@ def _observed_class(base: Any) -> type:
         value = base.__getattr__(self, name)
         if torch.compiler.is_compiling():
             return value
-        if isinstance(value, nn.Parameter) and value.requires_grad and torch.is_grad_enabled():
-            observation: Observation | None = self.__dict__.get(_SESSION)
-            if observation is not None and (slot := observation.slot_of(self, name, value)) is not None:
-                if hasattr(value, "device_mesh"):
-                    raise observation.split_read(slot, self)
-                return Tap.of(observation, slot, value)
+        observation: Observation | None = self.__dict__.get(_SESSION)
+        if observation is None or not isinstance(value, nn.Parameter):
+            return value
+        if not value.requires_grad:
+            observation.look_at_frozen(value)
+        elif torch.is_grad_enabled() and (slot := observation.slot_of(self, name, value)) is not None:
+            if hasattr(value, "device_mesh"):
+                raise observation.split_read(slot, self)
+            if type(value) is not nn.Parameter and is_traceable_wrapper_subclass(value):
+                raise observation.wrapped_read(slot, value)
+            return Tap.of(observation, slot, value)
         return value
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

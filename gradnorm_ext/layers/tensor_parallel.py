@@ -69,8 +69,17 @@ class _Parts:
         self.observation.check_split(slot)
         return Tap.of(self.observation, slot, local)
 
-    def give(self, local: Tensor, placement: Any) -> Tensor:
-        given: Tensor = self.dtensor.from_local(local, self.mesh, [placement], run_check=False)
+    def give(self, local: Tensor, placement: Any, size: int | None = None) -> Tensor:
+        """The whole of which this is a part; ``size``: of the dimension that is split, in parts that may differ by one."""
+        if size is None:
+            given: Tensor = self.dtensor.from_local(local, self.mesh, [placement], run_check=False)
+            return given
+        shape = list(local.shape)
+        shape[placement.dim] = size
+        stride = torch.empty(shape, device="meta").stride()
+        given = self.dtensor.from_local(
+            local, self.mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride
+        )
         return given
 
 
@@ -79,7 +88,8 @@ def _linear(parts: _Parts, x: Any) -> Tensor:
     last = parts.shard(x.dim() - 1)
     if of_weight == parts.shard(0) and of_x.is_replicate():
         local = x.to_local(grad_placements=[parts.partial])
-        return parts.give(F.linear(local, parts.parameter("weight"), parts.parameter("bias")), last)
+        y = F.linear(local, parts.parameter("weight"), parts.parameter("bias"))
+        return parts.give(y, last, parts.module.out_features)  # type: ignore[arg-type]
     if of_weight == parts.shard(1) and of_x == last:
         y = parts.give(F.linear(x.to_local(), parts.parameter("weight")), parts.partial)
         if parts.module._parameters.get("bias") is None:
@@ -100,7 +110,7 @@ def _normalization(parts: _Parts, x: Any) -> Tensor:
         y = F.layer_norm(x.to_local(), shape, weight, parts.parameter("bias", rows_apart=rows_apart), module.eps)
     else:
         y = F.rms_norm(x.to_local(), shape, weight, module.eps)
-    return parts.give(y, of_x)
+    return parts.give(y, of_x, x.shape[of_x.dim] if of_x.is_shard() else None)
 
 
 def _embedding(parts: _Parts, ids: Any) -> Tensor:
@@ -111,7 +121,7 @@ def _embedding(parts: _Parts, ids: Any) -> Tensor:
         raise parts.refusal(f"ids {of_ids}, weight {of_weight} and padding_idx={module.padding_idx}")
     local, weight = ids.to_local(), parts.parameter("weight")
     if of_weight == parts.shard(1):
-        return parts.give(F.embedding(local, weight), parts.shard(ids.dim()))
+        return parts.give(F.embedding(local, weight), parts.shard(ids.dim()), table.shape[1])
     first = parts.mesh.get_local_rank() * -(-table.shape[0] // parts.mesh.size())  # DTensor's parts are torch.chunk's
     own = (local >= first) & (local < first + weight.shape[0])
     rows = F.embedding(torch.where(own, local - first, 0), weight)
