@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 from checks import Oracle, wrong_operation, wrong_step
-from models import MODELS, QUICK, Problem, make
+from models import MODELS, QUICK, make
 from operations import OPERATIONS, Operation, Size
 from variants import VARIANTS
 
@@ -59,7 +59,9 @@ def main() -> int:
     of_step.add_argument("--model", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
     of_step.add_argument("--variant", nargs="+", choices=tuple(VARIANTS)[1:], default=tuple(VARIANTS)[1:])
     of_step.add_argument("--runs", type=int, help="pairs of steps, at least 2; default: the model's")
-    of_step.add_argument("--profile", choices=tuple(VARIANTS), help="only show where this variant's time goes")
+    of_step.add_argument(
+        "--profile", choices=tuple(VARIANTS)[1:], help="only show where this variant takes longer than plain"
+    )
     of_gpu = commands.add_parser("gpu", help="the Triton kernels, and a step of a large model")
     of_gpu.add_argument("--interpret", action="store_true", help="a dry run on the CPU")
     of_scale = commands.add_parser("scale", help="larger training: several processes, checkpoints, mixed precision")
@@ -81,7 +83,7 @@ def main() -> int:
         figures = time_operations(given.backend or built, group, given.threads, refusals)
     elif given.profile:
         for model in given.model:
-            print_profile(given.profile, make(model, quick=given.quick))
+            print_profile(given.profile, model, given.quick)
         return 0
     else:
         figures = time_steps(given.model, given.variant, given.runs, given.threads, given.quick, refusals)
@@ -295,15 +297,31 @@ def time_scale(quick: bool, refusals: list[str]) -> list[Figure]:
     return figures
 
 
-def print_profile(variant: str, problem: Problem) -> None:
-    """Where three steps of a variant spend their time, the largest first."""
-    step = VARIANTS[variant].step(problem)
-    for _ in range(2):
-        step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(3):
-            step()
-    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=50))
+def print_profile(variant: str, model: str, quick: bool) -> None:
+    """Where a step of a variant spends more time than the plain one, or less: medians of profiles in turns.
+
+    An operation's time is its own, without those it calls; a Function's is that of its Python, and of freeing memory.
+    """
+    steps = {one: VARIANTS[one].step(make(model, quick=quick)) for one in ("plain", variant)}
+    spent: dict[str, list[dict[str, float]]] = {one: [] for one in steps}
+    for run in range(-2, 5):
+        for one, step in steps.items():
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                step()
+            if run >= 0:
+                spent[one].append({event.key: event.self_cpu_time_total / 1e3 for event in profile.key_averages()})
+    names = {name for profiles in spent.values() for profile in profiles for name in profile}
+    medians = {
+        name: [statistics.median(profile.get(name, 0.0) for profile in spent[one]) for one in steps] for name in names
+    }
+    whole = [sum(times) for times in zip(*medians.values(), strict=True)]
+    line = "{:50} {:>10} {:>10} {:>11}"
+    print(line.format(f"{model}, ms of a step", "plain", variant[:10], "difference"))
+    for name, (plain, ours) in [
+        ("all", whole),
+        *sorted(medians.items(), key=lambda row: -abs(row[1][1] - row[1][0]))[:20],
+    ]:
+        print(line.format(name[:50], f"{plain:.2f}", f"{ours:.2f}", f"{ours - plain:+.2f}"))
 
 
 def record_gpu(interpret: bool, refusals: list[str]) -> Path:
