@@ -236,11 +236,12 @@ class Meter:
     @contextmanager
     def block(self, who: str, plan: Plan, given: Given, *, always_verify: bool = False) -> Iterator[Block]:
         """`observe` with a plan of what else is to happen: what `Reweighted` and `check` are built on."""
-        callbacks = compiled_modules(module for _, module in _modules(self.model)) if _Compilation.exists() else []
+        modules = _modules(self.model)
+        callbacks = compiled_modules(module for _, module in modules) if _Compilation.exists() else []
         graphs = None if always_verify else self._graphs_of(plan, given, callbacks)
         with _Compilation(who, graphs, bool(callbacks)) as graphs:
             try:
-                with self._opened(who, plan, given, always_verify, graphs) as block:
+                with self._opened(who, plan, given, always_verify, modules, graphs) as block:
                     yield block
             finally:
                 if graphs is not None:
@@ -262,7 +263,13 @@ class Meter:
 
     @contextmanager
     def _opened(
-        self, who: str, plan: Plan, given: Given, always_verify: bool, graphs: Graphs | None
+        self,
+        who: str,
+        plan: Plan,
+        given: Given,
+        always_verify: bool,
+        modules: Sequence[tuple[str, nn.Module]],
+        graphs: Graphs | None,
     ) -> Iterator[Block]:
         if self._closed:
             raise RuntimeError(f"{who}: the meter must be open, got one that was closed; make a new Meter")
@@ -277,7 +284,6 @@ class Meter:
             raise ValueError(f"{who}: batch_dim must be 0 or 1, got {batch_dim}; move the batch there")
         if not (isinstance(backwards, int) and backwards >= 1):
             raise ValueError(f"{who}: backwards must be a whole number of at least 1, got {backwards!r}")
-        modules = _modules(self.model)
         trainable = _trainable(modules)
         parameters, wanted = trainable, None
         if self.modules is not None:
