@@ -211,6 +211,34 @@ def test_layers_in_a_graph(name):
     assert graphs() == 1
 
 
+class TurnedTable(nn.Module):
+    """Looks positions up in a view of their table, twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Parameter(torch.randn(3, 5)), nn.Linear(3, 2)
+
+    def forward(self, x):
+        here = torch.arange(x.shape[1])
+        x = torch.tanh(x + torch.nn.functional.embedding(here, self.table.t()))
+        return self.head(x + torch.nn.functional.embedding(here, self.table.t()))
+
+
+def test_positions_that_are_looked_up_in_a_view_of_their_table():
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 5, 3, dtype=torch.float64), torch.zeros(4, 10, dtype=torch.float64)
+    case = Case(TurnedTable().double(), x, y, oracle.square_loss)
+    module = copy.deepcopy(case.model)
+    model = whole(module)
+    meter = Meter(model, tasks=2)
+    for _ in range(3):
+        module.zero_grad()
+        with meter.observe(tasks=TASKS):
+            oracle.square_loss(model(x), y).backward()
+        assert_measured(meter, module, case)
+    assert graphs() == 1 and meter.memory.unobservable is None
+
+
 class Exponential(nn.Module):
     """Scales by a function of its weight."""
 

@@ -158,7 +158,8 @@ class _Graph:
         """Blocks repeat them, which what belongs to the trace cannot be in."""
         for use in self.uses:
             given = [(view.args, view.keywords) for view in use.path if isinstance(view, functools.partial)]
-            if any(isinstance(leaf, (Tensor, torch.SymInt)) for leaf in pytree.tree_leaves(given)):
+            of_trace = any(isinstance(leaf, (Tensor, torch.SymInt)) for leaf in pytree.tree_leaves(given))
+            if of_trace or len(use.path) != len(use.views):
                 raise UntraceableError(f"{use.function} consumes {use.slot.name} by way of a view like another tensor")
 
     def restart(self) -> None:

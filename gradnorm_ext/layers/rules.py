@@ -438,8 +438,10 @@ def _slices_rule(function: Callable[..., Any]) -> Callable[..., Any]:
     def slices(tap: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(tap, Tap) or tap.looked_up is not None:
             return NotImplemented
-        pieces = range(len(function(tap.value, *args, **kwargs)))
-        return tuple(tap.viewed(functools.partial(_piece, function, args, kwargs, i), "slice") for i in pieces)
+        pieces = enumerate(function(tap.value, *args, **kwargs))
+        return tuple(
+            tap.viewed(functools.partial(_piece, function, args, kwargs, i), "slice", one) for i, one in pieces
+        )
 
     return slices
 

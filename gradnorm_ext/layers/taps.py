@@ -103,31 +103,33 @@ class Tap(Tensor):
         """Whether this is a derived parameter and ``x`` not known to be data: then the result is one, too."""
         return self.is_derived and not self.observation.is_data(x)
 
-    def viewed(self, how: Callable[[Tensor], Tensor], view: str) -> Tap:
-        """The tap of a view of this one, or of a cast or a shift, whose gradient has the same norm."""
-        value = how(self.value)
+    def viewed(self, how: Callable[[Tensor], Tensor], view: str, value: Tensor | None = None) -> Tap:
+        """The tap of a view of this one, or of a cast or a shift, whose gradient has the same norm.
+
+        ``value``: what ``how`` makes of this one's, where it is there already.
+        """
+        value = how(self.value) if value is None else value
         if value is self.value:
             return self
         tap = Tap.of(self.observation, self.slot, value, self.views, self.others)
+        tap.path = self.path
         if self.looked_up is not None:
             tap.looked_up = replace(self.looked_up, rows=value.detach())
         elif not (view == "cast" and value.dtype == self.value.dtype):
             tap.views, tap.path = (*self.views, view), (*self.path, how)
-        else:
-            tap.path = self.path
         return tap
 
     def looked_up_rows(self, rows: Tensor, ids: Tensor, padding_idx: int | None) -> Tap:
         """The tap of rows looked up in this table, the same ones for every example."""
         tap = Tap.of(self.observation, self.slot, rows, self.views, self.others)
-        tap.looked_up = LookedUp(ids, padding_idx, rows.detach(), self.value)
+        tap.looked_up, tap.path = LookedUp(ids, padding_idx, rows.detach(), self.value), self.path
         return tap
 
     def rearranged(self, value: Tensor, how: Callable[[Tensor], Tensor]) -> Tap:
         """The tap of a view of rows that all examples share; ``how`` does to any tensor what was done to them."""
         assert self.looked_up is not None
         tap = Tap.of(self.observation, self.slot, value, self.views, self.others)
-        tap.looked_up = self.looked_up.rearranged(value.detach(), how)
+        tap.looked_up, tap.path = self.looked_up.rearranged(value.detach(), how), self.path
         return tap
 
     def use(self, function: str, layout: Layout, *, sums: bool = False) -> Use:
