@@ -178,10 +178,10 @@ class _CountBytes:
     """Counts what our own reductions hand to the process groups, beside the engines'."""
 
     def __init__(self) -> None:
-        self.bytes, self.over_ranks, self.over_parts = 0, Ranks.total, observation._sum_over
+        self.bytes, self.over_ranks, self.over_parts = 0, Ranks.begin_total, observation._sum_over
 
     def __enter__(self) -> None:
-        def total(ranks: Ranks, tensor: Tensor, op: Any = None) -> Tensor:
+        def begin_total(ranks: Ranks, tensor: Tensor, op: Any = None) -> Callable[[], Tensor]:
             self.bytes += tensor.nbytes
             return self.over_ranks(ranks, tensor, op)
 
@@ -189,10 +189,10 @@ class _CountBytes:
             self.bytes += tensor.nbytes
             return self.over_parts(group, tensor)
 
-        Ranks.total, observation._sum_over = total, sum_over  # type: ignore[method-assign]
+        Ranks.begin_total, observation._sum_over = begin_total, sum_over  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
-        Ranks.total, observation._sum_over = self.over_ranks, self.over_parts  # type: ignore[method-assign]
+        Ranks.begin_total, observation._sum_over = self.over_ranks, self.over_parts  # type: ignore[method-assign]
 
 
 # One process.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,10 +51,22 @@ class Ranks:
         return size
 
     def total(self, tensor: Tensor, op: Any = None) -> Tensor:
-        """The sum over the ranks (or another reduction), in place."""
-        for group in self.groups:
-            dist.all_reduce(tensor, dist.ReduceOp.SUM if op is None else op, group)
-        return tensor
+        """The sum over the ranks (or another reduction), in place; waits for them."""
+        return self.begin_total(tensor, op)()
+
+    def begin_total(self, tensor: Tensor, op: Any = None) -> Callable[[], Tensor]:
+        """The same, begun: what is returned waits for the ranks. All of them begin, any may leave the waiting out."""
+        op = dist.ReduceOp.SUM if op is None else op
+        *inner, last = self.groups
+        for group in inner:  # a sum of these sums cannot begin before
+            dist.all_reduce(tensor, op, group)
+        work = dist.all_reduce(tensor, op, last, async_op=True)
+
+        def arrived() -> Tensor:
+            work.wait()
+            return tensor
+
+        return arrived
 
     def same(self, tensor: Tensor) -> Tensor:
         """The first rank's tensor, on every rank."""
@@ -78,41 +91,99 @@ class Ranks:
 
         The last estimates ``‖Σ u‖²`` over all ranks without bias, as units of one task are alike. Where no rank has two
         units of a task that has several, nothing tells, and all three are NaN. With ``exact``, T is ‖Σ u‖² of all ranks.
+
+        The sums are on their way when this returns; whoever reads a figure of all ranks waits for them (`Arriving`).
         """
         parts = [stats, *stats.layers.values()]
-        reduced = self.total(torch.stack([_sums(part, self.exact) for part in parts]))
-        found = [_whole(part, sums, self.exact) for part, sums in zip(parts, reduced.unbind(), strict=True)]
-        reward = None if stats.reward is None else self._reward(stats.reward, reduced.device)
-        layers = dict(zip(stats.layers, found[1:], strict=True))
-        return dataclasses.replace(found[0], layers=layers, reward=reward)
+        of_parts = torch.stack([_sums(part, self.exact) for part in parts])
+        reward, sent = stats.reward, of_parts.flatten()
+        if reward is not None:
+            sent = torch.cat([sent, self._reward_sums(reward, sent.device).flatten()])
+        arrived = self.begin_total(sent)
 
-    def _reward(self, reward: RewardStats[Tensor], device: torch.device) -> RewardStats[Tensor]:
-        """The tasks' figures over the prompts of all ranks; percentiles do not add up and are NaN."""
-        n_tasks, ddof = len(reward.task_mean), reward.ddof
+        def whole() -> Stats:
+            of_all, of_rewards = arrived().split([of_parts.numel(), sent.numel() - of_parts.numel()])
+            of_each = zip(parts, of_all.view_as(of_parts).unbind(), strict=True)
+            found = [_whole(part, sums, self.exact) for part, sums in of_each]
+            layers = dict(zip(stats.layers, found[1:], strict=True))
+            rewards = None if reward is None else _whole_reward(reward, of_rewards.view(8, -1))
+            return dataclasses.replace(found[0], layers=layers, reward=rewards)
+
+        return Arriving(stats, arrived, whole)
+
+    def _reward_sums(self, reward: RewardStats[Tensor], device: torch.device) -> Tensor:
+        """``[8, K]`` float64: what adds up over ranks. The best and the worst rewards of all are asked for before."""
+        n_tasks, known = len(reward.task_mean), reward.count > reward.ddof
         rewards = reward.rewards.double()
         extremes = torch.stack([rewards.max(), -rewards.min()]) if len(rewards) else rewards.new_full((2,), -torch.inf)
         high, low = self.total(extremes.to(device), dist.ReduceOp.MAX).to(rewards.device).unbind()
         low, spread = -low, high != -low
-        known = reward.count > ddof
         of_prompts = [torch.ones_like(reward.std), known, torch.where(known, reward.std, 0), reward.zero_std]
         of_prompts += [reward.zero_std & (reward.mean == end) & spread for end in (high, low)]
         sums = rewards.new_zeros(8, n_tasks)
         sums[:6].index_add_(1, reward.task, torch.stack([each.double() for each in of_prompts]))
         of_examples = torch.stack([torch.ones_like(rewards), rewards])
         sums[6:].index_add_(1, reward.task[reward.prompt_of], of_examples)
-        prompts, groups, std, zero, best, worst, count, total = self.total(sums.to(device)).to(rewards.device).unbind()
-        live = prompts - zero
-        figures = {
-            "task_mean": total / count,
-            "task_std_mean": std / groups,
-            "task_std_p10": torch.full_like(total, torch.nan),
-            "task_zero_std_share": zero / prompts,
-            "task_all_best_share": best / prompts,
-            "task_all_worst_share": worst / prompts,
-            "task_share": prompts / prompts.sum(),
-            "task_realised_share": live / live.sum(),
-        }
-        return dataclasses.replace(reward, **{name: value.to(reward.mean.dtype) for name, value in figures.items()})  # type: ignore[arg-type]
+        return sums.to(device)
+
+
+class _Figure:
+    """A figure of all ranks, formed when it is first read; from then on the instance has it, and goes before this."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, stats: Arriving | None, owner: type) -> Any:
+        if stats is None:
+            return self
+        stats.form()
+        return vars(stats)[self.name]
+
+
+class Arriving(Stats):
+    """A rank's statistics while the sums over the ranks are on their way.
+
+    Examples, prompts and their norms are there. The first read of any other figure waits for the ranks and forms all of
+    them, whereupon this is a `Stats` like others; so does a copy and a pickle. Where a rank has failed, it raises.
+    """
+
+    task_norm = _Figure()
+    task_sqnorm_unbiased = _Figure()
+    task_variance = _Figure()
+    task_units = _Figure()
+    task_count = _Figure()
+    layers = _Figure()
+    reward = _Figure()
+    finite = _Figure()
+    task_gram = _Figure()
+    task_sqnorm = _Figure()
+
+    def __init__(self, own: Stats, arrived: Callable[[], Any], whole: Callable[[], Stats]) -> None:
+        """``own``: this rank's; ``arrived`` waits for the ranks, and ``whole`` makes their statistics of it."""
+        there = {name: value for name, value in vars(own).items() if name not in vars(Arriving)}
+        vars(self).update(there, _arrived=arrived, _whole=whole, _lock=threading.Lock())
+
+    def wait(self) -> None:
+        """Wait for the ranks, once: where one has failed, this raises, and later reads of figures do."""
+        if (arrived := vars(self).pop("_arrived", None)) is not None:
+            arrived()
+
+    def form(self) -> None:
+        """Wait for the ranks and become what they have measured."""
+        lock = vars(self).get("_lock")  # absent: another thread has formed it
+        with lock or nullcontext():
+            if (whole := vars(self).get("_whole")) is None:
+                return
+            with torch.inference_mode(False), torch.no_grad():
+                formed = whole()
+            vars(self).update(vars(formed))
+            object.__setattr__(self, "__class__", Stats)
+            for name in ("_arrived", "_whole", "_lock"):
+                vars(self).pop(name, None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.form()
+        return self.__reduce_ex__(protocol)
 
 
 @dataclass(frozen=True)
@@ -184,6 +255,23 @@ def _whole(stats: Stats, sums: Tensor, exact: bool) -> Stats:
             figures["task_gram"] = gram.diagonal_scatter(sqnorm).to(dtype)
     counts = {"task_units": n.long(), "task_count": count.long(), "finite": bad.sum() == 0}
     return dataclasses.replace(stats, **figures, **counts)  # type: ignore[arg-type]
+
+
+def _whole_reward(reward: RewardStats[Tensor], sums: Tensor) -> RewardStats[Tensor]:
+    """The tasks' figures over the prompts of all ranks; percentiles do not add up and are NaN."""
+    prompts, groups, std, zero, best, worst, count, total = sums.to(reward.mean.device).unbind()
+    live = prompts - zero
+    figures = {
+        "task_mean": total / count,
+        "task_std_mean": std / groups,
+        "task_std_p10": torch.full_like(total, torch.nan),
+        "task_zero_std_share": zero / prompts,
+        "task_all_best_share": best / prompts,
+        "task_all_worst_share": worst / prompts,
+        "task_share": prompts / prompts.sum(),
+        "task_realised_share": live / live.sum(),
+    }
+    return dataclasses.replace(reward, **{name: value.to(reward.mean.dtype) for name, value in figures.items()})  # type: ignore[arg-type]
 
 
 def empty_rewards(rewards: Tensor, n_tasks: int) -> RewardStats[Tensor]:

@@ -17,7 +17,16 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from gradnorm_ext.distributed import How, Ranks, Shards, empty_rewards, find_ranks, parameter_groups, sharded_modules
+from gradnorm_ext.distributed import (
+    Arriving,
+    How,
+    Ranks,
+    Shards,
+    empty_rewards,
+    find_ranks,
+    parameter_groups,
+    sharded_modules,
+)
 from gradnorm_ext.layers import (
     Examples,
     Graphs,
@@ -173,7 +182,7 @@ class Meter:
 
     @property
     def stats(self) -> Stats:
-        """The statistics of the last closed block."""
+        """The statistics of the last closed block. Over ranks the first read of a figure of all of them waits for these."""
         if self._stats is None:
             raise RuntimeError(
                 "Meter: nothing was measured yet; run forward and backward inside `with meter.observe():`"
@@ -273,6 +282,8 @@ class Meter:
     ) -> Iterator[Block]:
         if self._closed:
             raise RuntimeError(f"{who}: the meter must be open, got one that was closed; make a new Meter")
+        if isinstance(self._stats, Arriving):
+            self._stats.wait()
         loss_scale, batch_dim, backwards = (
             given.get("loss_scale", 1.0),
             given.get("batch_dim", 0),
