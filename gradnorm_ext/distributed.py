@@ -287,10 +287,10 @@ def empty_rewards(rewards: Tensor, n_tasks: int) -> RewardStats[Tensor]:
     )
 
 
-def find_ranks(who: str, model: nn.Module, how: How | None, process_group: Any) -> Ranks | None:
+def find_ranks(who: str, modules: Sequence[tuple[str, nn.Module]], how: How | None, process_group: Any) -> Ranks | None:
     """The processes that have other examples of the same model, None where there are none or ``how`` is "local".
 
-    Those of the process group that is given, else of the model's DDP or of FSDP2's mesh.
+    Those of the process group that is given, else of the DDP or of FSDP2's mesh among the model's modules.
 
     Raises:
         RuntimeError: FSDP1, whose flat parameters hide the layers'; DDP's join context; parts of the model sharded
@@ -298,9 +298,9 @@ def find_ranks(who: str, model: nn.Module, how: How | None, process_group: Any) 
     """
     if not dist.is_available() or not dist.is_initialized() or how == "local":
         return None
-    ddp = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    sharded = sharded_modules(model)
-    for name, module in model.named_modules():
+    ddp = [module for _, module in modules if isinstance(module, DistributedDataParallel)]
+    sharded = sharded_modules(modules)
+    for name, module in modules:
         if type(module).__name__ == "FullyShardedDataParallel":
             raise RuntimeError(
                 f"{who}: parameters must be tensors of their own, got {name or 'the model'} (FullyShardedDataParallel), "
@@ -340,10 +340,10 @@ def split_among(model: nn.Module) -> int:
     return max((mesh.size() for mesh in meshes if mesh is not None), default=1)
 
 
-def sharded_modules(model: nn.Module) -> list[nn.Module]:
+def sharded_modules(modules: Sequence[tuple[str, nn.Module]]) -> list[nn.Module]:
     """Those that FSDP2's ``fully_shard`` was called on."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    return [] if fsdp is None else [module for _, module in modules if isinstance(module, fsdp.FSDPModule)]
 
 
 def parameter_groups(module: Any) -> list[Any]:

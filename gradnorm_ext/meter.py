@@ -174,7 +174,7 @@ class Meter:
         self.totals: dict[str, Tensor] = {}  # with exact_tasks: each parameter's gradients per task since the reset
         self._blocks: list[tuple[float, Stats]] = []  # since then, and their loss scales
         self.memory = Memory()
-        self._wanted([name for name, _ in _trainable(_modules(model))])
+        self._wanted([name for name, _ in _trainable(named_modules(model))])
         self._stats: Stats | None = None
         self._parameter_sqnorm: tuple[Sequence[str], Sequence[Tensor] | Tensor] = (), ()
         self._last_groups: tuple[bool, Groups] | None = None  # of the last block, and whether it was given ids
@@ -245,7 +245,7 @@ class Meter:
     @contextmanager
     def block(self, who: str, plan: Plan, given: Given, *, always_verify: bool = False) -> Iterator[Block]:
         """`observe` with a plan of what else is to happen: what `Reweighted` and `check` are built on."""
-        modules = _modules(self.model)
+        modules = named_modules(self.model)
         callbacks = compiled_modules(module for _, module in modules) if _Compilation.exists() else []
         graphs = None if always_verify else self._graphs_of(plan, given, callbacks)
         with _Compilation(who, graphs, bool(callbacks)) as graphs:
@@ -301,7 +301,7 @@ class Meter:
             wanted = self._wanted([name for name, _ in trainable])
             if not plan.reweights:  # weights are for all parameters; where there are none, the others are left alone
                 parameters = [one for one in trainable if one[0] in wanted]
-        ranks = self.find_ranks(who)
+        ranks = find_ranks(who, modules, self.ranks, self.process_group)
         if ranks is not None:
             plan, loss_scale = self._over_ranks(who, plan, ranks), loss_scale * ranks.divisor
         if self.gram:
@@ -361,7 +361,7 @@ class Meter:
                 functions.end()
                 release_modules(modules, observation)
             known = {id(p) for _, p in trainable} | {id(slot.parameter) for slot in observation.slots.values()}
-            now = _named_parameters(_modules(self.model))
+            now = _named_parameters(named_modules(self.model))
             if added := [name for name, p in now if p.requires_grad and id(p) not in known]:
                 raise RuntimeError(
                     f"{who}: a model must keep its parameters inside an observe block, but {', '.join(added)} was added "
@@ -404,10 +404,6 @@ class Meter:
     ) -> None:
         self.close()
 
-    def find_ranks(self, who: str) -> Ranks | None:
-        """The processes among which the batch is divided; None: this one has all of it, or ``ranks="local"``."""
-        return find_ranks(who, self.model, self.ranks, self.process_group)
-
     def _over_ranks(self, who: str, plan: Plan, ranks: Ranks) -> Plan:
         if not ranks.exact and (self.exact_tasks or (self.gram and plan.reweights)):
             option = "exact_tasks" if self.exact_tasks else "gram"
@@ -435,7 +431,7 @@ class Meter:
             return {}
         if any(isinstance(module, nn.parallel.DistributedDataParallel) for _, module in modules):
             return {"reduces_early": True}
-        groups = [group for module in sharded_modules(self.model) for group in parameter_groups(module)]
+        groups = [group for module in sharded_modules(modules) for group in parameter_groups(module)]
         if not groups:
             return {}
         exchanged = {id(one.sharded_param) for group in groups for one in group.fsdp_params}
@@ -444,7 +440,7 @@ class Meter:
             for name, parameter in module._parameters.items():
                 if id(parameter) in exchanged:
                     places.setdefault(id(parameter), []).append((id(module), name))
-        shards = Shards(find_ranks(who, self.model, None, self.process_group), groups)
+        shards = Shards(find_ranks(who, modules, None, self.process_group), groups)
         return {"places": places, "shards": shards, "reduces_early": True}
 
     def _batch(self, who: str, device: torch.device, batch: Given, ranks: Ranks | None) -> _Batch:
@@ -570,7 +566,7 @@ class Meter:
         return torch.zeros(batch.n_prompts, dtype=torch.int64, device=batch.prompts.device)
 
 
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """As `nn.Module.named_modules` gives them, in a fraction of the time, which every block pays."""
     found, waiting = {}, [("", model)]
     while waiting:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradnorm_ext.distributed import How, Ranks, find_ranks, split_among
 from gradnorm_ext.history import History
 from gradnorm_ext.layers import Plan, accumulate
-from gradnorm_ext.meter import Block, Given, Meter
+from gradnorm_ext.meter import Block, Given, Meter, named_modules
 from gradnorm_ext.policies import Policy, weighs_of
 from gradnorm_ext.stats import Stats
 
@@ -401,7 +401,7 @@ class Reweighted(torch.optim.Optimizer):
     def _check_ranks(self) -> Ranks | None:
         """The processes that weigh alike, or None; refuses what would let their weights or gradients differ."""
         how: How | None = "exact" if self.meter.ranks == "exact" else None
-        ranks = find_ranks("Reweighted", self.meter.model, how, self.meter.process_group)
+        ranks = find_ranks("Reweighted", named_modules(self.meter.model), how, self.meter.process_group)
         if ranks is not None and self.meter.ranks == "local":
             raise RuntimeError(
                 f'Reweighted: the {ranks.size} ranks must weigh alike, got a meter with ranks="local"; leave ranks out'
