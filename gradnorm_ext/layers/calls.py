@@ -113,7 +113,9 @@ class Observed(torch.autograd.Function):
                 else None
                 for x in (call, *inputs)
             ]
-        return super().apply(call, *inputs)
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(call, *inputs)  # refuses: torch.func knows no rule for it
+        return super(torch.autograd.Function, cls).apply(call, *inputs)  # type: ignore[misc]  # past what only torch.func needs
 
 
 class Backward:
@@ -121,18 +123,20 @@ class Backward:
 
     def __init__(self, ctx: Any, call: Call) -> None:
         self.ctx, self.call, self.backend = ctx, call, call.observation.backend
+        self.needs_gradient: Sequence[bool] = ctx.needs_input_grad  # makes a tuple whenever it is read
         self.measures = call.measures
 
     def deliver(
         self, which: int, argument: int, make: Callable[[], Contribution]
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of an argument and of its probe row: by its use's rule, or plainly where nothing observes it."""
-        needed = bool(self.ctx.needs_input_grad[argument])
+        needed = self.needs_gradient[argument]
         use = self.call.uses[which]
-        if use is not None and self.measures and self.call.observation.examples == 0:
-            return self.call.observation.deliver_nothing(use, needed)
         if use is not None and self.measures:
-            return self.call.observation.deliver(use, make(), needed)
+            observation = self.call.observation
+            if observation.examples == 0:
+                return observation.deliver_nothing(use, needed)
+            return observation.deliver(use, make(), needed)
         if needed:
             return make().total(), None
         return None, None
@@ -165,11 +169,14 @@ def first_order(backward: Any) -> Any:
     return run
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Backward passes compute in the dtypes they are given, also where they run inside an autocast block."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return _AS_IT_IS
 
 
 def summed(g_rows: Tensor, segments: Segments, backend: str) -> Sums:

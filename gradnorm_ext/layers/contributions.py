@@ -346,11 +346,13 @@ class Sums:
     backend: str
 
     def shaped(self, shape: Sequence[int]) -> Sums:
+        if self.sums.dim() == 1 + len(shape) == 2:
+            return self
         return Sums(self.sums.view(-1, *shape), self.segments, self.backend)
 
     @property
     def flat(self) -> Tensor:
-        return self.sums.reshape(self.segments.count, -1)
+        return self.sums if self.sums.dim() == 2 else self.sums.reshape(self.segments.count, -1)
 
     def sqnorm(self) -> Tensor:
         run = find("sums_sqnorm", self.sums.device.type, self.backend)
@@ -359,7 +361,7 @@ class Sums:
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         run = find("sums_wgrad", self.sums.device.type, self.backend)
         total, sqnorm = run(self.flat, self.segments, weight=weight)
-        return total.view(self.sums.shape[1:]), sqnorm
+        return total if self.sums.dim() == 2 else total.view(self.sums.shape[1:]), sqnorm
 
     def total(self, weight: Tensor | None = None) -> Tensor:
         total = self.sums.sum(0) if weight is None else torch.tensordot(weight.to(self.sums.dtype), self.sums, 1)

@@ -202,7 +202,8 @@ class Layout:
         """Take the alternative."""
         assert self.alternative is not None
         self.kind, self.corrected = self.alternative, not self.corrected
-        self.__dict__.pop("segments", None)
+        for cached in ("segments", "in_order"):
+            self.__dict__.pop(cached, None)
 
     @functools.cached_property
     def segments(self) -> Segments:
@@ -213,17 +214,22 @@ class Layout:
             return Segments(self.packing.offsets, None, self.examples.groups)
         return self.examples.segments(self.rows)
 
+    @functools.cached_property
+    def in_order(self) -> bool:
+        """Whether rows lie example by example already."""
+        return self.kind in ("leading", "flat") or (self.is_packed and self.packing.order is None)
+
     def rows_of(self, tensor: Tensor) -> Tensor:
         """``[rows, features]`` of a tensor of these sizes and its features, example by example."""
         inner = tensor.shape[len(self.shape) :].numel()
+        if self.in_order:
+            return tensor.reshape(-1, inner)
         if self.kind == "second":
             return tensor.transpose(0, 1).reshape(-1, inner)
         if self.kind == "flat, second":
             return tensor.reshape(-1, self.examples.count, inner).transpose(0, 1).reshape(-1, inner)
-        if self.is_packed and self.packing.order is not None:
-            by_row = tensor.reshape(self.packing.rows, -1)
-            return by_row.index_select(0, self.packing.order).view(-1, inner)
-        return tensor.reshape(-1, inner)
+        assert self.packing.order is not None
+        return tensor.reshape(self.packing.rows, -1).index_select(0, self.packing.order).view(-1, inner)
 
     def ids_of(self, ids: Tensor) -> Tensor:
         """``[rows]``: `rows_of` a tensor without features."""

@@ -51,16 +51,17 @@ class _Linear(Observed):
         x, weight = ctx.saved_tensors
         call: Call = ctx.call
         with no_autocast(g.device):
-            run = Backward(ctx, call)
+            run, flat = Backward(ctx, call), g.reshape(-1, g.shape[-1])
             dx = None
-            if ctx.needs_input_grad[1]:
-                dx = torch.mm(g.reshape(-1, g.shape[-1]), weight.t() if call.swapped else weight).view(x.shape)
+            if run.needs_gradient[1]:
+                dx = torch.mm(flat, weight.t() if call.swapped else weight).view(x.shape)
                 dx = dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype)
                 run.tag(dx)
-            g_rows, x_rows = call.layout.rows_of(g), call.layout.rows_of(x)
-            outer = Outer(x_rows, g_rows, call.segments, run.backend)
+            layout, segments = call.layout, call.segments  # once they are proven
+            g_rows, x_rows = flat if layout.in_order else layout.rows_of(g), layout.rows_of(x)
+            outer = Outer(x_rows, g_rows, segments, run.backend)
             dw, of_weight = run.deliver(0, 2, lambda: outer.transposed() if call.swapped else outer)
-            db, of_bias = run.deliver(1, 3, lambda: summed(g_rows, call.segments, run.backend))
+            db, of_bias = run.deliver(1, 3, lambda: summed(g_rows, segments, run.backend))
         return None, dx, dw, db, None, of_weight, of_bias
 
 
@@ -102,7 +103,7 @@ def _apply_linear(call: Call, x: Tensor, weight: Any, bias: Tensor | None) -> An
 
 def linear_module(observation: Observation, module: nn.Linear, input: Tensor) -> Any:
     """`linear` without the detour through taps."""
-    if type(input) is Tensor and _is_identity(observation, input):
+    if type(input) is Tensor and not input.requires_grad and _is_identity(observation, input):
         return NotImplemented
     if (found := module_call(observation, module, input, "linear")) is None:
         return NotImplemented

@@ -54,9 +54,10 @@ class _LayerNorm(Observed):
             run = Backward(ctx, call)
             g = g.contiguous()
             dx = None
-            if ctx.needs_input_grad[1]:
+            if run.needs_gradient[1]:
                 mask = [True, False, False]
-                dx = torch.ops.aten.native_layer_norm_backward(g, x, ctx.shape, mean, rstd, weight, bias, mask)[0]
+                backward = torch.ops.aten.native_layer_norm_backward.default
+                dx = backward(g, x, ctx.shape, mean, rstd, weight, bias, mask)[0]
                 run.tag(dx)
             dw, of_weight = run.deliver(0, 2, lambda: normalised_product(x, g, call, mean, rstd).shaped(ctx.shape))
             db, of_bias = run.deliver(

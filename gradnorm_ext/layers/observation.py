@@ -60,7 +60,8 @@ class Slot:
         self.wanted = wanted  # measured, not only weighed
         self.uses: list[Use] = []
         self.arrived = 0  # backward passes of uses
-        self.measured = False  # by a single use, through the probe
+        self.measured = False  # by a single use
+        self.norms: Tensor | None = None  # by a single use, past the probe
         self.deferred: list[tuple[Use, Contribution | TiedOuter]] = []  # several uses: combined when the block closes
         self.kept: list[tuple[Use, Contribution | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
         self.weights: Tensor | None = None  # per example, where the parameter has its own
@@ -330,6 +331,7 @@ class Observation:
             plan.totals is None and plan.layer_weights is None and plan.over_ranks is None
         )
         parameters = [slot.parameter for slot in self.slots.values()]
+        self.on_cpu = tasks.device.type == "cpu"
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         columns = batch.count + sum(batch.groups.counts)
         columns += batch.groups.counts[-1] ** 2 if self.plan.gram else 0
@@ -529,7 +531,7 @@ class Observation:
 
         ``others``: the other parameters that the value was derived from.
         """
-        followers = tuple(self.use(other, value, views, function, layout) for other in others)
+        followers = tuple(self.use(other, value, views, function, layout) for other in others) if others else ()
         use = Use(slot, value, views, function, layout, self, shared=shared, followers=followers)
         use.needs_proof = layout.of_constant
         recomputed = torch._C._current_graph_task_id() != -1 and slot.uses
@@ -565,7 +567,10 @@ class Observation:
             slot.arrived, slot.measured = 1, True
             self.measured_uses += 1
             formed, measured = contribution.wgrad(self.weights)
-            return self._audited(use, formed), self._counted(measured)
+            if not self.on_cpu:  # autograd knows which stream they come from
+                return self._audited(use, formed), self._counted(measured)
+            slot.norms = measured
+            return self._audited(use, formed), self._unmeasured
         if slot.rows_over is not None:
             assert isinstance(contribution, Sums)
             contribution = replace(contribution, sums=_sum_over(slot.rows_over, contribution.sums))
@@ -941,6 +946,8 @@ class Observation:
         counted = functools.reduce(torch.add, found)
         figures: Tensor = counted[:, :-1].clone()
         self._check_use_counts(counted[:, -1])
+        if taken := {slot.index: slot.norms for slot in self.slots.values() if slot.norms is not None}:
+            figures[list(taken)] = torch.stack(list(taken.values())).to(figures)
         for slot in self.slots.values():
             if slot.deferred:
                 figures[slot.index] = self._combined(slot).to(figures)
