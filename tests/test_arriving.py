@@ -130,6 +130,10 @@ def check_a_rank_that_fails(rank: int) -> None:
             if fails:
                 raise ArithmeticError
 
+    def opens() -> None:
+        with meter.observe(tasks=TASKS[part]):
+            raise AssertionError
+
     block()
     norm = meter.stats.task_norm
     dist.barrier()
@@ -141,9 +145,11 @@ def check_a_rank_that_fails(rank: int) -> None:
         block()
         stats, start = meter.stats, time.monotonic()
         assert bool((stats.example_norm > 0).all())
-        for read in (lambda: stats.task_norm, block, lambda: stats.finite, lambda: pickle.dumps(stats)):
+        for read in (opens, lambda: stats.task_norm, lambda: stats.finite, lambda: pickle.dumps(stats)):
             with pytest.raises(RuntimeError, match=r"[Tt]imed out|timeout"):
                 read()
+        with pytest.raises(AssertionError):  # the next block is told once
+            opens()
         assert type(stats) is Arriving and bool((stats.example_norm > 0).all())
         assert time.monotonic() - start < 7  # one wait, not one after the other
     assert not any(key.startswith("_gradnorm") for module in model.modules() for key in vars(module))
