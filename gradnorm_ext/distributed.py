@@ -136,7 +136,7 @@ class _Figure:
     def __get__(self, stats: Arriving | None, owner: type) -> Any:
         if stats is None:
             return self
-        stats.form()
+        Arriving.form(stats)  # another thread may have made it a Stats by now
         return vars(stats)[self.name]
 
 
@@ -182,7 +182,7 @@ class Arriving(Stats):
                 vars(self).pop(name, None)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self.form()
+        Arriving.form(self)
         return self.__reduce_ex__(protocol)
 
 

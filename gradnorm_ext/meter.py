@@ -283,7 +283,7 @@ class Meter:
         if self._closed:
             raise RuntimeError(f"{who}: the meter must be open, got one that was closed; make a new Meter")
         if isinstance(self._stats, Arriving):
-            self._stats.wait()
+            Arriving.wait(self._stats)
         loss_scale, batch_dim, backwards = (
             given.get("loss_scale", 1.0),
             given.get("batch_dim", 0),

@@ -111,6 +111,9 @@ def check_readers(rank: int, wrap) -> None:
         found = list(threads.map(lambda which: getattr(stats, FIGURES[which % 4]), range(32)))
     assert_measured(stats, expected)
     assert all(one is getattr(stats, FIGURES[i % 4]) for i, one in enumerate(found))
+    # One that was looked up before another thread had formed them, and is called after.
+    assert vars(Arriving)["task_norm"].__get__(stats, Arriving) is stats.task_norm
+    Arriving.wait(stats)
     stats = block()
     with torch.inference_mode():
         assert not stats.task_norm.is_inference()
