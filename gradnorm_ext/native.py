@@ -45,6 +45,7 @@ segment_std_sorted(Tensor values, Tensor order, Tensor offsets, int ddof, Tensor
 logit_scores(Tensor logits, Tensor labels, int ignored, Tensor(a!) log_probability, Tensor(b!) w) -> ()
 logit_gradient_rates(Tensor logits, Tensor labels, int ignored, Tensor(a!) count, Tensor(b!) up, Tensor(c!) down) -> ()
 """
+_MANY = 32  # rows: a product of our own over so many is nearly as fast as over more
 _CONVERTED = 1 << 22  # logits of half precision held in float32 at once
 
 _library = torch.library.Library("gradnorm", "DEF")
@@ -125,25 +126,20 @@ def outer_wgrad(
     return dw if outputs is not None else dw[0], sqnorm
 
 
-def outer_sum(x: Tensor, g: Tensor) -> Tensor:
+def outer_sum(x: Tensor, g: Tensor, segments: Segments, *, weight: Tensor | None = None) -> Tensor:
     """See :func:`gradnorm_ext.reference.outer_sum`."""
-    if x.dtype != torch.float32:
-        return reference.outer_sum(x, g)
-    x, g = _rows(x), _rows(g)
-    out = x.new_empty(g.shape[1], x.shape[1])
-    _sum_into(out, x, g)
+    few = weight is not None and len(x) < _MANY * segments.count  # a product for each segment would be slow
+    if not _fuses_all(x) or few or len(x) == 0:
+        return reference.outer_sum(x, g, segments, weight=weight)
+    return _sum(_rows(x), _rows(g), segments, weight, x.new_empty(g.shape[1], x.shape[1]))
+
+
+def _sum(x: Tensor, g: Tensor, segments: Segments, weight: Tensor | None, out: Tensor) -> Tensor:
+    groups, nothing = segments.groups, x.new_empty(segments.count)
+    weight, outputs = _vector(weight, x.dtype), None
+    offsets, columns = segments.offsets, groups.columns[:0]
+    _kernels.outer_wgrad(x, g, offsets, groups.walk, columns, outputs, weight, out[None], nothing, False)
     return out
-
-
-def _sum_into(out: Tensor, x: Tensor, g: Tensor) -> None:
-    if not _fuses_all(x) or len(x) == 0:
-        torch.mm(g.t(), x, out=out)
-        return
-    whole = _whole(len(x))
-    nothing = x.new_empty(1)
-    _kernels.outer_wgrad(
-        x, g, whole.offsets, whole.groups.walk, whole.groups.columns, None, None, out[None], nothing, False
-    )
 
 
 def _fuses_all(x: Tensor) -> bool:
@@ -420,7 +416,10 @@ def _outer(
         if weight is not None:
             g = g * torch.repeat_interleave(weight, walk.offsets.diff())[:, None]
         if outputs is None:
-            _sum_into(dw[0], x, g)
+            if _fuses_all(x):
+                _sum(x, g, _whole(len(x)), None, dw[0])
+            else:
+                torch.mm(g.t(), x, out=dw[0])
         else:
             nothing = sqnorm.new_empty(segments.columns)
             _kernels.outer_wgrad(x, g, walk.offsets, order, columns[:0], outputs, None, dw, nothing, False)

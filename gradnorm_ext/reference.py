@@ -41,9 +41,12 @@ def outer_wgrad(
     return (dw[0] if outputs is None else dw), sqnorm
 
 
-def outer_sum(x: Tensor, g: Tensor) -> Tensor:
-    """Σ_r g[r] x[r]ᵀ ``[d, p]`` in the rows' dtype: a weight gradient without any norm."""
-    return g.t() @ x
+def outer_sum(x: Tensor, g: Tensor, segments: Segments, *, weight: Tensor | None = None) -> Tensor:
+    """Σ_s weight[s] Σ_{r in s} g[r] x[r]ᵀ ``[d, p]`` in the rows' dtype: a weight gradient without any norm."""
+    if weight is None:
+        return g.t() @ x
+    of_row = segments.per_row(weight.to(g.dtype))[:, None]
+    return g.t() @ (x * of_row) if x.shape[1] < g.shape[1] else (g * of_row).t() @ x  # scale the narrower side
 
 
 def outer_gram(x: Tensor, g: Tensor, segments: Segments) -> Tensor:

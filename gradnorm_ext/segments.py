@@ -98,6 +98,10 @@ class Segments:
         """How many segments there are."""
         return len(self.offsets) - 1
 
+    def per_row(self, weight: Tensor) -> Tensor:
+        """A value per segment as one per row."""
+        return weight.repeat_interleave(self.offsets.diff() if self.length is None else self.length)
+
     @functools.cached_property
     def columns(self) -> int:
         """The length of a ``sqnorm`` vector: the segments and all groups."""

@@ -127,13 +127,15 @@ def test_outer(backend, lengths, widths, dtype):
 @pytest.mark.parametrize("rows", [0, 1, 40, 700])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outer_sum(backend, rows, dtype):
-    segments = Segments.equal(1, rows)
+    segments = segments_of([rows, 0, 2 * rows, rows])
     x, g = rows_of(segments, 70, 33, dtype)
     x = x[:, ::2]  # every other column: entries not side by side
-    found = backends.find("outer_sum", "cpu", backend)(x, g)
-    exact, size = g.double().t() @ x.double(), g.double().abs().t() @ x.double().abs()
-    assert found.dtype == dtype
-    assert_as_good_as_plain(found, g.t() @ x, exact, size)
+    for weight in (None, torch.tensor([2.0, 1.0, -3.0, -3.0])):
+        found = backends.find("outer_sum", "cpu", backend)(x, g, segments, weight=weight)
+        of_row = 1.0 if weight is None else segments.per_row(weight)[:, None]
+        exact, size = (g.double() * of_row).t() @ x.double(), (g.double() * of_row).abs().t() @ x.double().abs()
+        assert found.dtype == dtype
+        assert_as_good_as_plain(found, (g * of_row).to(dtype).t() @ x, exact, size)
 
 
 def test_a_backend_without_an_operation_may_leave_it_to_another():

@@ -58,12 +58,7 @@ class Outer:
 
     def total(self, weight: Tensor | None = None) -> Tensor:
         run = find("outer_sum", self.x.device.type, self.backend, reference.outer_sum)
-        if weight is None:
-            return run(self.x, self.g)  # type: ignore[no-any-return]
-        of_row = per_row(weight.to(self.g.dtype), self.segments)[:, None]
-        if self.x.shape[1] < self.g.shape[1]:  # scale the narrower side
-            return run(self.x * of_row, self.g)  # type: ignore[no-any-return]
-        return run(self.x, self.g * of_row)  # type: ignore[no-any-return]
+        return run(self.x, self.g, self.segments, weight=weight)  # type: ignore[no-any-return]
 
     def by_new_group(self) -> tuple[Tensor, Tensor]:
         """The gradient of each group of the coarsest level, and the norms."""
@@ -304,7 +299,7 @@ class Lookup:
     def total(self, weight: Tensor | None = None) -> Tensor:
         g = self.live_g
         if weight is not None:
-            g = g * per_row(weight.to(g.dtype), self.segments)[:, None]
+            g = g * self.segments.per_row(weight.to(g.dtype))[:, None]
         return g.new_zeros(self.vocabulary, g.shape[1]).index_add_(0, self.ids, g)
 
     def gram(self) -> Tensor:
@@ -483,7 +478,7 @@ class Convolved:
     def total(self, weight: Tensor | None = None) -> Tensor:
         g = self.g
         if weight is not None:
-            g = g * per_row(weight.to(g.dtype), self.segments).view(-1, *[1] * (g.dim() - 1))
+            g = g * self.segments.per_row(weight.to(g.dtype)).view(-1, *[1] * (g.dim() - 1))
         unused, mask = g.new_empty(()).expand(self.shape), [False, True, False]
         gradients = torch.ops.aten.convolution_backward(g, self.x, unused, None, *self.geometry, mask)
         return gradients[1]  # type: ignore[no-any-return]
@@ -652,13 +647,6 @@ def _size_of_rows(g: Tensor) -> Tensor:
     return g.abs().sum(1, dtype=accumulator(g.dtype))
 
 
-def per_row(weight: Tensor, segments: Segments) -> Tensor:
-    """A weight per segment as one per row."""
-    if segments.length is not None:
-        return weight.repeat_interleave(segments.length)
-    return weight.repeat_interleave(segments.offsets.diff())
-
-
 class Place(NamedTuple):
     """Where a view lies in its parameter's memory."""
 
@@ -769,14 +757,14 @@ def _concatenated(first: Segments, second: Segments) -> tuple[Segments, Callable
             )
 
         return groups.equal(first.length + second.length), interleave
-    of_row = torch.cat([per_row(torch.arange(count, device=one.offsets.device), one) for one in (first, second)])
+    of_row = torch.cat([one.per_row(torch.arange(count, device=one.offsets.device)) for one in (first, second)])
     order = torch.argsort(of_row, stable=True)
     segments = Segments(first.offsets + second.offsets, None, groups)
     return segments, lambda one, other: torch.cat([one, other]).index_select(0, order)
 
 
 def _rows_of(members: Tensor, segments: Segments) -> Tensor:
-    of_row = per_row(torch.arange(segments.count, device=members.device), segments)
+    of_row = segments.per_row(torch.arange(segments.count, device=members.device))
     return torch.isin(of_row, members).nonzero()[:, 0]
 
 

@@ -41,7 +41,6 @@ from gradnorm_ext.layers.contributions import (
     combined_sqnorm,
     copied,
     gram_of,
-    per_row,
     tied_sqnorm,
 )
 from gradnorm_ext.layers.layouts import Examples, Kind, Layout
@@ -896,9 +895,9 @@ class Observation:
         assert self.tag_factor is not None and use.fingerprint is not None
         factor = self.tag_factor.to(fingerprint.dtype)
         if isinstance(contribution, (Outer, Parted, Lookup, Convolved)):
-            factor = per_row(factor, contribution.segments)
+            factor = contribution.segments.per_row(factor)
         elif isinstance(contribution, Routed):
-            factor = per_row(factor.repeat(contribution.route.experts), contribution.route.segments)
+            factor = contribution.route.segments.per_row(factor.repeat(contribution.route.experts))
         expected = use.fingerprint * factor
         use.tagged = True
         if torch.equal(fingerprint, expected) or (self.half and self._nearly_equal(fingerprint, expected)):
