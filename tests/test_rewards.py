@@ -171,6 +171,17 @@ def test_what_is_not_finite_ends_in_the_same_figures_as_in_plain_torch(batch, dd
         np.testing.assert_allclose(value, plain[name], rtol=2e6 * FLOAT64, err_msg=name)
 
 
+@pytest.mark.parametrize("way", [reward_stats, of_reference])
+@pytest.mark.parametrize("place", range(6))
+def test_an_infinite_reward_leaves_its_tasks_deviations_unknown(way, place):
+    rewards = np.arange(12.0) ** 2
+    rewards[2 * place] = np.inf
+    stats = way(rewards, np.arange(6).repeat(2), np.zeros(12, int))
+    assert np.isnan(stats.std).tolist() == [p == place for p in range(6)]
+    assert np.isnan(stats.task_std_mean).all() and np.isnan(stats.task_std_p10).all()
+    assert stats.task_mean == np.inf and stats.task_zero_std_share == 0
+
+
 @pytest.mark.parametrize("spread", ["uniform", "equal", "half zero", "of all magnitudes", "two far apart"])
 def test_the_tenth_percentile_of_many_prompts_is_numpys(spread):
     random = np.random.default_rng(0)
