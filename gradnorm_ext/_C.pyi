@@ -8,6 +8,8 @@ with_cutlass: bool
 cuda_architectures: str
 cuda_compiler: str
 compiler: str
+cpu_product: str  # the fused product of this processor: its instructions, or "none"
+cpu_product_always: bool  # whether it is faster than torch's, whatever the rows
 torch_version: str
 
 def cuda_problem() -> str: ...

@@ -60,9 +60,15 @@ def _serving(module: ModuleType, operation: str, device_type: str) -> Callable[.
 
 
 @functools.cache
-def find(operation: str, device_type: str, backend: str) -> Callable[..., Any]:
-    """The function that carries out ``operation`` on ``device_type``: of ``backend``, or of the first that has it."""
+def find(
+    operation: str, device_type: str, backend: str, otherwise: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """The function that carries out ``operation`` on ``device_type``: of ``backend``, or of the first that has it.
+
+    ``otherwise``: what does where ``backend`` was asked for and lacks it.
+    """
     found, _, absent = _search(operation, device_type, backend)
+    found = found or otherwise
     if found is None:
         raise RuntimeError(
             f"{operation}: no backend runs it on {device_type}, looked at {', '.join(absent)}; set GRADNORM_BACKEND=auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 
 import gradnorm_ext._C as _C  # importing it registers the kernels; where it is absent the error names it
-from gradnorm_ext import native_cuda
+from gradnorm_ext import native_cuda, reference
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
 SERVES = {
     "cpu": (
-        *("outer_sqnorm", "outer_wgrad", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
+        *("outer_sqnorm", "outer_wgrad", "outer_sum", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
         *("sums_sqnorm", "sums_wgrad", "segment_std", "logit_scores", "logit_gradient_rates"),
     ),
     "cuda": native_cuda.SERVES if _C.with_cuda else (),
@@ -61,6 +62,7 @@ def build_info() -> list[str]:
     runs = _C.cuda_problem()
     return [
         f"compiler: {_C.compiler}",
+        f"fused product on this processor: {_C.cpu_product}",
         f"cuda: {cuda}",
         f"cuda kernels here: {f'cannot run ({runs})' if runs else 'can run'}",
         f"outer products by wgmma: {'built, for Hopper' if _C.with_cutlass else 'left out: no CUTLASS headers at build'}",
@@ -71,15 +73,15 @@ def build_info() -> list[str]:
 def outer_method(rows_per_segment: float, d: int, p: int, with_dw: bool) -> str:
     """The cheaper way to the norms of segments of one layer with a ``[d, p]`` weight: "gram" or "direct".
 
-    Counted per row, in multiply-adds of a large matrix product:
+    Counted per row, in multiply-adds of a large matrix product of torch's:
 
         gram      (1.5 rows_per_segment + 75) (p + d) / 2
         direct    9 / rows_per_segment p d                  beside dW, which is formed anyway
-                  (9 / rows_per_segment + 0.95) p d         without dW
+                  (9 / rows_per_segment + 0.95) p d         without dW; 0.45 where the processor has AMX
 
     A small matrix product is slower (1.5) and has to be set up (75); squaring and adding a segment's tile costs as much
     as 9 multiply-adds an entry. Fitted on 2026-11-21 to segments of 2 to 256 rows, 1024 rows in all, at 256²,
-    1024 x 256, 4096 x 256, 768² and 1024²: one thread of a Xeon (AVX-512), torch 2.13, MKL.
+    1024 x 256, 4096 x 256, 768² and 1024²: one thread of a Xeon (AVX-512, AMX), torch 2.13, MKL.
 
     Args:
         rows_per_segment: rows of a segment, or Σ rows² / Σ rows over segments that differ.
@@ -91,7 +93,8 @@ def outer_method(rows_per_segment: float, d: int, p: int, with_dw: bool) -> str:
         ('gram', 'direct')
     """
     gram = (1.5 * rows_per_segment + 75) * (p + d) / 2
-    direct = (9 / max(rows_per_segment, 1) + (0 if with_dw else 0.95)) * p * d
+    dw = 0.45 if _C.cpu_product_always else 0.95
+    direct = (9 / max(rows_per_segment, 1) + (0 if with_dw else dw)) * p * d
     return "gram" if gram < direct else "direct"
 
 
@@ -120,6 +123,37 @@ def outer_wgrad(
     if out is not None and not in_place:
         dw = out.view(shape).add_(dw) if accumulate else out.view(shape).copy_(dw)
     return dw if outputs is not None else dw[0], sqnorm
+
+
+def outer_sum(x: Tensor, g: Tensor) -> Tensor:
+    """See :func:`gradnorm_ext.reference.outer_sum`."""
+    if x.dtype != torch.float32:
+        return reference.outer_sum(x, g)
+    x, g = _rows(x), _rows(g)
+    out = x.new_empty(g.shape[1], x.shape[1])
+    _sum_into(out, x, g)
+    return out
+
+
+def _sum_into(out: Tensor, x: Tensor, g: Tensor) -> None:
+    if not _fuses_all(x) or len(x) == 0:
+        torch.mm(g.t(), x, out=out)
+        return
+    whole = _whole(len(x))
+    nothing = x.new_empty(1)
+    _kernels.outer_wgrad(
+        x, g, whole.offsets, whole.groups.walk, whole.groups.columns, None, None, out[None], nothing, False
+    )
+
+
+def _fuses_all(x: Tensor) -> bool:
+    """Whether a product of our own is the fastest for any number of rows."""
+    return _C.cpu_product_always and x.dtype == torch.float32
+
+
+@functools.lru_cache(64)
+def _whole(rows: int) -> Segments:
+    return Segments.equal(1, rows)
 
 
 def lookup_sqnorm(
@@ -373,7 +407,7 @@ def _outer(
 
     left = walk.parts[n_gram].count if n_gram < len(walk.parts) else 0
     order, columns = walk.own, walk.columns[n_gram - 1]
-    if left == 1 and dw is not None and outputs is None and changes < 0:
+    if left == 1 and dw is not None and outputs is None and changes < 0 and not _fuses_all(x):
         # One group of all rows: its gradient is dW, and a pass over dW costs less than multiplying tile by tile.
         torch.mm(g.t(), x, out=dw[0])
         return sqnorm.index_fill_(0, walk.onwards[n_gram], _sums(dw.view(1, -1), _WHOLE, None, None)[0])
@@ -386,7 +420,7 @@ def _outer(
         if weight is not None:
             g = g * torch.repeat_interleave(weight, walk.offsets.diff())[:, None]
         if outputs is None:
-            torch.mm(g.t(), x, out=dw[0])
+            _sum_into(dw[0], x, g)
         else:
             nothing = sqnorm.new_empty(segments.columns)
             _kernels.outer_wgrad(x, g, walk.offsets, order, columns[:0], outputs, None, dw, nothing, False)

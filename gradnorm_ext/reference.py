@@ -41,6 +41,11 @@ def outer_wgrad(
     return (dw[0] if outputs is None else dw), sqnorm
 
 
+def outer_sum(x: Tensor, g: Tensor) -> Tensor:
+    """Σ_r g[r] x[r]ᵀ ``[d, p]`` in the rows' dtype: a weight gradient without any norm."""
+    return g.t() @ x
+
+
 def outer_gram(x: Tensor, g: Tensor, segments: Segments) -> Tensor:
     x, g = x.to(accumulator(x.dtype)), g.to(accumulator(x.dtype))
     groups = segments.groups

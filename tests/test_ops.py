@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from gradnorm_ext import backends, ops
+from gradnorm_ext import backends, ops, reference
 from gradnorm_ext.segments import Groups, Segments
 
 BACKENDS = ("reference", "native")
@@ -121,6 +121,26 @@ def test_outer(backend, lengths, widths, dtype):
     expected = (tensor.new_zeros(3, *tensor.shape[1:]).index_add_(0, coarse, tensor) for tensor in (plain, exact, size))
     assert_as_good_as_plain(dw, *expected)
     assert_as_good_as_plain(sqnorm, *norms)
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 40, 700])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outer_sum(backend, rows, dtype):
+    segments = Segments.equal(1, rows)
+    x, g = rows_of(segments, 70, 33, dtype)
+    x = x[:, ::2]  # every other column: entries not side by side
+    found = backends.find("outer_sum", "cpu", backend)(x, g)
+    exact, size = g.double().t() @ x.double(), g.double().abs().t() @ x.double().abs()
+    assert found.dtype == dtype
+    assert_as_good_as_plain(found, g.t() @ x, exact, size)
+
+
+def test_a_backend_without_an_operation_may_leave_it_to_another():
+    assert backends.find("outer_sum", "cpu", "triton", reference.outer_sum) is reference.outer_sum
+    assert backends.find("outer_sum", "cpu", "native", reference.outer_sum) is not reference.outer_sum
+    with pytest.raises(RuntimeError, match="outer_sum: no backend runs it on cpu"):
+        backends.find("outer_sum", "cpu", "triton")
 
 
 @pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)

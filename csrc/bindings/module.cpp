@@ -14,6 +14,7 @@
 #include "kernels/cuda/driver.h"
 #include "kernels/outer_wgrad.h"
 #endif
+#include "kernels/cpu/fused_product.h"
 #include "kernels/reward_stats.h"
 
 namespace py = pybind11;
@@ -136,6 +137,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = GRADNORM_CUDA_ARCHITECTURES;
   m.attr("cuda_compiler") = GRADNORM_CUDA_COMPILER;
   m.attr("compiler") = GRADNORM_COMPILER;
+  const auto& products = gradnorm::fused_kernels();
+  m.attr("cpu_product") = products.empty() ? "none" : products[0].instructions;
+  m.attr("cpu_product_always") = !products.empty() && products[0].always;
   m.attr("torch_version") = GRADNORM_TORCH_VERSION;
   m.def("reward_stats", &reward_stats, py::arg("rewards"), py::arg("prompts"),
         py::arg("tasks") = py::none(), py::arg("n_tasks") = py::none(), py::arg("ddof") = 1,

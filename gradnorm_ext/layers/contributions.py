@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from gradnorm_ext import reference
 from gradnorm_ext.backends import find
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Groups, Segments
@@ -56,12 +57,13 @@ class Outer:
         return run(self.x, self.g, self.segments, outputs=tasks, n_outputs=count, out=out)[1]  # type: ignore[no-any-return]
 
     def total(self, weight: Tensor | None = None) -> Tensor:
+        run = find("outer_sum", self.x.device.type, self.backend, reference.outer_sum)
         if weight is None:
-            return self.g.t() @ self.x
+            return run(self.x, self.g)  # type: ignore[no-any-return]
         of_row = per_row(weight.to(self.g.dtype), self.segments)[:, None]
         if self.x.shape[1] < self.g.shape[1]:  # scale the narrower side
-            return self.g.t() @ (self.x * of_row)
-        return (self.g * of_row).t() @ self.x
+            return run(self.x * of_row, self.g)  # type: ignore[no-any-return]
+        return run(self.x, self.g * of_row)  # type: ignore[no-any-return]
 
     def by_new_group(self) -> tuple[Tensor, Tensor]:
         """The gradient of each group of the coarsest level, and the norms."""

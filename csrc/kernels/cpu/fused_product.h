@@ -15,30 +15,29 @@ struct FusedRows {
   int64_t g_stride, height;
   const float* x;
   int64_t x_stride, width;
-  int64_t rows;  // at most kFusedRows
+  int64_t rows;
+};
+
+// sum_ij (sum_r g[r, i] x[r, j])^2, and on the way to[i, j] = scale sum_r g[r, i] x[r, j], or +=
+// where it does not overwrite; to.data may be null. `scratch` is grown as needed.
+using FusedProduct = double(const FusedRows& rows, float scale, bool overwrite, Tile<float> to,
+                            std::vector<float>& scratch);
+
+struct FusedKernel {
+  const char* instructions;
+  bool always;            // faster than the host's product, which otherwise takes many rows
+  int64_t height, width;  // a tile is cut into pieces of this size: multiples waste nothing
+  int64_t (*most_width)(int64_t rows);
+  int64_t (*most_height)(int64_t width, int64_t rows);  // of a tile that wide
+  FusedProduct* run;
 };
 
 // Measured on 2026-11-21 (Xeon, AVX-512, torch 2.13 with MKL), medians of 15 interleaved triples at
 // 1024 x 256: with 128 rows a segment one product over all rows takes 1 / 1.03 of this time, and
 // 1 / 1.19 of a product and a pass for each segment; with 512 rows 1 / 1.10 and 1 / 1.08.
-constexpr int64_t kFusedRows = 256;
+constexpr int64_t kFusedRows = 256;  // of those that are not always faster
 
-struct FusedKernel {
-  const char* instructions;
-  int64_t height, width;  // a tile is cut into pieces of this size: multiples waste nothing
-
-  // sum_ij (sum_r g[r, i] x[r, j])^2, and on the way to[i, j] = scale sum_r g[r, i] x[r, j], or +=
-  // where it does not overwrite; to.data may be null. `scratch` is grown as needed.
-  double (*run)(const FusedRows& rows, float scale, bool overwrite, Tile<float> to,
-                std::vector<float>& scratch);
-};
-
-// A tile [height, width] and its rows of both sides stay in L2 together: of a square one the side,
-// and of one so wide the height.
-int64_t fused_side(int64_t rows);
-int64_t fused_height(int64_t width, int64_t rows);
-
-// One for each instruction set of this processor that has one, the widest first.
+// One for each instruction set of this processor that has one, the fastest first.
 const std::vector<FusedKernel>& fused_kernels();
 
 }  // namespace gradnorm

@@ -1,8 +1,8 @@
 // dW is cut into tiles that stay in cache. For each tile the rows are walked segment by segment:
 // a segment's tile is one matrix product into scratch, and one pass over it, while it is in cache,
 // squares it and adds it to the tile of the group around it, whose end is treated likewise, up to
-// dW itself. Of segments of few rows, product and pass are one (fused_product.h). The walk is
-// planned once and carried out for every tile.
+// dW itself. Where a fused product is faster, product and pass are one (fused_product.h). The walk
+// is planned once and carried out for every tile.
 #include "kernels/outer_wgrad.h"
 
 #include <algorithm>
@@ -45,13 +45,9 @@ struct Step {
 template <typename T>
 class Plan {
  public:
-  // fused_rows: up to how many rows a product and the pass over it may be one.
   Plan(const Segments& segments, const T* weight, bool with_dw, bool segment_norms,
-       int64_t fused_rows)
-      : segments_(segments),
-        with_dw_(with_dw),
-        segment_norms_(segment_norms),
-        fused_rows_(fused_rows) {
+       const FusedKernel* fused)
+      : segments_(segments), with_dw_(with_dw), segment_norms_(segment_norms), fused_(fused) {
     find_leaves(weight);
     const int64_t count = static_cast<int64_t>(leaves_.size());
     for (int64_t begin = 0, end; begin < count; begin = end) {
@@ -171,8 +167,9 @@ class Plan {
     const bool to_parent = parent != kNone && buffer != parent;
     const bool to_dw = adds_dw && buffer != kOutput;
     const bool stays = buffer == parent || buffer == kOutput;
-    if (leaf && stays + to_parent + to_dw <= 1 &&
-        leaves_[begin].row_end - leaves_[begin].row_begin <= fused_rows_) {
+    const int64_t rows = leaves_[begin].row_end - leaves_[begin].row_begin;
+    if (leaf && stays + to_parent + to_dw <= 1 && fused_ &&
+        (fused_->always || rows <= kFusedRows)) {
       const int to = stays ? buffer : to_dw ? kOutput : to_parent ? parent : kNone;
       const bool overwrite = stays || (to_dw && started_.insert(output).second);
       multiply(begin, to, to_dw ? weight : T(1), overwrite);
@@ -195,8 +192,8 @@ class Plan {
 
   void multiply(int64_t leaf, int to, T scale, bool overwrite) {
     const Leaf<T>& rows = leaves_[leaf];
-    steps.push_back(
-        {Step<T>::kMultiply, to, rows.output, overwrite, scale, rows.row_begin, rows.row_end});
+    const auto kind = fused_ && fused_->always ? Step<T>::kFused : Step<T>::kMultiply;
+    steps.push_back({kind, to, rows.output, overwrite, scale, rows.row_begin, rows.row_end});
   }
 
   void fold(int from, int to, int64_t output, int64_t slot, T scale, bool overwrite) {
@@ -206,7 +203,7 @@ class Plan {
   const Segments& segments_;
   const bool with_dw_;
   const bool segment_norms_;
-  const int64_t fused_rows_;
+  const FusedKernel* const fused_;       // or null
   std::unordered_set<int64_t> started_;  // outputs that have been written
   std::vector<Leaf<T>> leaves_;
 };
@@ -231,12 +228,12 @@ constexpr int64_t kArea = 128 * kWidth, kAreaOfLong = 256 * kWidth;
 Tiling tile(int64_t d, int64_t p, int64_t rows_at_once, int64_t threads, const FusedKernel* fused) {
   const int64_t high = fused ? fused->height : 16, wide = fused ? fused->width : 16;
   Tiling tiling;
-  tiling.across = divide_up(p, fused ? fused_side(rows_at_once) : kWidth);
+  tiling.across = divide_up(p, fused ? fused->most_width(rows_at_once) : kWidth);
   tiling.width = round_up(divide_up(p, tiling.across), wide);
   tiling.across = divide_up(p, tiling.width);
   const int64_t area = rows_at_once >= kLongRows ? kAreaOfLong : kArea;
-  int64_t down = divide_up(
-      d, fused ? fused_height(tiling.width, rows_at_once) : round_up(area / tiling.width, 16));
+  int64_t down = divide_up(d, fused ? fused->most_height(tiling.width, rows_at_once)
+                                    : round_up(area / tiling.width, 16));
   // As many tiles as the threads can share evenly, unless they get too thin to multiply well.
   if (d / 64 >= threads) {
     while (tiling.across * down % threads != 0 && tiling.across * down < 4 * threads) ++down;
@@ -254,11 +251,11 @@ void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride,
                      bool segment_norms, const Host<T>& host) {
   const FusedKernel* fused =
       std::is_same_v<T, float> && !fused_kernels().empty() ? &fused_kernels()[0] : nullptr;
-  const Plan<T> plan(segments, weight, dw != nullptr, segment_norms, fused ? kFusedRows : 0);
+  const Plan<T> plan(segments, weight, dw != nullptr, segment_norms, fused);
   if (plan.steps.empty() || p == 0 || d == 0) return;
   const int64_t rows_at_once = plan.rows_at_once();
-  const Tiling tiling =
-      tile(d, p, rows_at_once, host.threads, rows_at_once <= kFusedRows ? fused : nullptr);
+  const bool fuses = fused && (fused->always || rows_at_once <= kFusedRows);
+  const Tiling tiling = tile(d, p, rows_at_once, host.threads, fuses ? fused : nullptr);
   const int64_t tiles = tiling.down * tiling.across;
   const int64_t slots = static_cast<int64_t>(plan.slot_columns.size());
   std::vector<double> partial(tiles * slots);
