@@ -119,7 +119,8 @@ def test_short_segments_go_by_the_gram_method_and_long_ones_do_not() -> None:
     assert native.outer_method(1, 1024, 1024, True) == "gram"
     assert native.outer_method(4096, 1024, 1024, True) == "direct"
     assert native.outer_method(200, 768, 256, True) == "direct"
-    assert native.outer_method(200, 768, 256, False) == "gram"
+    assert native.outer_method(200, 768, 256, False, amx=False) == "gram"
+    assert native.outer_method(200, 768, 256, False, amx=True) == "direct"
 
 
 def operator_arguments() -> dict[str, tuple[object, ...]]:
@@ -130,6 +131,17 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
     return {
         "outer_sqnorm": (x, g, offsets, torch.zeros(3)),
         "outer_wgrad": (x, g, offsets, walk, columns, outputs, weight, torch.zeros(2, 4, 6), torch.zeros(5), True),
+        "windows_wgrad": (
+            *(
+                torch.randn(2, 7, 3),
+                torch.tensor([21, 3, 1, 1, 5, 0, 0, 3, 1, 1, 3, 0, 0, 3]),
+                g,
+                offsets,
+                walk,
+                columns,
+            ),
+            *(outputs, weight, torch.zeros(2, 4, 9), torch.zeros(5)),
+        ),
         "lookup_wgrad": (ids, g, offsets, walk, columns, None, weight, -1, torch.zeros(1, 7, 4), torch.zeros(5)),
         "product_sums": (x, torch.randn(10, 6), torch.rand(10), None, offsets, torch.empty(3, 6)),
         "sum_sums": (g, offsets, torch.empty(3, 4)),
