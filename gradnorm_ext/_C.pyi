@@ -18,6 +18,6 @@ def reward_stats(
     rewards: npt.NDArray[np.floating[Any]],
     prompts: npt.NDArray[np.integer[Any]],
     tasks: npt.NDArray[np.integer[Any]] | None = None,
-    n_tasks: int = 1,
+    n_tasks: int | None = None,
     ddof: int = 1,
 ) -> dict[str, Any]: ...

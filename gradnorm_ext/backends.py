@@ -60,20 +60,20 @@ def _serving(module: ModuleType, operation: str, device_type: str) -> Callable[.
 
 
 @functools.cache
-def find(
-    operation: str, device_type: str, backend: str, otherwise: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
-    """The function that carries out ``operation`` on ``device_type``: of ``backend``, or of the first that has it.
-
-    ``otherwise``: what does where ``backend`` was asked for and lacks it.
-    """
+def find(operation: str, device_type: str, backend: str) -> Callable[..., Any]:
+    """The function that carries out ``operation`` on ``device_type``: of ``backend``, or of the first that has it."""
     found, _, absent = _search(operation, device_type, backend)
-    found = found or otherwise
     if found is None:
         raise RuntimeError(
             f"{operation}: no backend runs it on {device_type}, looked at {', '.join(absent)}; set GRADNORM_BACKEND=auto"
         )
     return found
+
+
+@functools.cache
+def serves(operation: str, device_type: str, backend: str) -> bool:
+    """Whether `find` finds a function."""
+    return _search(operation, device_type, backend)[0] is not None
 
 
 def explain(operation: str, device_type: str, backend: str) -> str:

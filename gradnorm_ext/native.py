@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,10 +15,21 @@ import gradnorm_ext._C as _C  # importing it registers the kernels; where it is 
 from gradnorm_ext import native_cuda, reference
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
+from gradnorm_ext.windows import Windows
 
 SERVES = {
     "cpu": (
-        *("outer_sqnorm", "outer_wgrad", "outer_sum", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
+        *(
+            "outer_sqnorm",
+            "outer_wgrad",
+            "outer_sum",
+            "windows_sqnorm",
+            "windows_wgrad",
+            "lookup_sqnorm",
+            "lookup_wgrad",
+            "product_sums",
+            "sum_sums",
+        ),
         *("sums_sqnorm", "sums_wgrad", "segment_std", "logit_scores", "logit_gradient_rates"),
     ),
     "cuda": native_cuda.SERVES if _C.with_cuda else (),
@@ -28,6 +40,8 @@ _SCHEMAS = """
 outer_sqnorm(Tensor x, Tensor g, Tensor offsets, Tensor(a!) sqnorm) -> ()
 outer_wgrad(Tensor x, Tensor g, Tensor offsets, Tensor walk, Tensor columns, Tensor? outputs, Tensor? weight,
     Tensor(a!)? dw, Tensor(b!) sqnorm, bool segment_norms) -> ()
+windows_wgrad(Tensor images, Tensor windows, Tensor g, Tensor offsets, Tensor walk, Tensor columns, Tensor? outputs,
+    Tensor? weight, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
 lookup_wgrad(Tensor ids, Tensor g, Tensor offsets, Tensor walk, Tensor columns, Tensor? outputs, Tensor? weight,
     int padding_idx, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
 lookup_wgrad_sorted(Tensor ids, Tensor place, Tensor? row, Tensor segment, Tensor offsets, Tensor g, Tensor walk,
@@ -71,7 +85,7 @@ def build_info() -> list[str]:
     ]
 
 
-def outer_method(rows_per_segment: float, d: int, p: int, with_dw: bool) -> str:
+def outer_method(rows_per_segment: float, d: int, p: int, with_dw: bool, amx: bool = _C.cpu_product_always) -> str:
     """The cheaper way to the norms of segments of one layer with a ``[d, p]`` weight: "gram" or "direct".
 
     Counted per row, in multiply-adds of a large matrix product of torch's:
@@ -88,13 +102,14 @@ def outer_method(rows_per_segment: float, d: int, p: int, with_dw: bool) -> str:
         rows_per_segment: rows of a segment, or Σ rows² / Σ rows over segments that differ.
         d, p: the weight's shape, ``[out, in]``.
         with_dw: whether the weight gradient is wanted beside the norms.
+        amx: whether products are those of the processor's matrix unit.
 
     Example:
         >>> outer_method(8, 1024, 1024, True), outer_method(512, 1024, 1024, True)
         ('gram', 'direct')
     """
     gram = (1.5 * rows_per_segment + 75) * (p + d) / 2
-    dw = 0.45 if _C.cpu_product_always else 0.95
+    dw = 0.45 if amx else 0.95
     direct = (9 / max(rows_per_segment, 1) + (0 if with_dw else dw)) * p * d
     return "gram" if gram < direct else "direct"
 
@@ -140,6 +155,51 @@ def _sum(x: Tensor, g: Tensor, segments: Segments, weight: Tensor | None, out: T
     offsets, columns = segments.offsets, groups.columns[:0]
     _kernels.outer_wgrad(x, g, offsets, groups.walk, columns, outputs, weight, out[None], nothing, False)
     return out
+
+
+def windows_sqnorm(images: Tensor, windows: Windows, g: Tensor, segments: Segments) -> Tensor:
+    """:func:`outer_sqnorm` of the rows that windows see."""
+    return _windows(images, windows, _rows(g), segments, None, None, None)
+
+
+def windows_wgrad(
+    images: Tensor,
+    windows: Windows,
+    g: Tensor,
+    segments: Segments,
+    *,
+    weight: Tensor | None = None,
+    outputs: Tensor | None = None,
+    n_outputs: int = 1,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`outer_wgrad` of the rows that windows see; ``images`` ``[images, *sizes, channels]`` are contiguous."""
+    shape = n_outputs, g.shape[1], math.prod(windows.kernel) * images.shape[-1]
+    dw = images.new_empty(shape) if out is None else out.view(shape)
+    sqnorm = _windows(images, windows, _rows(g), segments, weight, outputs, dw)
+    return dw if outputs is not None else dw[0], sqnorm
+
+
+def _windows(
+    images: Tensor,
+    windows: Windows,
+    g: Tensor,
+    segments: Segments,
+    weight: Tensor | None,
+    outputs: Tensor | None,
+    dw: Tensor | None,
+) -> Tensor:
+    d, p = g.shape[1], math.prod(windows.kernel) * images.shape[-1]
+    if outer_method(len(g) / max(1, segments.count), d, p, dw is not None) == "gram":
+        return _outer(windows.rows(images), g, segments, weight, outputs, dw)
+    groups, sqnorm = segments.groups, images.new_zeros(segments.columns)
+    if dw is not None and outputs is not None:  # the kernel does not write an output without rows
+        for empty in set(range(len(dw))) - _walk_of(segments).present(outputs):
+            dw[empty] = 0
+    weight, packed = _vector(weight, images.dtype), windows.packed(images)
+    offsets, walk, columns = segments.offsets, groups.walk, groups.columns
+    _kernels.windows_wgrad(images, packed, g, offsets, walk, columns, outputs, weight, dw, sqnorm)
+    return sqnorm
 
 
 def _fuses_all(x: Tensor) -> bool:

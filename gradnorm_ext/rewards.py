@@ -239,7 +239,11 @@ def reward_stats(
     arrays, rewards, prompts, tasks = _tensors("reward_stats", rewards, prompts, tasks)
     if isinstance(ddof, bool) or not isinstance(ddof, numbers.Integral) or ddof not in (0, 1):
         raise ValueError(f"reward_stats: ddof must be 0 or 1, got {ddof!r}; pass 1 for the sample's standard deviation")
-    n_tasks = _task_count(tasks, n_tasks)
+    if n_tasks is not None and (
+        isinstance(n_tasks, bool) or not isinstance(n_tasks, numbers.Integral) or int(n_tasks) < 1
+    ):
+        raise ValueError(f"reward_stats: n_tasks must be an integer >= 1, got {n_tasks!r}; pass the number of tasks")
+    n_tasks = None if n_tasks is None else int(n_tasks)
 
     rewards = rewards.detach()
     native = rewards.device.type == "cpu" and _has_native()
@@ -372,39 +376,40 @@ def _has_native() -> bool:
     return backends.choose("auto") in ("auto", "native") and not isinstance(backends.load("native"), str)
 
 
-def _native_stats(rewards: Tensor, prompts: Tensor, tasks: Tensor | None, n_tasks: int, ddof: int) -> RewardStats:
+def _native_stats(
+    rewards: Tensor, prompts: Tensor, tasks: Tensor | None, n_tasks: int | None, ddof: int
+) -> RewardStats:
     from gradnorm_ext import _C  # here, not above: it may not have been built
 
     exact = rewards if rewards.dtype in (torch.float32, torch.float64) else rewards.float()
     of_task = None if tasks is None else tasks.numpy()
-    figures = _C.reward_stats(exact.detach().numpy(), prompts.numpy(), of_task, n_tasks=n_tasks, ddof=ddof)
-    torn = figures.pop("torn")
-    if tasks is not None and torn >= 0:
-        others = tasks[prompts == prompts[torn]]
-        _refuse_torn(int(prompts[torn]), int(others.min()), int(others.max()))
-    dtype = _figures(rewards.dtype)
+    figures = _C.reward_stats(exact.numpy(), prompts.numpy(), of_task, n_tasks=n_tasks, ddof=ddof)
+    refused = figures.pop("refused")
+    if tasks is not None and refused >= 0:
+        _task_count(tasks, n_tasks)  # refuses a task out of range, wherever it is
+        _refuse_torn(prompts, tasks, refused)
     tensors = {name: torch.from_numpy(array) for name, array in figures.items()}
-    shown = {name: one.to(dtype) if one.dtype == torch.float64 else one for name, one in tensors.items()}
-    return RewardStats(**shown, rewards=rewards.clone(), ddof=ddof)
+    return RewardStats(**tensors, rewards=rewards.clone(), ddof=ddof)
 
 
-def _stats(rewards: Tensor, prompts: Tensor, tasks: Tensor | None, n_tasks: int, ddof: int) -> RewardStats:
+def _stats(rewards: Tensor, prompts: Tensor, tasks: Tensor | None, n_tasks: int | None, ddof: int) -> RewardStats:
     """The definition, and what runs on a GPU."""
+    n_tasks = _task_count(tasks, n_tasks)
     groups = _groups(rewards, prompts)
     task = torch.zeros_like(groups.prompt)
     if tasks is not None:
         task.scatter_reduce_(0, groups.prompt_of, tasks, "amin", include_self=False)
         differs = task[groups.prompt_of] != tasks
         if bool(differs.any()):
-            where = differs.nonzero()[0, 0]
-            others = tasks[prompts == prompts[where]]
-            _refuse_torn(int(prompts[where]), int(others.min()), int(others.max()))
+            _refuse_torn(prompts, tasks, int(differs.nonzero()[0, 0]))
     return _stats_of(rewards, groups, task, n_tasks, ddof)
 
 
-def _refuse_torn(prompt: int, one: int, other: int) -> NoReturn:
+def _refuse_torn(prompts: Tensor, tasks: Tensor, example: int) -> NoReturn:
+    prompt = int(prompts[example])
+    lowest, highest = (int(task) for task in tasks[prompts == prompt].aminmax())
     raise ValueError(
-        f"reward_stats: a prompt must lie in one task, got prompt {prompt} in tasks {one} and {other}; "
+        f"reward_stats: a prompt must lie in one task, got prompt {prompt} in tasks {lowest} and {highest}; "
         "give each task's prompts ids of their own"
     )
 
@@ -542,12 +547,8 @@ def _numpy(stats: RewardStats) -> RewardStats[NDArray[Any]]:
 
 def _task_count(tasks: Tensor | None, n_tasks: int | None) -> int:
     """How many tasks there are, after the check that all ids are below it."""
-    if n_tasks is not None and (
-        isinstance(n_tasks, bool) or not isinstance(n_tasks, numbers.Integral) or int(n_tasks) < 1
-    ):
-        raise ValueError(f"reward_stats: n_tasks must be an integer >= 1, got {n_tasks!r}; pass the number of tasks")
     if tasks is None:
-        return 1 if n_tasks is None else int(n_tasks)
+        return n_tasks or 1
     lowest, highest = (int(id) for id in torch.stack(torch.aminmax(tasks)))
     if lowest < 0:
         raise ValueError(f"reward_stats: tasks must not be negative, got {lowest}; number the tasks from 0")
@@ -557,7 +558,7 @@ def _task_count(tasks: Tensor | None, n_tasks: int | None) -> int:
         raise ValueError(
             f"reward_stats: tasks must lie in [0, {n_tasks}), got {lowest} to {highest}; pass a larger n_tasks"
         )
-    return int(n_tasks)
+    return n_tasks
 
 
 def _listed(words: list[str]) -> str:

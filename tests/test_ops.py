@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from gradnorm_ext import backends, ops, reference
+from gradnorm_ext import backends, native, ops
 from gradnorm_ext.segments import Groups, Segments
+from gradnorm_ext.windows import Windows
 
 BACKENDS = ("reference", "native")
 LENGTHS = {
@@ -138,11 +139,55 @@ def test_outer_sum(backend, rows, dtype):
         assert_as_good_as_plain(found, (g * of_row).to(dtype).t() @ x, exact, size)
 
 
-def test_a_backend_without_an_operation_may_leave_it_to_another():
-    assert backends.find("outer_sum", "cpu", "triton", reference.outer_sum) is reference.outer_sum
-    assert backends.find("outer_sum", "cpu", "native", reference.outer_sum) is not reference.outer_sum
-    with pytest.raises(RuntimeError, match="outer_sum: no backend runs it on cpu"):
-        backends.find("outer_sum", "cpu", "triton")
+def test_which_backends_serve_an_operation():
+    assert backends.serves("outer_sum", "cpu", "native") and backends.serves("outer_sum", "cuda", "auto")
+    assert not backends.serves("outer_sum", "cpu", "triton")
+    assert backends.serves("windows_wgrad", "cpu", "auto") and not backends.serves("windows_wgrad", "cpu", "reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "kernel", "stride", "dilation", "channels"),
+    [((9,), (3,), (2,), (1,), 5), ((7, 8), (3, 2), (1, 2), (2, 1), 3), ((6, 5, 7), (2, 1, 3), (1, 2, 1), (1, 1, 3), 2)],
+    ids=str,
+)
+@pytest.mark.parametrize("out", [4, 300])  # by direct products, and of so many columns by pairs of windows
+def test_windows(sizes, kernel, stride, dilation, channels, out, dtype):
+    generator, images = torch.Generator().manual_seed(0), 6
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    positions = [(n - r) // s + 1 for n, r, s in zip(sizes, reach, stride, strict=True)]
+    x = torch.randn(images, *sizes, channels, generator=generator).to(dtype)
+    x = x if out == 4 else x.repeat_interleave(100, -1)
+    seen = x
+    for i, (r, s, d) in enumerate(zip(reach, stride, dilation, strict=True)):
+        seen = seen.unfold(1 + i, r, s)[..., ::d]
+    rows = seen.movedim(1 + len(sizes), -1).flatten(0, len(sizes)).flatten(1)  # [images, positions, kernel, channels]
+    g = torch.randn(len(rows), out, generator=generator).to(dtype)
+    fine, coarse = torch.arange(3) % 2, torch.tensor([1, 0])[torch.arange(3) % 2]
+    segments = Segments.equal(3, len(rows) // 3, Groups.of(3, [(fine, 2), (coarse, 2)]))  # two images each
+    windows = Windows.of(x, positions, stride, kernel, dilation)
+
+    exact = outer_per_segment(rows.double(), g.double(), segments)
+    plain = outer_per_segment(rows, g, segments)
+    size = outer_per_segment(rows.double().abs(), g.double().abs(), segments)
+    norms = [truth(tensor, segments) for tensor in (plain, exact, size)]
+    assert_as_good_as_plain(native.windows_sqnorm(x, windows, g, segments), *norms)
+    for weight in (None, torch.tensor([2.0, -1.0, 0.5], dtype=dtype)):
+        of = torch.ones(3) if weight is None else weight
+        dw, sqnorm = native.windows_wgrad(x, windows, g, segments, weight=weight)
+        assert_as_good_as_plain(sqnorm, *norms)
+        assert_as_good_as_plain(dw, *(torch.tensordot(of.to(t), t, 1) for t in (plain, exact)), size.sum(0) * 2)
+    by_group = plain.new_empty(2, *plain.shape[1:])
+    dw, sqnorm = native.windows_wgrad(x, windows, g, segments, outputs=coarse, n_outputs=2, out=by_group)
+    expected = (t.new_zeros(2, *t.shape[1:]).index_add_(0, coarse, t) for t in (plain, exact, size))
+    assert_as_good_as_plain(by_group, *expected)
+
+
+def test_windows_beyond_their_image_are_refused():
+    x, g = torch.randn(2, 5, 3), torch.randn(8, 2)
+    windows = Windows.of(x, (4,), (1,), (3,), (1,))
+    with pytest.raises(RuntimeError, match="windows must lie inside of their image"):
+        native.windows_wgrad(x, windows, g, Segments.equal(2, 4))
 
 
 @pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)

@@ -84,6 +84,12 @@ def as_arrays(stats):
     return {name: np.asarray(getattr(stats, name)) for name in (*PER_PROMPT, *PER_TASK, "prompt_of")}
 
 
+def of_reference(*batch, **options):
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setattr(backends, "DEFAULT", "reference")
+        return reward_stats(*batch, **options)
+
+
 @given(batches(), st.sampled_from([0, 1]))
 def test_every_figure_is_what_numpy_says_one_prompt_and_task_at_a_time(batch, ddof):
     rewards, prompts, tasks = batch
@@ -99,16 +105,15 @@ def test_every_figure_is_what_numpy_says_one_prompt_and_task_at_a_time(batch, dd
 def test_arrays_and_tensors_agree_and_keep_their_kind_and_dtype(batch, ddof, dtype):
     rewards, prompts, tasks = batch[0].astype(dtype), *batch[1:]
     of_arrays = reward_stats(rewards, prompts, tasks, ddof=ddof)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setattr(backends, "DEFAULT", "reference")
-        without_native = reward_stats(rewards, prompts, tasks, ddof=ddof)
-        of_tensors = reward_stats(*map(torch.from_numpy, (rewards, prompts, tasks)), ddof=ddof)
+    without_native = of_reference(rewards, prompts, tasks, ddof=ddof)
+    of_tensors = of_reference(*map(torch.from_numpy, (rewards, prompts, tasks)), ddof=ddof)
     for name, value in as_arrays(of_arrays).items():
         assert isinstance(getattr(of_arrays, name), np.ndarray) and isinstance(getattr(of_tensors, name), torch.Tensor)
         assert np.asarray(getattr(of_tensors, name)).dtype == value.dtype
         np.testing.assert_array_equal(np.asarray(getattr(of_tensors, name)), getattr(without_native, name))
-        # one in float64, however the backends order their sums; two of the target's roundings where it is float32
-        np.testing.assert_allclose(value, getattr(without_native, name), rtol=2e6 * FLOAT64 + np.finfo(dtype).eps)
+        # One in float64, however the backends order their sums, which may cancel; where it is float32, two roundings.
+        rtol, atol = 2e6 * FLOAT64 + np.finfo(dtype).eps, 30 * 2 * FLOAT64
+        np.testing.assert_allclose(value, getattr(without_native, name), rtol, atol, err_msg=name)
         if name not in ("prompt", "task", "count", "zero_std", "all_best", "all_worst", "prompt_of"):
             assert value.dtype == dtype
 
@@ -122,6 +127,126 @@ def test_the_order_of_the_examples_does_not_matter(batch, random):
     np.testing.assert_array_equal(shuffled.pop("prompt_of"), straight.pop("prompt_of")[order])
     for name, value in straight.items():
         np.testing.assert_allclose(shuffled[name], value, rtol=2e6 * FLOAT64, atol=30 * 2 * FLOAT64, err_msg=name)
+
+
+@st.composite
+def sized_groups(draw):
+    """Groups of 1 to 40, whose ids ascend with gaps, then perhaps shuffled, of rewards that may all be equal."""
+    sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=6))
+    gaps = draw(st.lists(st.integers(1, 2**60), min_size=len(sizes), max_size=len(sizes)))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    of = np.repeat(np.arange(len(sizes)), sizes)
+    equal = np.array(draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes))))
+    rewards = np.where(equal[of], random.choice([0.1, 0.9, 1.0]), random.normal(size=len(of)))
+    prompts, tasks = (np.cumsum(gaps) - 2**62)[of], random.integers(0, 3, len(sizes))[of]
+    order = random.permutation(len(of)) if draw(st.booleans()) else np.arange(len(of))
+    return rewards[order], prompts[order], tasks[order]
+
+
+@given(sized_groups(), st.sampled_from([0, 1]), st.sampled_from(["float16", "bfloat16", "float32", "float64"]))
+def test_groups_of_all_sizes_have_numpys_figures_in_every_dtype_and_however_they_lie_in_memory(batch, ddof, dtype):
+    rewards, prompts, tasks = (torch.from_numpy(array) for array in batch)
+    rewards = rewards.to(getattr(torch, dtype))
+    stats = reward_stats(rewards, prompts, tasks, ddof=ddof, n_tasks=3)
+    apart = [torch.stack([each, each], 1)[:, 0] for each in (rewards, prompts, tasks)]
+    of_apart = reward_stats(*apart, ddof=ddof, n_tasks=3)
+    want = expected(rewards.double().numpy(), prompts.numpy(), tasks.numpy(), ddof, 3)
+    rounding = torch.finfo(stats.std.dtype).eps
+    assert stats.std.dtype == stats.task_mean.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    for name, got in as_arrays(stats).items():
+        np.testing.assert_array_equal(got, getattr(of_apart, name).numpy(), err_msg=name)
+        if name != "prompt_of":
+            # Sums of up to 240 terms; a group's error may be a difference that leaves 3 / 40² of its terms, and its
+            # deviation is at least a 240th of the largest of normal numbers, which are below 8. One rounding at the end.
+            rtol = rounding + (240 * 4 * 40**2 / 3 * FLOAT64 if name == "std_error" else 240 * 240 * FLOAT64)
+            atol = 240 * 8 * FLOAT64 if name in ("mean", "task_mean") else 0
+            np.testing.assert_allclose(got.astype(float), want[name].astype(float), rtol, atol, err_msg=name)
+    np.testing.assert_array_equal(stats.prompt[stats.prompt_of], prompts)
+
+
+@given(batches(values=(0.0, 0.5, -2.0, np.inf, -np.inf, np.nan)), st.sampled_from([0, 1]))
+def test_what_is_not_finite_ends_in_the_same_figures_as_in_plain_torch(batch, ddof):
+    plain = as_arrays(of_reference(*batch, ddof=ddof))
+    for name, value in as_arrays(reward_stats(*batch, ddof=ddof)).items():
+        np.testing.assert_allclose(value, plain[name], rtol=2e6 * FLOAT64, err_msg=name)
+
+
+@pytest.mark.parametrize("way", [reward_stats, of_reference])
+@pytest.mark.parametrize("place", range(6))
+def test_an_infinite_reward_leaves_its_tasks_deviations_unknown(way, place):
+    rewards = np.arange(12.0) ** 2
+    rewards[2 * place] = np.inf
+    stats = way(rewards, np.arange(6).repeat(2), np.zeros(12, int))
+    assert np.isnan(stats.std).tolist() == [p == place for p in range(6)]
+    assert np.isnan(stats.task_std_mean).all() and np.isnan(stats.task_std_p10).all()
+    assert stats.task_mean == np.inf and stats.task_zero_std_share == 0
+
+
+@pytest.mark.parametrize("spread", ["uniform", "equal", "half zero", "of all magnitudes", "two far apart"])
+def test_the_tenth_percentile_of_many_prompts_is_numpys(spread):
+    random = np.random.default_rng(0)
+    stds = {
+        "uniform": random.random(6000),
+        "equal": np.full(6000, 0.5),
+        "half zero": np.maximum(random.normal(size=6000), 0),
+        "of all magnitudes": 10.0 ** random.uniform(-150, 150, 6000),
+        "two far apart": np.where(np.arange(6000) < 600, 1e-9, 1e9),  # rank 599.9 lies between them
+    }[spread]
+    rewards = np.stack([np.zeros(6000), stds], 1).ravel()  # sqrt(2) of each is the range of its pair
+    stats = reward_stats(rewards, np.arange(6000).repeat(2), np.zeros(12000, int))
+    np.testing.assert_allclose(stats.std, stds / np.sqrt(2), rtol=4 * FLOAT64)
+    np.testing.assert_allclose(stats.task_std_p10, [np.percentile(stats.std, 10)], rtol=4 * FLOAT64)
+    np.testing.assert_allclose(stats.task_std_mean, [stats.std.mean()], rtol=6000 * FLOAT64)
+
+
+def test_one_prompt_may_have_all_the_examples():
+    rewards = np.random.default_rng(0).random(100_001, np.float32)
+    stats = reward_stats(rewards, np.full(100_001, -3))
+    exact = rewards.astype(np.float64)
+    assert stats.mean[0] == np.float32(exact.mean()) and stats.std[0] == np.float32(exact.std(ddof=1))
+    assert stats.count.tolist() == [100_001] and not stats.prompt_of.any()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+def test_what_the_figures_keep_is_a_copy(kind, dtype):
+    given = [
+        kind(np.array(values, dtype=of)) for values, of in (([1, 0, 2], dtype), ([4, 4, 7], int), ([0, 0, 1], int))
+    ]
+    stats = reward_stats(*given)
+    for array in given:
+        array[:] = 9
+    assert stats.rewards.tolist() == [1, 0, 2]
+    assert stats.prompt.tolist() == [4, 7] and stats.task.tolist() == [0, 1] and stats.prompt_of.tolist() == [0, 0, 1]
+
+
+@given(
+    hnp.arrays(np.int64, 6, elements=st.integers(-3, 3)),
+    hnp.arrays(np.int64, 6, elements=st.integers(-1, 3)),
+    st.booleans(),
+    st.sampled_from([None, 1, 2, 4]),
+)
+def test_tasks_are_refused_for_the_same_reason_by_both_ways(prompts, tasks, ascending, n_tasks):
+    prompts = np.sort(prompts) if ascending else prompts
+    of = {prompt: tasks[prompts == prompt] for prompt in prompts.tolist()}
+    torn = {prompt: (mine.min(), mine.max()) for prompt, mine in of.items() if mine.min() < mine.max()}
+    if tasks.min() < 0:
+        allowed = [f"tasks must not be negative, got {tasks.min()}; number the tasks from 0"]
+    elif tasks.max() >= (n_tasks or 9):
+        where = f"[0, {n_tasks}), got {tasks.min()} to {tasks.max()}"
+        allowed = [f"tasks must lie in {where}; pass a larger n_tasks"]
+    else:
+        allowed = [
+            f"a prompt must lie in one task, got prompt {prompt} in tasks {low} and {high}; "
+            "give each task's prompts ids of their own"
+            for prompt, (low, high) in torn.items()
+        ]
+    for way in (reward_stats, of_reference):
+        if not allowed:
+            assert len(way(np.ones(6), prompts, tasks, n_tasks=n_tasks).task_mean) == (n_tasks or tasks.max() + 1)
+            continue
+        with pytest.raises(ValueError, match="|".join(f"^reward_stats: {re.escape(one)}$" for one in allowed)):
+            way(np.ones(6), prompts, tasks, n_tasks=n_tasks)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])

@@ -13,13 +13,14 @@ import gradnorm_ext
 PACKAGE = Path(gradnorm_ext.__file__).parent
 MAY_IMPORT = {
     "segments": set(),
+    "windows": set(),
     "backends": set(),
     "reference": {"segments"},
-    "native": {"native_cuda", "reference", "segments", "_C"},
+    "native": {"native_cuda", "reference", "segments", "windows", "_C"},
     "native_cuda": {"reference", "segments", "_C"},
     "ops": {"backends", "reference", "segments"},
     "rewards": {"_C", "backends", "ops"},
-    "layers": {"backends", "layers", "reference", "segments"},
+    "layers": {"backends", "layers", "reference", "segments", "windows"},
     "stats": {"rewards"},
     "policies": {"ops", "policies", "stats"},  # stats for types only
     "history": {"stats"},

@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -48,8 +47,37 @@ void check_ids(const char* name, const py::array& ids, const py::array& rewards)
   }
 }
 
+template <typename Real>
+py::dict as_dict(gradnorm::RewardStats<Real>&& found, int64_t n) {
+  py::dict stats;
+  stats["refused"] = found.refused;
+  if (found.refused >= 0) return stats;
+  stats["prompt"] = as_array<int64_t>(std::move(found.prompt));
+  stats["task"] = as_array<int64_t>(std::move(found.task));
+  stats["count"] = as_array<int64_t>(std::move(found.count));
+  int64_t* prompt_of = found.prompt_of.release();
+  stats["prompt_of"] = py::array_t<int64_t>(
+      n, prompt_of, py::capsule(prompt_of, [](void* ids) { delete[] static_cast<int64_t*>(ids); }));
+  stats["zero_std"] = as_array<bool>(std::move(found.zero_std));
+  stats["all_best"] = as_array<bool>(std::move(found.all_best));
+  stats["all_worst"] = as_array<bool>(std::move(found.all_worst));
+  stats["mean"] = as_array<Real>(std::move(found.mean));
+  stats["std"] = as_array<Real>(std::move(found.std));
+  stats["std_error"] = as_array<Real>(std::move(found.std_error));
+  stats["task_mean"] = as_array<Real>(std::move(found.task_mean));
+  stats["task_std_mean"] = as_array<Real>(std::move(found.task_std_mean));
+  stats["task_std_p10"] = as_array<Real>(std::move(found.task_std_p10));
+  stats["task_zero_std_share"] = as_array<Real>(std::move(found.task_zero_std_share));
+  stats["task_all_best_share"] = as_array<Real>(std::move(found.task_all_best_share));
+  stats["task_all_worst_share"] = as_array<Real>(std::move(found.task_all_worst_share));
+  stats["task_share"] = as_array<Real>(std::move(found.task_share));
+  stats["task_realised_share"] = as_array<Real>(std::move(found.task_realised_share));
+  return stats;
+}
+
 py::dict reward_stats(const py::array& rewards, const py::array& prompts,
-                      const std::optional<py::array>& tasks, int64_t n_tasks, int64_t ddof) {
+                      const std::optional<py::array>& tasks, std::optional<int64_t> n_tasks,
+                      int64_t ddof) {
   if (rewards.ndim() != 1 || rewards.dtype().kind() != 'f' || rewards.dtype().itemsize() < 4 ||
       rewards.dtype().itemsize() > 8) {
     throw py::value_error("reward_stats: rewards must be a float32 or float64 array [n], got " +
@@ -61,52 +89,23 @@ py::dict reward_stats(const py::array& rewards, const py::array& prompts,
     throw py::value_error("reward_stats: ddof must be 0 or 1, got " + std::to_string(ddof) +
                           "; pass 1 for the sample's deviation");
   }
+  if (n_tasks && *n_tasks < 1) {
+    throw py::value_error("reward_stats: n_tasks must be at least 1, got " +
+                          std::to_string(*n_tasks) + "; pass the number of tasks");
+  }
   constexpr int kContiguous = py::array::c_style | py::array::forcecast;
   const auto prompt = py::array_t<int64_t, kContiguous>::ensure(prompts);
-  const int64_t n = rewards.size();
   py::array_t<int64_t, kContiguous> task;
-  if (tasks) {
-    task = py::array_t<int64_t, kContiguous>::ensure(*tasks);
-    const int64_t* ids = task.data();
-    if (!std::all_of(ids, ids + n, [=](int64_t k) { return 0 <= k && k < n_tasks; })) {
-      throw py::value_error("reward_stats: tasks must lie in [0, " + std::to_string(n_tasks) +
-                            "); pass a larger n_tasks");
-    }
-  } else if (n_tasks < 1) {
-    throw py::value_error("reward_stats: n_tasks must be at least 1, got " +
-                          std::to_string(n_tasks) + "; pass the number of tasks");
-  }
+  if (tasks) task = py::array_t<int64_t, kContiguous>::ensure(*tasks);
   const auto stats_of = [&](const auto& values) {
-    return gradnorm::reward_stats_cpu(values.data(), prompt.data(), tasks ? task.data() : nullptr,
-                                      n, n_tasks, ddof);
+    const int64_t n = values.size(), known_tasks = n_tasks.value_or(tasks ? 0 : 1);
+    return as_dict(gradnorm::reward_stats_cpu(values.data(), prompt.data(),
+                                              tasks ? task.data() : nullptr, n, known_tasks, ddof),
+                   n);
   };
-  auto found = rewards.dtype().itemsize() == 4
-                   ? stats_of(py::array_t<float, kContiguous>::ensure(rewards))
-                   : stats_of(py::array_t<double, kContiguous>::ensure(rewards));
-  py::dict stats;
-  stats["torn"] = found.torn;
-  if (found.torn >= 0) return stats;
-  stats["prompt"] = as_array<int64_t>(std::move(found.prompt));
-  stats["task"] = as_array<int64_t>(std::move(found.task));
-  stats["count"] = as_array<int64_t>(std::move(found.count));
-  int64_t* prompt_of = found.prompt_of.release();
-  stats["prompt_of"] = py::array_t<int64_t>(
-      n, prompt_of, py::capsule(prompt_of, [](void* ids) { delete[] static_cast<int64_t*>(ids); }));
-  stats["zero_std"] = as_array<bool>(std::move(found.zero_std));
-  stats["all_best"] = as_array<bool>(std::move(found.all_best));
-  stats["all_worst"] = as_array<bool>(std::move(found.all_worst));
-  stats["mean"] = as_array<double>(std::move(found.mean));
-  stats["std"] = as_array<double>(std::move(found.std));
-  stats["std_error"] = as_array<double>(std::move(found.std_error));
-  stats["task_mean"] = as_array<double>(std::move(found.task_mean));
-  stats["task_std_mean"] = as_array<double>(std::move(found.task_std_mean));
-  stats["task_std_p10"] = as_array<double>(std::move(found.task_std_p10));
-  stats["task_zero_std_share"] = as_array<double>(std::move(found.task_zero_std_share));
-  stats["task_all_best_share"] = as_array<double>(std::move(found.task_all_best_share));
-  stats["task_all_worst_share"] = as_array<double>(std::move(found.task_all_worst_share));
-  stats["task_share"] = as_array<double>(std::move(found.task_share));
-  stats["task_realised_share"] = as_array<double>(std::move(found.task_realised_share));
-  return stats;
+  return rewards.dtype().itemsize() == 4
+             ? stats_of(py::array_t<float, kContiguous>::ensure(rewards))
+             : stats_of(py::array_t<double, kContiguous>::ensure(rewards));
 }
 
 }  // namespace
@@ -143,19 +142,19 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu_product_always") = !products.empty() && products[0].always;
   m.attr("torch_version") = GRADNORM_TORCH_VERSION;
   m.def("reward_stats", &reward_stats, py::arg("rewards"), py::arg("prompts"),
-        py::arg("tasks") = py::none(), py::arg("n_tasks") = 1, py::arg("ddof") = 1,
-        R"(The figures of gradnorm_ext.RewardStats, from NumPy arrays, all in float64.
+        py::arg("tasks") = py::none(), py::arg("n_tasks") = py::none(), py::arg("ddof") = 1,
+        R"(The figures of gradnorm_ext.RewardStats, from NumPy arrays, formed in float64.
 
 Args:
     rewards: [n], float32 or float64. A NaN makes its prompt's figures NaN, and its task's.
     prompts: [n], integers of any value: the prompt of each reward.
     tasks: [n], integers in [0, n_tasks), or None: one task.
-    n_tasks: how many tasks there are.
+    n_tasks: how many tasks there are; None: the largest one, plus 1.
     ddof: 1 for the sample's deviation, 0 for the population's.
 
 Returns:
-    A dict of arrays: RewardStats' figures by name, and under "torn" -1; or "torn" alone, an example
-    whose prompt has an example in another task.
+    A dict of arrays: RewardStats' figures by name, in the rewards' dtype, and under "refused" -1; or
+    "refused" alone, an example whose task is out of range, or not that of its prompt's others.
 
 Raises:
     ValueError: arrays of another dtype or shape.)");

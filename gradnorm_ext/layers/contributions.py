@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from gradnorm_ext import reference
-from gradnorm_ext.backends import find
+from gradnorm_ext.backends import find, serves
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Groups, Segments
+from gradnorm_ext.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ class Outer:
         return run(self.x, self.g, self.segments, outputs=tasks, n_outputs=count, out=out)[1]  # type: ignore[no-any-return]
 
     def total(self, weight: Tensor | None = None) -> Tensor:
-        run = find("outer_sum", self.x.device.type, self.backend, reference.outer_sum)
-        return run(self.x, self.g, self.segments, weight=weight)  # type: ignore[no-any-return]
+        where = "outer_sum", self.x.device.type, self.backend
+        run = find(*where) if serves(*where) else reference.outer_sum
+        return run(self.x, self.g, self.segments, weight=weight)
 
     def by_new_group(self) -> tuple[Tensor, Tensor]:
         """The gradient of each group of the coarsest level, and the norms."""
@@ -386,6 +388,35 @@ class Sums:
         return self.flat.abs().sum(1)
 
 
+@dataclass(frozen=True)
+class Windowed:
+    """An `Outer` whose ``x`` is what windows see of images, ``[images, *sizes, channels]``."""
+
+    images: Tensor
+    windows: Windows
+    g: Tensor
+    segments: Segments
+    backend: str
+
+    def sqnorm(self) -> Tensor:
+        run = find("windows_sqnorm", self.images.device.type, self.backend)
+        return run(self.images, self.windows, self.g, self.segments)  # type: ignore[no-any-return]
+
+    def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        run = find("windows_wgrad", self.images.device.type, self.backend)
+        return run(self.images, self.windows, self.g, self.segments, weight=weight)  # type: ignore[no-any-return]
+
+    def by_group(self, out: Tensor) -> Tensor:
+        """As of `Outer`."""
+        run = find("windows_wgrad", self.images.device.type, self.backend)
+        tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
+        sqnorm: Tensor = run(self.images, self.windows, self.g, self.segments, outputs=tasks, n_outputs=count, out=out)[
+            1
+        ]
+        return sqnorm
+
+
 class Geometry(NamedTuple):
     """How a convolution's windows lie, in the order of torch's arguments."""
 
@@ -405,9 +436,10 @@ class Convolved:
 
     In a transposed convolution the input's entries see the output, and ``x`` and ``g`` are exchanged in the formula.
 
-    Small gradients are formed for every image by one call of the library (`compact`). Otherwise images that show few
-    positions are unfolded to the rows of an outer product, and of others each one's gradient is formed for as many
-    channels at a time as memory allows. Only ``x`` and ``g`` are kept.
+    Small gradients are formed for every image by one call of the library (`compact`). Otherwise what an image's windows
+    see are the rows of an outer product: the backend's, where it can look through windows and an image's rows fit in a
+    core's cache, or all of them unfolded, where there are few; of other images each one's gradient is formed for as
+    many channels at a time as memory allows. Only ``x`` and ``g`` are kept.
 
     Attributes:
         x: the input, ``[images, channels, *sizes]``.
@@ -425,6 +457,7 @@ class Convolved:
 
     held = 1 << 24  # entries of the images' gradients at once
     unfolded = 1 << 18  # entries of images unfolded at once: what a core's cache holds
+    in_cache = 1 << 20  # likewise, of an image's rows that a backend looks through windows at
 
     def compact(self) -> Sums | Convolved:
         """Each example's gradient, where all of them take no more room than what they come from."""
@@ -441,22 +474,22 @@ class Convolved:
         return Sums(sums, self.segments, self.backend).shaped(self.shape)
 
     def sqnorm(self) -> Tensor:
-        if self._has_few_positions:
-            return self._rows().sqnorm()
+        if rows := self._rows():
+            return rows.sqnorm()
         return functools.reduce(torch.add, [part.sqnorm() for _, part in self._parts()])
 
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self._has_few_positions:
-            total, sqnorm = self._rows().wgrad(weight)
+        if rows := self._rows():
+            total, sqnorm = rows.wgrad(weight)
             return self._placed(total), sqnorm
         totals, sqnorms = zip(*(part.wgrad(weight) for _, part in self._parts()), strict=True)
         return self._placed(torch.cat(totals)), functools.reduce(torch.add, sqnorms)
 
     def by_group(self, out: Tensor) -> Tensor:
         """As of `Outer`."""
-        if self._has_few_positions:
+        if rows := self._rows():
             of_groups = out.new_empty(len(out), self.shape[0], self.shape[1:].numel())
-            sqnorm = self._rows().by_group(of_groups)
+            sqnorm = rows.by_group(of_groups)
             out.copy_(self._placed(of_groups))
             return sqnorm
         sqnorms = []
@@ -507,22 +540,29 @@ class Convolved:
         """The images that are seen, and those whose entries see."""
         return (self.g, self.x) if self.geometry.transposed else (self.x, self.g)
 
-    @property
-    def _has_few_positions(self) -> bool:
-        """Whether unfolded images are smaller than their gradients."""
-        return self.geometry.groups == 1 and self._sides[1][0, 0].numel() < self.shape[0]
-
     def _placed(self, gradient: Tensor) -> Tensor:
         """From ``[..., channels, kernel · inner channels]`` to ``[..., *shape]``."""
         kernel = self.shape[2:]
         apart: Tensor = gradient.unflatten(-1, (*kernel, self.shape[1]))
         return apart.movedim(-1, -1 - len(kernel))
 
-    def _rows(self) -> Outer:
+    def _rows(self) -> Outer | Windowed | None:
+        """As one outer product, where that is the cheaper way."""
         seen, seeing = self._sides
-        windows = self._windows(self._channels_last(seen, 1), 0)
-        segments = self.segments.finer(windows.shape[1])
-        return Outer(windows.flatten(0, 1), seeing.flatten(2).transpose(1, 2).flatten(0, 1), segments, self.backend)
+        positions, device = seeing[0, 0].numel(), seen.device.type
+        looks_through = self.in_cache >= positions * self.shape[1:].numel() and serves(
+            "windows_wgrad", device, self.backend
+        )
+        unfolded_are_smaller = positions < self.shape[0]
+        if self.geometry.groups > 1 or not (looks_through or unfolded_are_smaller):
+            return None
+        images, segments = self._channels_last(seen, 1), self.segments.finer(positions)
+        rows = seeing.flatten(2).transpose(1, 2).flatten(0, 1)
+        if not looks_through:
+            return Outer(self._windows(images, 0).flatten(0, 1), rows, segments, self.backend)
+        dtype, images = accumulator(seen.dtype), images[:, 0].contiguous()
+        windows = Windows.of(images, seeing.shape[2:], self.geometry.stride, self.shape[2:], self.geometry.dilation)
+        return Windowed(images.to(dtype), windows, rows.to(dtype), segments, self.backend)
 
     def _channels_last(self, images: Tensor, groups: int) -> Tensor:
         """``[images, groups, *padded sizes, channels]``: what a window sees lies in long runs."""

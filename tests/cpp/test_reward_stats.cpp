@@ -31,7 +31,7 @@ void test(const std::string& what, const std::vector<int64_t>& ids,
       gradnorm::reward_stats_cpu(given.data(), prompts.data(), tasks.data(), 8, 3, 1);
   const double std = std::sqrt(13.0 / 12), mean = 2.5 / 3;
   const double fourth = (std::pow(mean, 4) + std::pow(2 - mean, 4) + std::pow(0.5 - mean, 4)) / 3;
-  same<int64_t>(what + ": torn", {stats.torn}, {-1});
+  same<int64_t>(what + ": refused", {stats.refused}, {-1});
   same(what + ": prompt", stats.prompt, ids);
   same(what + ": prompt_of", {stats.prompt_of.get(), stats.prompt_of.get() + 8}, places);
   same(what + ": task", stats.task, of_task);
@@ -66,13 +66,23 @@ int main() {
     test(which + ", mixed", ids, {3, 0, 6, 5, 1, 4, 2, 7});
   }
   const double rewards[] = {1, kNaN, 0, 0};
-  const int64_t prompts[] = {0, 0, 1, 1}, torn[] = {0, 1, 0, 0};
+  const int64_t prompts[] = {0, 0, 1, 1};
   const auto spoiled = gradnorm::reward_stats_cpu(rewards, prompts, nullptr, 4, 1, 0);
   check::close<double>("a NaN: mean", spoiled.mean, {kNaN, 0}, 0);
   check::close<double>("a NaN: std", spoiled.std, {kNaN, 0}, 0);
   check::close<double>("a NaN: realised share", spoiled.task_realised_share, {kNaN}, 0);
   same<uint8_t>("a NaN: zero_std", spoiled.zero_std, {0, 1});
-  same<int64_t>("two tasks: torn",
-                {gradnorm::reward_stats_cpu(rewards, prompts, torn, 4, 2, 1).torn}, {1});
+
+  const auto refused = [&](const std::vector<int64_t>& of, std::vector<int64_t> tasks,
+                           int64_t n_tasks) {
+    return gradnorm::reward_stats_cpu(rewards, of.data(), tasks.data(), 4, n_tasks, 1).refused;
+  };
+  for (const std::vector<int64_t>& of : {std::vector<int64_t>{0, 0, 1, 1}, {1, 1, 0, 0}}) {
+    const std::string order = of[0] == 0 ? "ascending" : "mixed";
+    same<int64_t>(order + ": two tasks", {refused(of, {0, 1, 0, 0}, 2)}, {1});
+    same<int64_t>(order + ": too large", {refused(of, {0, 0, 2, 2}, 2)}, {2});
+    same<int64_t>(order + ": negative", {refused(of, {0, 0, 0, -1}, 0)}, {3});
+    same<int64_t>(order + ": as many as there are", {refused(of, {0, 0, 2, 2}, 0)}, {-1});
+  }
   return check::failures != 0;
 }

@@ -243,12 +243,23 @@ Tiling tile(int64_t d, int64_t p, int64_t rows_at_once, int64_t threads, const F
   return tiling;
 }
 
-}  // namespace
+// A matrix product sees the same alignment at every call, without which it would not give the same
+// bits; and cache lines are whole.
+constexpr int64_t kAlign = 64;
 
 template <typename T>
-void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t p,
-                     int64_t d, const Segments& segments, const T* weight, T* dw, T* sqnorm,
-                     bool segment_norms, const Host<T>& host) {
+T* aligned(std::vector<T>& memory, int64_t size) {
+  memory.resize(std::max<size_t>(memory.size(), size + kAlign));
+  T* data = memory.data();
+  while (reinterpret_cast<uintptr_t>(data) % kAlign != 0) ++data;
+  return data;
+}
+
+// Tile<const T> rows(begin, count, column, width): those columns of some rows of x.
+template <typename T, typename Rows>
+void outer_wgrad(const Rows& rows_of_x, const T* g, int64_t g_stride, int64_t p, int64_t d,
+                 const Segments& segments, const T* weight, T* dw, T* sqnorm, bool segment_norms,
+                 const Host<T>& host) {
   const FusedKernel* fused =
       std::is_same_v<T, float> && !fused_kernels().empty() ? &fused_kernels()[0] : nullptr;
   const Plan<T> plan(segments, weight, dw != nullptr, segment_norms, fused);
@@ -261,15 +272,10 @@ void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride,
   std::vector<double> partial(tiles * slots);
 
   host.parallel(tiles, [&](int64_t tile_begin, int64_t tile_end) {
-    // Cache lines are whole, and the matrix product sees the same alignment at every call, without
-    // which it would not give the same bits.
-    constexpr int64_t kAlign = 64;
     const int64_t area = round_up(tiling.height * tiling.width, kAlign);
     static thread_local std::vector<T> memory;  // kept: fresh pages cost as much as a pass
-    memory.resize(std::max<size_t>(memory.size(), plan.buffers * area + kAlign));
     static thread_local std::vector<float> panels;
-    T* scratch = memory.data();
-    while (reinterpret_cast<uintptr_t>(scratch) % kAlign != 0) ++scratch;
+    T* scratch = aligned(memory, plan.buffers * area);
 
     for (int64_t index = tile_begin; index < tile_end; ++index) {
       const int64_t i = index / tiling.across * tiling.height;
@@ -283,20 +289,23 @@ void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride,
       };
       for (const Step<T>& step : plan.steps) {
         const Tile<T> to = buffer(step.to, step.output);
-        const int64_t rows = step.row_end - step.row_begin;
-        const T *g_rows = g + step.row_begin * g_stride + i,
-                *x_rows = x + step.row_begin * x_stride + j;
         double squares = 0;
-        if (step.kind == Step<T>::kMultiply) {
-          host.multiply({g_rows, height, rows, 1, g_stride}, {x_rows, rows, width, x_stride, 1},
-                        {to.data, height, width, to.stride, 1}, step.scale, !step.overwrite);
-        } else if (step.kind == Step<T>::kFold) {
+        if (step.kind == Step<T>::kFold) {
           const Tile<T> from = buffer(step.from, step.output);
           squares = step.to == kNone ? gradnorm::sqnorm(from, height, width)
                                      : fold(from, step.scale, step.overwrite, to, height, width);
-        } else if constexpr (std::is_same_v<T, float>) {  // no other T is fused
-          squares = fused->run({g_rows, g_stride, height, x_rows, x_stride, width, rows},
-                               step.scale, step.overwrite, to, panels);
+        } else {
+          const int64_t rows = step.row_end - step.row_begin;
+          const T* of_g = g + step.row_begin * g_stride + i;
+          const Tile<const T> of_x = rows_of_x(step.row_begin, rows, j, width);
+          if (step.kind == Step<T>::kMultiply) {
+            host.multiply({of_g, height, rows, 1, g_stride},
+                          {of_x.data, rows, width, of_x.stride, 1},
+                          {to.data, height, width, to.stride, 1}, step.scale, !step.overwrite);
+          } else if constexpr (std::is_same_v<T, float>) {  // no other T is fused
+            squares = fused->run({of_g, g_stride, height, of_x.data, of_x.stride, width, rows},
+                                 step.scale, step.overwrite, to, panels);
+          }
         }
         if (step.slot != kNone) partial[index * slots + step.slot] = squares;
       }
@@ -311,11 +320,43 @@ void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride,
   for (const auto& [column, slot] : plan.aliases) sqnorm[column] = T(total[slot]);
 }
 
+}  // namespace
+
+template <typename T>
+void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t p,
+                     int64_t d, const Segments& segments, const T* weight, T* dw, T* sqnorm,
+                     bool segment_norms, const Host<T>& host) {
+  const auto rows = [=](int64_t begin, int64_t, int64_t column, int64_t) {
+    return Tile<const T>{x + begin * x_stride + column, x_stride};
+  };
+  outer_wgrad(rows, g, g_stride, p, d, segments, weight, dw, sqnorm, segment_norms, host);
+}
+
+template <typename T>
+void windows_wgrad_cpu(const T* images, const Windows& windows, const T* g, int64_t g_stride,
+                       int64_t d, const Segments& segments, const T* weight, T* dw, T* sqnorm,
+                       bool segment_norms, const Host<T>& host) {
+  const auto rows = [&](int64_t begin, int64_t count, int64_t column, int64_t width) {
+    static thread_local std::vector<T> memory;
+    T* seen = aligned(memory, count * width);
+    windows.gather(images, begin, count, column, width, seen);
+    return Tile<const T>{seen, width};
+  };
+  outer_wgrad(rows, g, g_stride, windows.columns(), d, segments, weight, dw, sqnorm, segment_norms,
+              host);
+}
+
 template void outer_wgrad_cpu<float>(const float*, int64_t, const float*, int64_t, int64_t, int64_t,
                                      const Segments&, const float*, float*, float*, bool,
                                      const Host<float>&);
 template void outer_wgrad_cpu<double>(const double*, int64_t, const double*, int64_t, int64_t,
                                       int64_t, const Segments&, const double*, double*, double*,
                                       bool, const Host<double>&);
+template void windows_wgrad_cpu<float>(const float*, const Windows&, const float*, int64_t, int64_t,
+                                       const Segments&, const float*, float*, float*, bool,
+                                       const Host<float>&);
+template void windows_wgrad_cpu<double>(const double*, const Windows&, const double*, int64_t,
+                                        int64_t, const Segments&, const double*, double*, double*,
+                                        bool, const Host<double>&);
 
 }  // namespace gradnorm
