@@ -98,7 +98,8 @@ GRADNORM_AMX_INLINE __mmask16 first_of(int64_t columns) {
   return __mmask16((1u << std::clamp<int64_t>(columns, 0, kSide)) - 1);
 }
 
-// Rows of some columns. Beyond the last row and column there are zeros.
+// Rows of some columns. Beyond the last row and column there are zeros. The block after this one is
+// fetched on the way: what lies a row apart the processor does not foresee.
 struct Rows {
   const float* data;
   int64_t stride, columns, rows;
