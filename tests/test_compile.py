@@ -125,6 +125,27 @@ def test_numbers_of_inductor(head, policy):
     assert graphs() == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
+def test_numbers_on_a_gpu(mode):
+    """With "reduce-overhead" what lies between our operations is recorded as CUDA graphs, and then replayed."""
+    case = make()
+    gradients, total = truth_of(case)
+    module, x, y = copy.deepcopy(case.model).cuda(), case.x.cuda(), case.y.cuda()
+    model = torch.compile(module, fullgraph=True, mode=mode)
+    meter = Meter(model, tasks=2)
+    for _ in range(5):
+        module.zero_grad()
+        with meter.observe(tasks=TASKS.cuda()):
+            token_loss(model(x), y).backward()
+        assert relative(meter.stats.example_norm.cpu(), group_norms(gradients, torch.arange(4), 4)) <= CLOSE
+        assert relative(meter.stats.task_norm.cpu(), group_norms(gradients, TASKS, 2)) <= CLOSE
+        assert relative(gradient(module).cpu(), total) <= CLOSE
+    assert graphs() > 0
+    assert meter.memory.unobservable is None
+
+
 class Memories(TorchDispatchMode):
     """Where what an operation of ours got lies, and what it gave."""
 
