@@ -103,6 +103,20 @@ void test_lean(const gradnorm::FusedKernel& kernel) {
   check::failures += !ok;
 }
 
+// The squares of many numbers are added up in more than float.
+void test_many_squares(const gradnorm::FusedKernel& kernel) {
+  constexpr int64_t kHeight = 256, kWidth = 1024, kRows = 20;
+  const auto g = check::random_rows<float>(kRows * kHeight, 1);
+  const auto x = check::random_rows<float>(kRows * kWidth, 2);
+  std::vector<float> to(kHeight * kWidth), scratch;
+  const gradnorm::FusedRows of = {g.data(), kHeight, kHeight, x.data(), kWidth, kWidth, kRows};
+  const double squares = kernel.run(of, 1, true, {to.data(), kWidth}, scratch);
+  double expected = 0;
+  for (const float value : to) expected += double(value) * value;
+  const std::string what = std::string(kernel.instructions) + ": many squares";
+  check::close(what, std::vector<float>{float(squares)}, {expected}, 1);
+}
+
 int main() {
   for (const gradnorm::FusedKernel& kernel : gradnorm::fused_kernels()) {
     for (const bool overwrite : {true, false}) {
@@ -122,6 +136,7 @@ int main() {
       test(kernel, 200, 1, 1, overwrite, {{false, 150, 0, kLargest}, {true, 150, 0, 0.1f}});
     }
     test_lean(kernel);
+    test_many_squares(kernel);
   }
   return check::failures != 0;
 }

@@ -151,7 +151,8 @@ struct Folding {
   const float* sums = nullptr;
   Tile<float> to = {};
   int64_t width = 0, left = 0;  // rows
-  __m512 squares[2] = {};
+  __m512 squares[2] = {};       // of the block
+  __m512d all_squares = {};     // of those before
 
   // Two rows are read before they are written: where rows are a power of two apart, a processor
   // takes reading the second for reading what was just written of the first, and waits.
@@ -180,9 +181,17 @@ struct Folding {
     }
   }
 
+  GRADNORM_AMX_INLINE void finish(float scale, bool overwrite) {
+    advance(left, scale, overwrite);
+    const __m512 both = squares[0] + squares[1];
+    all_squares += _mm512_cvtps_pd(_mm512_castps512_ps256(both));
+    all_squares += _mm512_cvtps_pd(_mm512_extractf32x8_ps(both, 1));
+    squares[0] = squares[1] = __m512{};
+  }
+
   GRADNORM_AMX double total() const {
     double total = 0;
-    for (int k = 0; k < kSide; ++k) total += double(squares[0][k]) + double(squares[1][k]);
+    for (int k = 0; k < 8; ++k) total += all_squares[k];
     return total;
   }
 };
@@ -331,7 +340,7 @@ GRADNORM_AMX double amx_product(const FusedRows& all, float scale, bool overwrit
                          folding.advance(some_rows, scale, overwrite);
                          packing.advance(some_pairs);
                        });
-        folding.advance(folding.left, scale, overwrite);
+        folding.finish(scale, overwrite);
         if (!last) continue;
         folding.sums = of_block;
         folding.width = std::min<int64_t>(kBlock, all.width - j * kBlock);
@@ -340,7 +349,7 @@ GRADNORM_AMX double amx_product(const FusedRows& all, float scale, bool overwrit
       }
     }
   }
-  folding.advance(folding.left, scale, overwrite);
+  folding.finish(scale, overwrite);
   double squares = folding.total();
   for (int64_t j = 0; j < across; ++j) {
     if (!beyond[j]) continue;
