@@ -326,6 +326,12 @@ template <typename T>
 void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t p,
                      int64_t d, const Segments& segments, const T* weight, T* dw, T* sqnorm,
                      bool segment_norms, const Host<T>& host) {
+  if (!dw &&
+      d > p) {  // the transpose has the same norms, and the wider side is packed in less time
+    outer_wgrad_cpu<T>(g, g_stride, x, x_stride, d, p, segments, weight, dw, sqnorm, segment_norms,
+                       host);
+    return;
+  }
   const auto rows = [=](int64_t begin, int64_t, int64_t column, int64_t) {
     return Tile<const T>{x + begin * x_stride + column, x_stride};
   };
