@@ -12,8 +12,8 @@ namespace gradnorm {
 // r / product(positions), the last position running fastest; its entries are those of the kernel,
 // the last dimension running fastest, and of each its channels.
 struct Windows {
-  static constexpr int kDimensions =
-      3;  // those that an image lacks have one position and one entry
+  // Those that an image lacks have one position and one entry.
+  static constexpr int kDimensions = 3;
 
   int64_t image;  // elements from one image to the next
   int64_t channels;
