@@ -19,17 +19,8 @@ from gradnorm_ext.windows import Windows
 
 SERVES = {
     "cpu": (
-        *(
-            "outer_sqnorm",
-            "outer_wgrad",
-            "outer_sum",
-            "windows_sqnorm",
-            "windows_wgrad",
-            "lookup_sqnorm",
-            "lookup_wgrad",
-            "product_sums",
-            "sum_sums",
-        ),
+        *("outer_sqnorm", "outer_wgrad", "outer_sum", "windows_sqnorm", "windows_wgrad"),
+        *("lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
         *("sums_sqnorm", "sums_wgrad", "segment_std", "logit_scores", "logit_gradient_rates"),
     ),
     "cuda": native_cuda.SERVES if _C.with_cuda else (),
@@ -151,9 +142,8 @@ def outer_sum(x: Tensor, g: Tensor, segments: Segments, *, weight: Tensor | None
 
 def _sum(x: Tensor, g: Tensor, segments: Segments, weight: Tensor | None, out: Tensor) -> Tensor:
     groups, nothing = segments.groups, x.new_empty(segments.count)
-    weight, outputs = _vector(weight, x.dtype), None
-    offsets, columns = segments.offsets, groups.columns[:0]
-    _kernels.outer_wgrad(x, g, offsets, groups.walk, columns, outputs, weight, out[None], nothing, False)
+    weight, no_columns = _vector(weight, x.dtype), groups.columns[:0]
+    _kernels.outer_wgrad(x, g, segments.offsets, groups.walk, no_columns, None, weight, out[None], nothing, False)
     return out
 
 
@@ -193,13 +183,18 @@ def _windows(
     if outer_method(len(g) / max(1, segments.count), d, p, dw is not None) == "gram":
         return _outer(windows.rows(images), g, segments, weight, outputs, dw)
     groups, sqnorm = segments.groups, images.new_zeros(segments.columns)
-    if dw is not None and outputs is not None:  # the kernel does not write an output without rows
-        for empty in set(range(len(dw))) - _walk_of(segments).present(outputs):
-            dw[empty] = 0
+    _clear_absent(dw, outputs, segments)
     weight, packed = _vector(weight, images.dtype), windows.packed(images)
     offsets, walk, columns = segments.offsets, groups.walk, groups.columns
     _kernels.windows_wgrad(images, packed, g, offsets, walk, columns, outputs, weight, dw, sqnorm)
     return sqnorm
+
+
+def _clear_absent(dw: Tensor | None, outputs: Tensor | None, segments: Segments) -> None:
+    """Zeros for the outputs without rows, which the kernels do not write."""
+    if dw is not None and outputs is not None:
+        for empty in set(range(len(dw))) - _walk_of(segments).present(outputs):
+            dw[empty] = 0
 
 
 def _fuses_all(x: Tensor) -> bool:
@@ -437,9 +432,7 @@ def _outer(
             dw.zero_()
         return sqnorm
     walk = _walk_of(segments)
-    if dw is not None and outputs is not None:  # the kernel does not write an output without rows
-        for empty in set(range(len(dw))) - walk.present(outputs):
-            dw[empty] = 0
+    _clear_absent(dw, outputs, segments)
     weight = _vector(weight, x.dtype)
     changes = -1
     n_gram = walk.by_gram(d, p, dw is not None, changes)

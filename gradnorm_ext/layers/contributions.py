@@ -411,10 +411,8 @@ class Windowed:
         """As of `Outer`."""
         run = find("windows_wgrad", self.images.device.type, self.backend)
         tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
-        sqnorm: Tensor = run(self.images, self.windows, self.g, self.segments, outputs=tasks, n_outputs=count, out=out)[
-            1
-        ]
-        return sqnorm
+        of_rows = self.images, self.windows, self.g, self.segments
+        return run(*of_rows, outputs=tasks, n_outputs=count, out=out)[1]  # type: ignore[no-any-return]
 
 
 class Geometry(NamedTuple):

@@ -326,8 +326,8 @@ template <typename T>
 void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t p,
                      int64_t d, const Segments& segments, const T* weight, T* dw, T* sqnorm,
                      bool segment_norms, const Host<T>& host) {
-  if (!dw &&
-      d > p) {  // the transpose has the same norms, and the wider side is packed in less time
+  // The transpose has the same norms, and as x the wider side is packed in less time.
+  if (!dw && d > p) {
     outer_wgrad_cpu<T>(g, g_stride, x, x_stride, d, p, segments, weight, dw, sqnorm, segment_norms,
                        host);
     return;
