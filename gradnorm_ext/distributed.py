@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -192,10 +192,18 @@ class Shards:
 
     ranks: Ranks | None  # None: there is but one process
     groups: Sequence[Any]  # FSDP2's records of what is sharded together
+    _shards: dict[int, Tensor] = field(default_factory=dict)
 
     def agree(self, *numbers: int) -> list[int]:
         """The largest of each number over the ranks."""
         return list(numbers) if self.ranks is None else self.ranks.agree(*numbers)
+
+    def shard_of(self, parameter: Any) -> Tensor | None:
+        """This rank's part of a parameter that is whole between FSDP2's hooks."""
+        if id(parameter) not in self._shards:  # FSDP2 makes the whole one when it first gathers it, and then keeps it
+            gathered = (one for group in self.groups for one in group.fsdp_params if hasattr(one, "_unsharded_param"))
+            self._shards.update({id(one._unsharded_param): one.sharded_param for one in gathered})
+        return self._shards.get(id(parameter))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -338,6 +346,14 @@ def split_among(model: nn.Module) -> int:
     """How many processes have parts of the same layers and the same examples (tensor parallelism); else 1."""
     meshes = [getattr(parameter, "device_mesh", None) for parameter in model.parameters()]
     return max((mesh.size() for mesh in meshes if mesh is not None), default=1)
+
+
+def splits_layers(modules: Sequence[tuple[str, nn.Module]], shards: Shards | None) -> bool:
+    """Whether layers are split among processes that have the same examples (tensor parallelism), under FSDP2 or not."""
+    if shards is not None:
+        return any(one.is_dtensor for group in shards.groups for one in group.fsdp_params)
+    parameters = (p for _, module in modules for p in module._parameters.values())
+    return any(hasattr(p, "device_mesh") for p in parameters)
 
 
 def sharded_modules(modules: Sequence[tuple[str, nn.Module]]) -> list[nn.Module]:

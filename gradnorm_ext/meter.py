@@ -26,6 +26,7 @@ from gradnorm_ext.distributed import (
     find_ranks,
     parameter_groups,
     sharded_modules,
+    splits_layers,
 )
 from gradnorm_ext.layers import (
     Examples,
@@ -246,11 +247,17 @@ class Meter:
     def block(self, who: str, plan: Plan, given: Given, *, always_verify: bool = False) -> Iterator[Block]:
         """`observe` with a plan of what else is to happen: what `Reweighted` and `check` are built on."""
         modules = named_modules(self.model)
+        engine = self._engine(who, modules)
+        verify = always_verify or self.memory.due or self.memory.unverified
+        if (shards := engine.get("shards")) is not None:
+            verify = self.memory.asks_ranks and bool(shards.agree(int(verify))[0])
         callbacks = compiled_modules(module for _, module in modules) if _Compilation.exists() else []
-        graphs = None if always_verify else self._graphs_of(plan, given, callbacks)
+        graphs = None
+        if callbacks and not verify and not splits_layers(modules, shards):
+            graphs = self._graphs_of(plan, given, callbacks)
         with _Compilation(who, graphs, bool(callbacks)) as graphs:
             try:
-                with self._opened(who, plan, given, always_verify, modules, graphs) as block:
+                with self._opened(who, plan, given, verify, modules, engine, graphs) as block:
                     yield block
             finally:
                 if graphs is not None:
@@ -258,14 +265,9 @@ class Meter:
 
     def _graphs_of(self, plan: Plan, given: Given, callbacks: Sequence[Any]) -> Graphs | None:
         """The observed graphs of a compiled model; None where this block runs it as it was written."""
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         at_once = plan.passes == 1 and plan.layer_weights is None and given.get("backwards", 1) == 1
-        if (
-            not (callbacks and alone and at_once)
-            or self.exact_tasks
-            or self.modules is not None
-            or self.memory.verifies
-        ):
+        summed = self.exact_tasks or self.ranks == "exact"  # tasks' gradients, to be summed over blocks or ranks
+        if not (at_once and self.memory.verified) or summed or self.modules is not None:
             return None
         backend = None if self.memory.unobservable else whole_graph_backend(callbacks)
         return None if backend is None else Graphs.of(backend)
@@ -276,8 +278,9 @@ class Meter:
         who: str,
         plan: Plan,
         given: Given,
-        always_verify: bool,
+        verify: bool,
         modules: Sequence[tuple[str, nn.Module]],
+        engine: dict[str, Any],
         graphs: Graphs | None,
     ) -> Iterator[Block]:
         if self._closed:
@@ -334,9 +337,9 @@ class Meter:
             wanted=wanted,
             derives=self.on_unsupported == "vmap",
             constants=functools.partial(_constants, modules),
-            always_verify=always_verify,
+            verify=verify,
             graphs=graphs is not None,
-            **self._engine(who, modules),
+            **engine,
         )
         names = [name for name, _ in parameters]
 
@@ -665,11 +668,14 @@ class _Compilation:
         )
         if torch.compiler.is_compiling():
             raise RuntimeError(refusal)
-        try:
-            taken: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance(stance, **options)
-        except RuntimeError as error:
-            raise RuntimeError(refusal) from error
-        return taken
+        with contextlib.ExitStack() as taken:
+            if options:  # under DDP Dynamo would cut graphs at the buckets' ends, of copies of the parameters
+                taken.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
+            try:
+                taken.enter_context(torch.compiler.set_stance(stance, **options))
+            except RuntimeError as error:
+                raise RuntimeError(refusal) from error
+            return taken.pop_all()
 
 
 def _device_of(parameter: nn.Parameter) -> torch.device:

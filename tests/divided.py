@@ -37,7 +37,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
+    """By the names that the parameters have in the model that was wrapped and compiled."""
+    found = {name: whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
+    return {name.removeprefix("module.").replace("_orig_mod.", ""): gradient for name, gradient in found.items()}
 
 
 class Truth:

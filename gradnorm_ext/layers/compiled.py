@@ -75,7 +75,7 @@ class Graphs:
         observation = self.observation
         slots = {}
         if observation is not None and torch.is_grad_enabled():
-            slots = {i: slot for i, one in enumerate(inputs) if (slot := observation.slots.get(id(one))) is not None}
+            slots = {i: slot for i, one in enumerate(inputs) if (slot := observation.slot_in_graph(one)) is not None}
         if not slots:
             compiled: Callable[..., Any] = self.backend(module, inputs)
             return compiled
@@ -172,7 +172,7 @@ class _Graph:
         observation = self.graphs.observation
         if observation is None or observation.batch is None:
             raise RuntimeError("Meter: an observed graph must be called inside an observe block, got a call outside")
-        found = {place: observation.slots.get(id(inputs[place])) for place in self.slots}
+        found = {place: observation.slot_in_graph(inputs[place]) for place in self.slots}
         slots = {place: slot for place, slot in found.items() if slot is not None}
         refusal = self.refusal or self._mismatch(observation, slots)
         if refusal is not None or self.compiled is None:

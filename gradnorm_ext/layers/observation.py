@@ -206,11 +206,6 @@ class Memory:
         return str(self.blocks + 1).strip("0") == "1"
 
     @property
-    def verifies(self) -> bool:
-        """Whether the next block verifies itself, or has to learn what there is."""
-        return self.due or self.unverified or not self.verified
-
-    @property
     def asks_ranks(self) -> bool:
         """FSDP2: whether the ranks ask each other, waiting for the device, if the next block is to verify itself."""
         return self.blocks < 10 or self.blocks % 10 == 9
@@ -247,6 +242,9 @@ class Shards(Protocol):
     def paused(self) -> AbstractContextManager[None]:
         """A backward inside another: what the outer one still needs is neither freed nor reduced."""
 
+    def shard_of(self, parameter: Tensor) -> Tensor | None:
+        """This rank's part of a parameter that is whole between FSDP2's hooks."""
+
 
 class Observation:
     """The state of one observe block. `begin` must be called before the first use, when B is known."""
@@ -267,7 +265,7 @@ class Observation:
         wanted: Collection[str] | None = None,
         derives: bool = False,
         constants: Callable[[], frozenset[int]] = frozenset,
-        always_verify: bool = False,
+        verify: bool = False,
         reduces_early: bool = False,
         shards: Shards | None = None,
         places: Mapping[int, tuple[tuple[int, str], ...]] | None = None,
@@ -292,9 +290,7 @@ class Observation:
         self.examples: int | None = None
         self.batch: Examples | None = None
         self.weights: Tensor | None = None  # per example
-        self.verify = always_verify or memory.due or memory.unverified
-        if shards is not None:
-            self.verify = memory.asks_ranks and bool(shards.agree(int(self.verify))[0])
+        self.verify = verify
         self.half = False  # something is computed in float16
         self.blurred = False  # the tagging test met numbers that were not finite, and is to be run again
         self.graphs = graphs  # compiled graphs are observed
@@ -353,7 +349,18 @@ class Observation:
         Between FSDP2's hooks a module has the whole parameter, another object, in place of the shard.
         """
         slot = self.slots.get(id(parameter)) or self.by_place.get((id(module), name))
-        if slot is not None and slot.shard is not None:
+        return None if slot is None else self._exchanged(slot, parameter)
+
+    def slot_in_graph(self, parameter: Any) -> Slot | None:
+        """The slot of a parameter that a compiled graph is given."""
+        slot = self.slots.get(id(parameter))
+        if slot is None and self.shards is not None and (shard := self.shards.shard_of(parameter)) is not None:
+            slot = self.slots.get(id(shard))
+        return None if slot is None else self._exchanged(slot, parameter)
+
+    def _exchanged(self, slot: Slot, parameter: Tensor) -> Slot | None:
+        """The slot, with the parameter that FSDP2 has put in the shard's place; None where the shard itself is read."""
+        if slot.shard is not None:
             if parameter is slot.shard:
                 return None  # what FSDP2 itself reads
             if slot.parameter is slot.shard:
@@ -624,7 +631,7 @@ class Observation:
             return gradient, None
         use.slot.arrived += 1
         self.measured_uses += 1
-        return gradient, self._unmeasured
+        return self._audited(use, gradient), self._unmeasured
 
     @property
     def repeats_backward(self) -> bool:

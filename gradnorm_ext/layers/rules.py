@@ -92,10 +92,10 @@ def _is_shared(observation: Observation, weight: Tap, ids: Tensor) -> bool:
     """Whether looked-up ids have no batch dimension (`Observation`, hypothesis 3)."""
     batch = observation.batch
     assert batch is not None
-    if batch.count <= 1:
-        return False
     if (weight.name, ids.dim()) in observation.memory.shared_lookups:
         return True
+    if batch.count <= 1:
+        return False
     if batch.packing is not None and ids.numel() == batch.packing.rows:
         return False
     if observation.is_input(ids) and batch.kind_of(ids.shape, observation.rows_per_example) is not None:
