@@ -6,11 +6,12 @@ task and block, and `agree`, by which ranks stay in step where verifying takes c
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +24,17 @@ from gradnorm_ext.rewards import RewardStats
 from gradnorm_ext.stats import Stats
 
 How = Literal["unbiased", "exact", "local"]
+
+
+_begun: set[Any] = set()  # reductions that nobody has waited for
+
+
+@atexit.register
+def _wait_for_begun() -> None:
+    """Other ranks wait for this one's part; and a thread that is in one when the interpreter is gone aborts the process."""
+    for work in list(_begun):
+        with suppress(RuntimeError):  # of ranks that have failed: nobody asks for these figures any more
+            work.wait()
 
 
 @dataclass(frozen=True)
@@ -61,9 +73,13 @@ class Ranks:
         for group in inner:  # a sum of these sums cannot begin before
             dist.all_reduce(tensor, op, group)
         work = dist.all_reduce(tensor, op, last, async_op=True)
+        _begun.add(work)
 
         def arrived() -> Tensor:
-            work.wait()
+            try:
+                work.wait()
+            finally:
+                _begun.discard(work)
             return tensor
 
         return arrived

@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,3 +178,25 @@ def check_fsdp(rank: int) -> None:
 
 def test_figures_of_all_ranks_are_waited_for_when_they_are_read(tmp_path):
     run_world(RANKS, [check_ddp, check_fsdp], tmp_path)
+
+
+def end_unread(rank: int, folder: str) -> None:
+    """A process that has no more to do when its block has closed."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
+    _, block, expected = blocks(rank, fsdp)
+    if rank == 0:
+        assert type(block()) is Arriving
+    else:
+        assert_measured(block(before_it_closes=lambda: time.sleep(2)), expected)
+
+
+def test_a_process_does_not_end_before_its_figures_have_arrived(tmp_path):
+    """The others would miss them, and a thread that receives theirs would abort a process that is on its way out."""
+    call = "import runpy, sys; runpy.run_path(sys.argv[1])['end_unread'](int(sys.argv[2]), sys.argv[3])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", call, __file__, str(rank), str(tmp_path)], env=environment)
+        for rank in range(RANKS)
+    ]
+    assert [rank.wait(120) for rank in ranks] == [0] * RANKS
