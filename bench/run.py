@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from allocator import keep_freed_memory
 from checks import Oracle, wrong_operation, wrong_step
 from models import MODELS, QUICK, make
 from operations import OPERATIONS, Operation, Size
@@ -233,19 +234,6 @@ def in_turns(
     return seconds
 
 
-def keep_freed_memory() -> None:
-    """Has glibc's allocator keep what is freed, as those do that torch recommends for CPUs.
-
-    By default it gives large blocks back to the system now and then, for one step and not for another, and taking them
-    again costs up to 15 µs a page in a virtual machine: a fifth of a step, in an operation that is not ours.
-    """
-    m_trim_threshold, m_mmap_max = -1, -4  # of <malloc.h>
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        library = ctypes.CDLL(None)
-        library.mallopt(m_mmap_max, 0)
-        library.mallopt(m_trim_threshold, -1)
-
-
 def peak_bytes(model: str, variant: str, kind: str, threads: int, quick: bool) -> int:
     """By how much this process's resident memory grows from before the model is built to its peak during five steps.
 
@@ -306,7 +294,7 @@ def time_scale(quick: bool, refusals: list[str]) -> list[Figure]:
             bound = float(MOST_BYTES)
         if figure == "exponent" and not quick:
             bound = MOST_GROWTH
-        print(f"{case:26} {size:14} {figure:16} {verdict(one, bound)}", flush=True)
+        print(f"{case:33} {size:14} {figure:16} {verdict(one, bound)}", flush=True)
         figures.append(one)
     return figures
 
