@@ -141,6 +141,18 @@ class Backward:
             return make().total(), None
         return None, None
 
+    def tested(self, input_gradient: Callable[[], Tensor]) -> Tensor | None:
+        """The gradient of the first tensor argument, where the test of what lies upstream has to come first; else None."""
+        if not (self.needs_gradient[1] and self.call.observation.verify):
+            return None
+        dx = input_gradient()
+        self.tag(dx)
+        return dx
+
+    def last(self, dx: Tensor | None, input_gradient: Callable[[], Tensor]) -> Tensor | None:
+        """The same, if it was not formed: between two large products, which fill the caches, Python is slow."""
+        return input_gradient() if dx is None and self.needs_gradient[1] else dx
+
     def tag(self, *inputs: Tensor) -> None:
         """Test what lies upstream of the function's first tensor arguments, whose gradients these are."""
         if self.call.observation.verify:

@@ -52,16 +52,18 @@ class _Linear(Observed):
         call: Call = ctx.call
         with no_autocast(g.device):
             run, flat = Backward(ctx, call), g.reshape(-1, g.shape[-1])
-            dx = None
-            if run.needs_gradient[1]:
+
+            def input_gradient() -> Tensor:
                 dx = torch.mm(flat, weight.t() if call.swapped else weight).view(x.shape)
-                dx = dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype)
-                run.tag(dx)
+                return dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype)
+
+            dx = run.tested(input_gradient)
             layout, segments = call.layout, call.segments  # once they are proven
             g_rows, x_rows = flat if layout.in_order else layout.rows_of(g), layout.rows_of(x)
             outer = Outer(x_rows, g_rows, segments, run.backend)
-            dw, of_weight = run.deliver(0, 2, lambda: outer.transposed() if call.swapped else outer)
             db, of_bias = run.deliver(1, 3, lambda: summed(g_rows, segments, run.backend))
+            dw, of_weight = run.deliver(0, 2, lambda: outer.transposed() if call.swapped else outer)
+            dx = run.last(dx, input_gradient)
         return None, dx, dw, db, None, of_weight, of_bias
 
 

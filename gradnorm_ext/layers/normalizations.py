@@ -53,16 +53,18 @@ class _LayerNorm(Observed):
         with no_autocast(g.device):
             run = Backward(ctx, call)
             g = g.contiguous()
-            dx = None
-            if run.needs_gradient[1]:
-                mask = [True, False, False]
+
+            def input_gradient() -> Tensor:
                 backward = torch.ops.aten.native_layer_norm_backward.default
-                dx = backward(g, x, ctx.shape, mean, rstd, weight, bias, mask)[0]
-                run.tag(dx)
+                dx: Tensor = backward(g, x, ctx.shape, mean, rstd, weight, bias, [True, False, False])[0]
+                return dx
+
+            dx = run.tested(input_gradient)
             dw, of_weight = run.deliver(0, 2, lambda: normalised_product(x, g, call, mean, rstd).shaped(ctx.shape))
             db, of_bias = run.deliver(
                 1, 3, lambda: summed(call.layout.rows_of(g), call.segments, run.backend).shaped(ctx.shape)
             )
+            dx = run.last(dx, input_gradient)
         return None, dx, dw, db, None, None, of_weight, of_bias
 
 
