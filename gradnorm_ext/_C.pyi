@@ -8,7 +8,8 @@ with_cutlass: bool
 cuda_architectures: str
 cuda_compiler: str
 compiler: str
-cpu_product: str  # the fused product of this processor: its instructions, or "none"
+cpu_product: str  # the fused product that runs here: its instructions, or "none"
+cpu_products: tuple[str, ...]  # those of this processor, the fastest first
 cpu_product_always: bool  # whether it is faster than torch's, whatever the rows
 torch_version: str
 

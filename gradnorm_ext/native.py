@@ -68,7 +68,7 @@ def build_info() -> list[str]:
     runs = _C.cuda_problem()
     return [
         f"compiler: {_C.compiler}",
-        f"fused product on this processor: {_C.cpu_product}",
+        f"fused product on the CPU: {_C.cpu_product}, of {', '.join(_C.cpu_products) or 'none'}",
         f"cuda: {cuda}",
         f"cuda kernels here: {f'cannot run ({runs})' if runs else 'can run'}",
         f"outer products by wgmma: {'built, for Hopper' if _C.with_cutlass else 'left out: no CUTLASS headers at build'}",

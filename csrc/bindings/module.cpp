@@ -137,9 +137,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = GRADNORM_CUDA_ARCHITECTURES;
   m.attr("cuda_compiler") = GRADNORM_CUDA_COMPILER;
   m.attr("compiler") = GRADNORM_COMPILER;
-  const auto& products = gradnorm::fused_kernels();
-  m.attr("cpu_product") = products.empty() ? "none" : products[0].instructions;
-  m.attr("cpu_product_always") = !products.empty() && products[0].always;
+  const gradnorm::FusedKernel* product = gradnorm::fused_kernel();
+  m.attr("cpu_product") = product ? product->instructions : "none";
+  m.attr("cpu_product_always") = product && product->always;
+  py::list products;
+  for (const auto& kernel : gradnorm::fused_kernels()) products.append(kernel.instructions);
+  m.attr("cpu_products") = py::tuple(products);
   m.attr("torch_version") = GRADNORM_TORCH_VERSION;
   m.def("reward_stats", &reward_stats, py::arg("rewards"), py::arg("prompts"),
         py::arg("tasks") = py::none(), py::arg("n_tasks") = py::none(), py::arg("ddof") = 1,

@@ -7,7 +7,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
 #include "kernels/cpu/amx_product.h"
 
@@ -210,5 +214,21 @@ const std::vector<FusedKernel>& fused_kernels() {
   return none;
 }
 #endif
+
+const FusedKernel* fused_kernel() {
+  static const FusedKernel* const chosen = []() -> const FusedKernel* {
+    const auto& kernels = fused_kernels();
+    const char* named = std::getenv("GRADNORM_CPU_PRODUCT");
+    if (named == nullptr) return kernels.empty() ? nullptr : &kernels[0];
+    std::string those;
+    for (const FusedKernel& kernel : kernels) {
+      if (std::string_view(named) == kernel.instructions) return &kernel;
+      those += (those.empty() ? "" : ", ") + std::string(kernel.instructions);
+    }
+    throw std::invalid_argument("GRADNORM_CPU_PRODUCT must be one of this processor's (" +
+                                (those.empty() ? "none" : those) + "), got '" + named + "'");
+  }();
+  return chosen;
+}
 
 }  // namespace gradnorm

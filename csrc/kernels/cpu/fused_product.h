@@ -40,4 +40,8 @@ constexpr int64_t kFusedRows = 256;  // of those that are not always faster
 // One for each instruction set of this processor that has one, the fastest first.
 const std::vector<FusedKernel>& fused_kernels();
 
+// The one that runs: the first, or the one that GRADNORM_CPU_PRODUCT names; null where there is
+// none. Throws std::invalid_argument where that names none of this processor's.
+const FusedKernel* fused_kernel();
+
 }  // namespace gradnorm

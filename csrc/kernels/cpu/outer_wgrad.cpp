@@ -260,8 +260,7 @@ template <typename T, typename Rows>
 void outer_wgrad(const Rows& rows_of_x, const T* g, int64_t g_stride, int64_t p, int64_t d,
                  const Segments& segments, const T* weight, T* dw, T* sqnorm, bool segment_norms,
                  const Host<T>& host) {
-  const FusedKernel* fused =
-      std::is_same_v<T, float> && !fused_kernels().empty() ? &fused_kernels()[0] : nullptr;
+  const FusedKernel* fused = std::is_same_v<T, float> ? fused_kernel() : nullptr;
   const Plan<T> plan(segments, weight, dw != nullptr, segment_norms, fused);
   if (plan.steps.empty() || p == 0 || d == 0) return;
   const int64_t rows_at_once = plan.rows_at_once();
