@@ -354,7 +354,7 @@ def record(
         "device": device,
         "threads": threads,
         "torch": versions,
-        "gradnorm_ext": gradnorm_ext.__version__,
+        "gradnorm_ext": ", ".join([gradnorm_ext.__version__, *cpu_product()]),
         "commit": git("rev-parse", "--short", "HEAD") or "none",
         "dirty": bool(git("status", "--porcelain")),
     }
@@ -367,6 +367,12 @@ def record(
             writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def cpu_product() -> list[str]:
+    """The instructions of the native products on the CPU (GRADNORM_CPU_PRODUCT), if they are built."""
+    native = backends.load("native")
+    return [] if isinstance(native, str) else [native._C.cpu_product]
 
 
 def device_name() -> str:
