@@ -37,6 +37,7 @@ from gradnorm_ext.distributed import Ranks
 from gradnorm_ext.layers import observation
 
 RANKS = 2
+FIRST = 10  # blocks that are like no later ones: the first and the tenth verify, and between them FSDP2's ranks ask each other
 SIZES = {False: {"examples": 8, "length": 128}, True: {"examples": 4, "length": 9}}  # of a process
 MODEL: dict[bool, dict[str, int]] = {False: {}, True: {"vocabulary": 17, "width": 16, "heads": 2, "layers": 2}}
 Sample = tuple[str, str, str, list[float]]  # case, size, figure, samples
@@ -188,7 +189,8 @@ def _process(rank: int, quick: bool, runs: int, folder: str) -> None:
         step, norms = step_of(engine.wrap(copy.deepcopy(whole.model)), problem, how)
         with _CountBytes() as sent:
             step()
-        step()  # the first one verifies, without a graph
+        for _ in range(FIRST - 1):
+            step()
         alone = Meter(copy.deepcopy(whole.model), ranks="local")
         with alone.observe():
             loss_of(alone.model, problem).backward()
@@ -293,7 +295,7 @@ def measure_alone(quick: bool, runs: int, refusals: list[str]) -> list[Sample]:
             continue
         wrap, parts = ALONE.get(name, ALONE["eager"]), PARTS.get(name, 1)
         step, norms = step_of(wrap(copy.deepcopy(problem.model)), problem, "meter", parts)
-        for _ in range(2):  # the first one verifies, without a graph
+        for _ in range(FIRST):
             step()
         norm = torch.cat(norms)
         reference = norm if reference is None else reference
