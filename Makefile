@@ -8,7 +8,7 @@
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 ARGS ?=
 
 BIN := .venv/bin

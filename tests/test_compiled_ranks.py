@@ -46,7 +46,6 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp, whole": lambda model: ddp(compiled(model)),
     "ddp, by blocks": lambda model: ddp(by_blocks(model)),
     "fsdp2, by blocks": lambda model: fsdp(by_blocks(model)),
-    "fsdp2, kept whole": lambda model: fsdp(by_blocks(model), reshard_after_forward=False),
     "fsdp2, inductor": lambda model: fsdp(by_blocks(model, "inductor")),
 }
 
@@ -68,7 +67,7 @@ def step(observer: Meter | Reweighted, model: nn.Module, case: Case, part: slice
 def check_numbers(rank: int) -> None:
     """The first block verifies; graphs are those of the next one, then of any number of examples."""
     part = OF_RANK[rank]
-    for head, ways in (("own", WAYS), ("tied", ("ddp, whole", "fsdp2, by blocks"))):
+    for head, ways in (("own", WAYS), ("tied", ("fsdp2, by blocks",))):
         case = make_case(head)
         truth = Truth(case)
         for way in ways:
