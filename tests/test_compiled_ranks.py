@@ -20,13 +20,19 @@ from worlds import run_world
 from gradnorm_ext import InverseNorm, Meter, Reweighted
 
 
-def compiled(module: nn.Module, backend: str = "aot_eager") -> nn.Module:
-    return torch.compile(module, fullgraph=True, backend=backend)
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, fullgraph=True, backend="aot_eager")
 
 
-def by_blocks(model: nn.Module, backend: str = "aot_eager") -> nn.Module:
+def by_blocks(model: nn.Module) -> nn.Module:
     for i, block in enumerate(model.blocks):
-        model.blocks[i] = compiled(block, backend)
+        model.blocks[i] = compiled(block)
+    return model
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="inductor")
     return model
 
 
@@ -46,7 +52,7 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp, whole": lambda model: ddp(compiled(model)),
     "ddp, by blocks": lambda model: ddp(by_blocks(model)),
     "fsdp2, by blocks": lambda model: fsdp(by_blocks(model)),
-    "fsdp2, inductor": lambda model: fsdp(by_blocks(model, "inductor")),
+    "fsdp2, in place, inductor": lambda model: fsdp(in_place(model)),
 }
 
 
