@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from divided import CLOSE, EXAMPLES, OF_RANK, RANKS, TASKS, Truth, assert_gradients, make_case
+from divided import CLOSE, EXAMPLES, OF_RANK, RANKS, TASKS, Truth, assert_gradients, fsdp, make_case
 from oracle import Case, relative, token_loss
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from worlds import run_world
@@ -40,12 +40,6 @@ def ddp(model: nn.Module) -> nn.Module:
     """With buckets of 2 KB, at which Dynamo would cut the graph of a plain step."""
     dist._DEFAULT_FIRST_BUCKET_BYTES = 2048
     return DistributedDataParallel(model, bucket_cap_mb=2**-9)
-
-
-def fsdp(model: nn.Module, **options) -> nn.Module:
-    for block in model.blocks:
-        fully_shard(block, **options)
-    return fully_shard(model, **options)
 
 
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
