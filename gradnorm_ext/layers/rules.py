@@ -1,4 +1,4 @@
-"""One rule per torch function that may consume a parameter: its gradient and norms, by the forms of `contributions`.
+"""One rule per torch function that may consume a parameter: its gradient and norms, by the forms of `gradnorm_ext.gradients`.
 
 A rule is called in place of the function, with at least one `Tap` among its arguments. It returns what the function
 returns, or NotImplemented where it does not know the call. To support another function: write its autograd.Function,
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gradnorm_ext.gradients import Contribution, Lookup
 from gradnorm_ext.layers.attention import multi_head_attention_forward
 from gradnorm_ext.layers.bags import embedding_bag
 from gradnorm_ext.layers.calls import (
@@ -29,7 +30,6 @@ from gradnorm_ext.layers.calls import (
     spread,
     summed,
 )
-from gradnorm_ext.layers.contributions import Contribution, Lookup
 from gradnorm_ext.layers.convolutions import convolution, transposed_convolution
 from gradnorm_ext.layers.layouts import Examples, Layout
 from gradnorm_ext.layers.linears import addmm, bilinear, linear, linear_module, matmul
