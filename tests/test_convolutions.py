@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradnorm_ext import Meter
-from gradnorm_ext.layers.contributions import Convolved, Geometry, Placed, Sums, combined_sqnorm
+from gradnorm_ext.gradients import Convolved, Geometry, Placed, Sums, combined_sqnorm
 from gradnorm_ext.segments import Groups, Segments
 
 EXACT = 1e3 * torch.finfo(torch.float64).eps

@@ -71,12 +71,12 @@ def test_bfloat16_errs_at_most_twice_as_much_as_plain_torch(name):
 
 
 def test_slices_that_share_no_entry_are_measured_apart(monkeypatch):
-    from gradnorm_ext.layers import contributions
+    from gradnorm_ext.gradients import several
 
     def slow(uses):
         raise AssertionError("formed column by column")
 
-    monkeypatch.setattr(contributions, "_dense_sqnorm", slow)
+    monkeypatch.setattr(several, "_dense_sqnorm", slow)
     agrees(oracle.make("attention to another sequence").to(torch.float64))
 
 

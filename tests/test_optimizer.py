@@ -24,7 +24,7 @@ from gradnorm_ext import (
     RewardStd,
     Reweighted,
 )
-from gradnorm_ext.layers.contributions import Outer, Sums
+from gradnorm_ext.gradients import Outer, Sums
 
 K = 3
 

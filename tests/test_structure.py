@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "native_cuda": {"reference", "segments", "_C"},
     "ops": {"backends", "reference", "segments"},
     "rewards": {"_C", "backends", "ops"},
-    "layers": {"backends", "layers", "reference", "segments", "windows"},
+    "gradients": {"backends", "gradients", "reference", "segments", "windows"},
+    "layers": {"backends", "gradients", "layers", "reference", "segments"},
     "stats": {"rewards"},
     "policies": {"ops", "policies", "stats"},  # stats for types only
     "history": {"stats"},
@@ -64,7 +65,7 @@ def imported(path):
 
 
 def sources():
-    folders = (PACKAGE, PACKAGE / "layers", PACKAGE / "policies", PACKAGE / "integrations")
+    folders = (PACKAGE, PACKAGE / "gradients", PACKAGE / "layers", PACKAGE / "policies", PACKAGE / "integrations")
     return [path for folder in folders for path in folder.glob("*.py")]
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradnorm_ext.gradients import Lookup
 from gradnorm_ext.layers.calls import Backward, Call, Observed, first_order, no_autocast
-from gradnorm_ext.layers.contributions import Lookup
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.segments import Segments
 

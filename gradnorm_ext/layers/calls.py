@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
 from gradnorm_ext.backends import find
-from gradnorm_ext.layers.contributions import Contribution, Sums
+from gradnorm_ext.gradients import Contribution, Sums
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
 from gradnorm_ext.layers.taps import Tap

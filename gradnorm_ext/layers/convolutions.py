@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradnorm_ext.gradients import Contribution, Convolved, Geometry
 from gradnorm_ext.layers.calls import Backward, Call, Observed, first_order, no_autocast, summed, tapped_call
-from gradnorm_ext.layers.contributions import Contribution, Convolved, Geometry
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.reference import accumulator
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from gradnorm_ext.gradients import Contribution, Lookup
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
@@ -21,7 +22,6 @@ from gradnorm_ext.layers.calls import (
     spread,
     summed,
 )
-from gradnorm_ext.layers.contributions import Contribution, Lookup
 from gradnorm_ext.layers.observation import Use
 from gradnorm_ext.layers.taps import LookedUp, Tap, saving_themselves
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradnorm_ext.backends import find
+from gradnorm_ext.gradients import Route, Routed, Sums
 from gradnorm_ext.layers.calls import Backward, Call, first_order, no_autocast
-from gradnorm_ext.layers.contributions import Route, Routed, Sums
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation
 from gradnorm_ext.layers.taps import Tap

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradnorm_ext.gradients import Parted
 from gradnorm_ext.layers.calls import Backward, Call, first_order, no_autocast, tapped_call
-from gradnorm_ext.layers.contributions import Parted
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.reference import accumulator

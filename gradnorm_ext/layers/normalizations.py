@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradnorm_ext.gradients import Contribution
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
@@ -20,7 +21,6 @@ from gradnorm_ext.layers.calls import (
     summed,
     tapped_call,
 )
-from gradnorm_ext.layers.contributions import Contribution
 from gradnorm_ext.layers.elementwise import multiply
 from gradnorm_ext.layers.observation import Observation
 from gradnorm_ext.layers.taps import Tap

@@ -26,7 +26,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from gradnorm_ext.backends import choose
-from gradnorm_ext.layers.contributions import (
+from gradnorm_ext.gradients import (
     Contribution,
     Convolved,
     Lookup,

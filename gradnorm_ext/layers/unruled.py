@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gradnorm_ext.gradients import Pulled, chosen, members_of_columns
 from gradnorm_ext.layers.calls import Backward, Call, first_order, no_autocast
-from gradnorm_ext.layers.contributions import Pulled, chosen, members_of_columns
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
 from gradnorm_ext.layers.taps import Tap, saving_themselves

@@ -1,0 +1,116 @@
+"""Outer products of rows that are routed to experts: the gradients of a mixture's matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradnorm_ext.backends import find
+from gradnorm_ext.gradients.rows import _size_of_rows, chosen, gram_of
+from gradnorm_ext.reference import accumulator
+from gradnorm_ext.segments import Groups, Segments
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which expert and example each row belongs to, the rows in the order of experts and, of each, of examples.
+
+    Attributes:
+        expert: ``[rows]``.
+        ends: ``[experts]`` int32: where each expert's rows end.
+        segments: the (expert, example) pairs, ``[experts · B]``; its groups pair experts with prompts and tasks.
+        by_expert: the same with one coarser level, the experts.
+    """
+
+    expert: Tensor
+    ends: Tensor
+    segments: Segments
+    by_expert: Segments
+    experts: int
+
+    @staticmethod
+    def of(expert: Tensor, owner: Tensor, experts: int, groups: Groups) -> Route:
+        count, device = len(groups.walk), expert.device
+        pairs = experts * count
+        which = torch.arange(experts, device=device)
+        lengths = torch.zeros(pairs, dtype=torch.int64, device=device)
+        lengths.index_add_(0, expert * count + owner, torch.ones_like(expert))
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        levels = [
+            ((which[:, None] * size + ids).flatten(), experts * size)
+            for ids, size in zip(groups.levels, groups.counts, strict=True)
+        ]
+        coarser = [*levels, (which.repeat_interleave(count), experts)]
+        return Route(
+            expert,
+            offsets[count::count].to(torch.int32),
+            Segments(offsets, None, Groups.of(pairs, levels, device)),
+            Segments(offsets, None, Groups.of(pairs, coarser, device)),
+            experts,
+        )
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Gradients of experts' matrices, each of the rows that were routed there: ``[experts, g's width, x's width]``.
+
+    ``segments``: of the examples alone. Swapped as of `Outer`.
+    """
+
+    x: Tensor
+    g: Tensor
+    route: Route
+    segments: Segments
+    backend: str
+    swapped: bool = False
+
+    def sqnorm(self) -> Tensor:
+        run = find("outer_sqnorm", self.x.device.type, self.backend)
+        return self._over_experts(run(self.x, self.g, self.route.segments))
+
+    def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        run = find("outer_wgrad", self.x.device.type, self.backend)
+        pairs, experts = self.route.by_expert, self.route.experts
+        of_pair = None if weight is None else weight.repeat(experts)
+        of_expert = pairs.groups.levels[-1]
+        total, sqnorm = run(self.x, self.g, pairs, weight=of_pair, outputs=of_expert, n_outputs=experts)
+        return total, self._over_experts(sqnorm)
+
+    def _over_experts(self, sqnorm: Tensor) -> Tensor:
+        counts = self.segments.count, *self.segments.groups.counts
+        of_pairs = sqnorm[: self.route.experts * sum(counts)].split([self.route.experts * n for n in counts])
+        return torch.cat([level.view(self.route.experts, -1).sum(0) for level in of_pairs])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.route.experts, self.g.shape[1], self.x.shape[1]
+
+    def by_group(self, out: Tensor) -> Tensor:
+        """As of `Outer`."""
+        run, pairs = find("outer_wgrad", self.x.device.type, self.backend), self.route.segments
+        totals, sqnorm = run(self.x, self.g, pairs, outputs=pairs.groups.levels[-1], n_outputs=pairs.groups.counts[-1])
+        out.copy_(totals.unflatten(0, (self.route.experts, -1)).transpose(0, 1))
+        return self._over_experts(sqnorm)
+
+    def by_new_group(self) -> tuple[Tensor, Tensor]:
+        """As of `Outer`."""
+        out = self.x.new_empty(self.segments.groups.counts[-1], *self.shape, dtype=accumulator(self.x.dtype))
+        return out, self.by_group(out)
+
+    def total(self, weight: Tensor | None = None) -> Tensor:
+        return self.wgrad(weight)[0]
+
+    def gram(self) -> Tensor:
+        return gram_of(self.by_new_group()[0])
+
+    def of_segments(self, segments: Tensor) -> Tensor:
+        return self.total(chosen(segments, self.segments).to(self.g.dtype))
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        return self.x, self.g
+
+    def fingerprint(self) -> Tensor:
+        return _size_of_rows(self.x if self.swapped else self.g)
