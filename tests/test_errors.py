@@ -180,7 +180,7 @@ def test_rows_that_a_mask_selected_from_what_nothing_says(lengths):
         model(x, mask).square().sum().backward()
 
     if lengths == (4, 4):
-        message = "head.weight (linear, rows [8]) was used with rows whose sizes do not say in which order they are"
+        message = "head.weight (linear, rows [8]) has the rows of an argument in an order of the model's own"
         refused(model, x, RuntimeError, message, run)
     else:
         message = "the rows of head.weight must belong to the batch's 2 examples, got rows of shape [6]"

@@ -97,7 +97,6 @@ def embedding_bag(
     use = weight.use("embedding_bag", layout)
     ids, segments = input.reshape(-1), Segments(ends[layout.segments.offsets], None, layout.segments.groups)
     use.lookup_ids, use.lookup_dim = (ids, segments), input.dim()
-    use.needs_proof = True  # these may be the same bags for all examples
     call = Call(observation, layout, use)
     scale = None if per_sample_weights is None else per_sample_weights.reshape(-1)
     return _EmbeddingBag.apply(call, ids, ends.long(), scale, use.operand, mode, padding_idx, *call.probes)

@@ -119,7 +119,7 @@ class Observed(torch.autograd.Function):
 
 
 class Backward:
-    """One run of a function's backward: delivers contributions and starts the tagging test."""
+    """One run of a function's backward: delivers contributions and starts the row test."""
 
     def __init__(self, ctx: Any, call: Call) -> None:
         self.ctx, self.call, self.backend = ctx, call, call.observation.backend
@@ -164,7 +164,7 @@ class Backward:
         if inputs and observation.verify and self.measures:
             uses = [use for use in self.call.uses if use is not None]
             tested = [(GradientEdge(*self.ctx.next_functions[place]), dx, layout) for place, dx, layout in inputs]
-            observation.run_tagging(tested, uses)
+            observation.row_test.start_from_use(tested, uses)
 
 
 def first_order(backward: Any) -> Any:

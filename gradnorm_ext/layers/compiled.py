@@ -177,7 +177,7 @@ class _Graph:
         refusal = self.refusal or self._mismatch(observation, slots)
         if refusal is not None or self.compiled is None:
             observation.memory.unobservable = refusal
-            observation.look_at_call(tuple(one for i, one in enumerate(inputs) if i not in slots), {})
+            observation.sources.look_at_data(tuple(one for i, one in enumerate(inputs) if i not in slots))
             taps = {place: Tap.of(observation, slot, inputs[place]) for place, slot in slots.items()}
             return self.module.forward(*(taps.get(i, one) for i, one in enumerate(inputs)))
         if not self.audited:
@@ -261,7 +261,6 @@ class _Traced:
     traces = True
     examples = 2  # any number but one
     derives = verify = False
-    rows_per_example: frozenset[int] = frozenset()
 
     def __init__(self, graph: _Graph, observation: Observation) -> None:
         assert observation.batch is not None

@@ -58,7 +58,6 @@ def embedding(
     layout = observation.layout(input, 0, weight.name, "embedding")
     use = weight.use("embedding", layout)
     input = observation.look_up(use, input)
-    use.needs_proof = True  # these may be positions, of a table that all examples share
     call = Call(observation, layout, use)
     return _Embedding.apply(call, input, use.operand, padding_idx, *call.probes)
 
@@ -73,6 +72,6 @@ def _is_shared(observation: Observation, weight: Tap, ids: Tensor) -> bool:
         return False
     if batch.packing is not None and ids.numel() == batch.packing.rows:
         return False
-    if observation.is_input(ids) and batch.kind_of(ids.shape, observation.rows_per_example) is not None:
+    if observation.is_input(ids) and batch.kind_of(ids.shape, observation.sources.rows_per_example) is not None:
         return False
     return ids.dim() <= batch.batch_dim or ids.shape[batch.batch_dim] != batch.count

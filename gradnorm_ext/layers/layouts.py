@@ -16,7 +16,7 @@ features set aside, are compared with the number of examples B:
    for every later lookup of that table with as many dimensions, and where 1 was tried and refuted. The gradient is
    taken where the looked-up rows meet the batch, so that it arrives per example.
 
-1 to 5 are hypotheses until the *tagging test* (`gradnorm_ext.layers.observation`) has passed. Where it fails and the
+1 to 5 are hypotheses until the *row test* (`gradnorm_ext.layers.row_test`) has passed. Where it fails and the
 sizes allow another of them (T == B; either order of flat rows), that one is tested in its place, before anything is
 measured, and remembered for this use.
 """
@@ -122,19 +122,23 @@ def _prefix(shape: Sequence[int], rows: int) -> int | None:
 
 @dataclass(eq=False)
 class Layout:
-    """Of one call: the kind its tensors have, and their sizes without the features. The tagging test may correct it.
+    """Of one call: the kind its tensors have, and their sizes without the features. The row test may correct it.
 
-    ``anchored``: the call consumes an input of the model, whose batch dimension is known. ``of_constant``: it consumes a
-    buffer, which as a rule has none. ``own``: whose the rows are, where they are those of this call only.
+    ``anchored``: the call consumes an argument of the model, or what was made of one row by row. ``source``: the argument,
+    ``"derived"`` of other data, ``""`` of an activation; None where it is not known. ``reordered``: the rows are an argument's
+    in another order. ``own``: whose the rows are, where they are those of this call only. ``picked``: whose they are by the
+    graph, where their number is that of the examples.
     """
 
     kind: Kind
     shape: tuple[int, ...]
     examples: Examples
     anchored: bool = False
-    of_constant: bool = False
+    source: str | None = None
+    reordered: bool = False
     corrected: bool = False
     own: Packing | None = None
+    picked: Packing | None = None
 
     @staticmethod
     def of_owners(owners: Tensor, examples: Examples) -> Layout:
@@ -172,6 +176,8 @@ class Layout:
         """Which other hypothesis the same sizes allow."""
         both = not self.anchored and len(self.shape) > 1 and self.shape[0] == self.shape[1] == self.examples.count
         others: dict[Kind, Kind] = {"flat": "flat, second", "flat, second": "flat"}
+        if self.picked is not None:
+            others |= {"leading": "followed", "followed": "leading"}
         if both:
             others |= {"leading": "second", "second": "leading"}
         return others.get(self.kind)
@@ -185,6 +191,11 @@ class Layout:
     def is_packed(self) -> bool:
         """Whether it is known of each row whose it is."""
         return self.kind in ("packed", "followed")
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the caller has said whose the rows are."""
+        return self.kind == "packed"
 
     @property
     def _packed_segments(self) -> Segments:
@@ -202,6 +213,8 @@ class Layout:
         """Take the alternative."""
         assert self.alternative is not None
         self.kind, self.corrected = self.alternative, not self.corrected
+        if self.picked is not None:
+            self.own = self.picked if self.kind == "followed" else None
         for cached in ("segments", "in_order"):
             self.__dict__.pop(cached, None)
 

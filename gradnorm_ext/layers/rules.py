@@ -1,4 +1,4 @@
-"""Which torch functions may consume a parameter, and the rule of each: its gradient and norms, by the forms of `gradnorm_ext.gradients`.
+"""Which torch functions may consume a parameter, and the rule of each, by the forms of `gradnorm_ext.gradients`.
 
 A rule is called in place of the function, with at least one `Tap` among its arguments. It returns what the function
 returns, or NotImplemented where it does not know the call. To support another function: write its autograd.Function,

@@ -214,7 +214,7 @@ def _observed_class(base: Any) -> type:
         if observation is None or not isinstance(value, nn.Parameter):
             return value
         if not value.requires_grad:
-            observation.look_at_frozen(value)
+            observation.sources.look_at_frozen(value)
         elif torch.is_grad_enabled() and (slot := observation.slot_of(self, name, value)) is not None:
             if hasattr(value, "device_mesh"):
                 raise observation.split_read(slot, self)
@@ -228,7 +228,7 @@ def _observed_class(base: Any) -> type:
             return base.__call__(self, *args, **kwargs)
         observation: Observation | None = self.__dict__.get(_SESSION)
         if observation is not None and torch.is_grad_enabled():
-            observation.look_at_call(args, kwargs)
+            return observation.call(base.__call__, self, args, kwargs)
         return base.__call__(self, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:

@@ -55,8 +55,6 @@ def unruled(func: Callable[..., Any], name: str, leaves: Sequence[Any], spec: An
     uses: list[Use | None] = []
     for i in where:
         use = leaves[i].use(name, layouts[0]) if isinstance(leaves[i], Tap) else None
-        if use is not None:
-            use.needs_proof = not any(leaf.requires_grad for leaf in met)
         uses.append(use)
     tensors = [leaves[i] for i in where]
     found = differentiated(observation, run, tensors, uses, [_like(layouts[0], one) for one in tensors], layouts)
@@ -90,7 +88,7 @@ def _may_be_batched(observation: Observation, tensor: Tensor, derived: bool) -> 
         return False
     if derived and not observation.is_data(tensor):
         return False
-    return observation.batch.kind_of(tensor.shape, observation.rows_per_example) is not None
+    return observation.batch.kind_of(tensor.shape, observation.sources.rows_per_example) is not None
 
 
 def _derived(taps: Sequence[Tap], leaf: Any) -> Any:
