@@ -160,7 +160,7 @@ def _one_at_a_time(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sqnorms = {name: torch.zeros(batch.count, dtype=torch.float64) for name in parameters}
     for b in range(batch.count):
-        if batch.packing is None:
+        if batch.packing is None and not batch.kinds:
             alone = pytree.tree_map(functools.partial(_one_example, b, batch), given)
             outputs = pytree.tree_leaves(_called(model, alone))
             gradients = [g.narrow(batch.batch_dim, b, 1) for _, g in used]
@@ -180,7 +180,7 @@ def _one_at_a_time(
 def _layout(output: Tensor, batch: Examples) -> Layout | None:
     """Of an output: as the block said, with the features it may have set aside."""
     dim = batch.batch_dim
-    if batch.packing is None and (output.dim() <= dim or output.shape[dim] != batch.count):
+    if not batch.told(output.shape) and (output.dim() <= dim or output.shape[dim] != batch.count):
         return None
     shape = tuple(output.shape[: max(1, output.dim() - 1)])
     kind = batch.kind_of(shape, set())

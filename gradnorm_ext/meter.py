@@ -8,7 +8,7 @@ import fnmatch
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -56,7 +56,8 @@ class Given(TypedDict, total=False):
     prompts: Ids | None
     rewards: Tensor | Sequence[float] | None
     cu_seqlens: Ids | None
-    example_ids: Ids | None
+    example_ids: Ids | Sequence[Tensor] | Mapping[str, Ids] | None
+    rows_of: Mapping[str, Ids] | None
     batch_dim: int
     backwards: int
     loss_scale: float
@@ -73,6 +74,8 @@ class _Batch:
     n_prompts: int
     reward: RewardStats | None
     packing: Packing | None
+    kinds: dict[str, Tensor]
+    rows_of: dict[str, Tensor]
 
 
 class Block:
@@ -203,7 +206,8 @@ class Meter:
         prompts: Ids | None = None,
         rewards: Tensor | Sequence[float] | None = None,
         cu_seqlens: Ids | None = None,
-        example_ids: Ids | None = None,
+        example_ids: Ids | Sequence[Tensor] | Mapping[str, Ids] | None = None,
+        rows_of: Mapping[str, Ids] | None = None,
         batch_dim: int = 0,
         backwards: int = 1,
         loss_scale: float = 1.0,
@@ -218,7 +222,12 @@ class Meter:
             cu_seqlens: ``[B + 1]``, of a packed batch: example b has the rows ``cu_seqlens[b]`` to
                 ``cu_seqlens[b + 1]``, at least one. Tensors then have ``[R, ...]`` or ``[1, R, ...]`` rows. What collators
                 call ``cu_seq_lens_q``; :func:`gradnorm_ext.cu_seqlens` makes it of ``position_ids``.
-            example_ids: the same for rows in any order: each row's example, ``R`` integers of any shape.
+            example_ids: the same for rows in any order: each row's example, ``R`` integers of any shape. Of several kinds of
+                rows beside a batch that is not packed (images beside tokens, nodes and edges): a list of such tensors, told
+                apart by their lengths, or a dict of them by the model's arguments that have these rows. An example may
+                have no row of a kind.
+            rows_of: for parameters or modules, by name, of whose rows nothing else says whose they are (a scale that only
+                the loss sees): each row's example, one integer a row.
             batch_dim: where the model's inputs have the examples: 0, or 1 (sequence-first).
             backwards: how many backward passes the block has at most. With more than one (a loss each for chosen and
                 rejected, ``retain_graph``), what the layers' backward needs is kept until the block closes.
@@ -235,6 +244,7 @@ class Meter:
             "rewards": rewards,
             "cu_seqlens": cu_seqlens,
             "example_ids": example_ids,
+            "rows_of": rows_of,
             "batch_dim": batch_dim,
             "backwards": backwards,
             "loss_scale": loss_scale,
@@ -268,6 +278,8 @@ class Meter:
         at_once = plan.passes == 1 and plan.layer_weights is None and given.get("backwards", 1) == 1
         summed = self.exact_tasks or self.ranks == "exact"  # tasks' gradients, to be summed over blocks or ranks
         if not (at_once and self.memory.verified) or summed or self.modules is not None:
+            return None
+        if given.get("rows_of") or _is_several(given.get("example_ids")):
             return None
         backend = None if self.memory.unobservable else whole_graph_backend(callbacks)
         return None if backend is None else Graphs.of(backend)
@@ -323,7 +335,11 @@ class Meter:
         def start(examples: int) -> None:
             tasks = self._tasks_of(batch, examples, device)
             groups = self._groups(batch, tasks, plan)
-            observation.begin(Examples(examples, groups, batch_dim, batch.packing), tasks)
+            named = isinstance(given.get("example_ids"), Mapping)
+            kinds = tuple(_kind(who, name, ids, examples, named) for name, ids in batch.kinds.items())
+            for name, ids in batch.rows_of.items():
+                _kind(who, f"rows_of[{name!r}]", ids, examples, True)
+            observation.begin(Examples(examples, groups, batch_dim, batch.packing, kinds), tasks)
 
         observation = Observation(
             who,
@@ -339,6 +355,7 @@ class Meter:
             constants=functools.partial(_constants, modules),
             verify=verify,
             graphs=graphs is not None,
+            rows_of=batch.rows_of,
             **engine,
         )
         names = [name for name, _ in parameters]
@@ -463,7 +480,14 @@ class Meter:
             given["rewards"] = reward_values
         lengths = {name: len(ids) for name, ids in given.items() if ids is not None}
         packing = None
-        if batch.get("cu_seqlens") is not None or batch.get("example_ids") is not None:
+        several = _is_several(batch.get("example_ids"))
+        kinds = _kinds(who, device, batch) if several else {}
+        rows_of = {
+            name: _checked_ids(who, f"rows_of[{name!r}]", torch.as_tensor(ids).reshape(-1), device).to(device)
+            for name, ids in (batch.get("rows_of") or {}).items()
+        }
+        self._check_names(who, rows_of)
+        if batch.get("cu_seqlens") is not None or (batch.get("example_ids") is not None and not several):
             packing = _packing(who, device, batch, next(iter(lengths.values()), None))
             lengths["cu_seqlens" if batch.get("cu_seqlens") is not None else "example_ids"] = len(packing.offsets) - 1
         if len(set(lengths.values())) > 1:
@@ -490,7 +514,16 @@ class Meter:
                 reward = reward_stats(reward_values.cpu(), prompt_ids.cpu(), of_task, n_tasks=n_tasks)
         tasks_there = None if task_ids is None else task_ids.to(device)
         there = [None if ids is None else ids.to(device) for ids in (prompt_index, task_of_prompt)]
-        return _Batch(examples, tasks_there, there[0], there[1], n_prompts, reward, packing)
+        return _Batch(examples, tasks_there, there[0], there[1], n_prompts, reward, packing, kinds, rows_of)
+
+    def _check_names(self, who: str, rows_of: Mapping[str, Tensor]) -> None:
+        names = [name for name, _ in self.model.named_parameters()] if rows_of else []
+        for key in rows_of:
+            if not any(name == key or name.startswith(f"{key}.") for name in names):
+                raise ValueError(
+                    f"{who}: rows_of must name parameters or modules of the model, got {key!r}, which names none of "
+                    f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+                )
 
     def _has_tasks(self, plan: Plan) -> bool:
         # A single task's norm is that of the whole gradient, which is formed anyway unless weights per example come first.
@@ -704,6 +737,41 @@ def _checked_ids(who: str, name: str, ids: Ids, device: torch.device) -> Tensor:
             f"{who}: {name} must be on the CPU or on the model's device {device}, got {tensor.device}; move them"
         )
     return tensor.long()
+
+
+def _is_several(example_ids: Any) -> bool:
+    """Whether ``example_ids`` speak of several kinds of rows."""
+    if isinstance(example_ids, Mapping):
+        return True
+    return isinstance(example_ids, (list, tuple)) and any(
+        isinstance(one, Tensor) and one.dim() > 0 for one in example_ids
+    )
+
+
+def _kinds(who: str, device: torch.device, batch: Given) -> dict[str, Tensor]:
+    """Each kind's example ids, by the caller's name for it."""
+    given: Any = batch["example_ids"]
+    named = given.items() if isinstance(given, Mapping) else ((str(i), ids) for i, ids in enumerate(given))
+    found = {}
+    for name, ids in named:
+        flat = torch.as_tensor(ids).reshape(-1)
+        found[name] = _checked_ids(who, f"example_ids[{name!r}]", flat, device).to(device)
+    lengths = [len(ids) for ids in found.values()]
+    if not isinstance(given, Mapping) and len(set(lengths)) < len(lengths):
+        raise ValueError(
+            f"{who}: kinds of rows are told apart by their numbers, got {lengths}; name the model's arguments that have them: "
+            "example_ids={...}"
+        )
+    return found
+
+
+def _kind(who: str, name: str, ids: Tensor, examples: int, named: bool) -> Packing:
+    if ids.device.type == "cpu" and len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < examples):
+        raise ValueError(
+            f"{who}: example ids must lie in [0, {examples}), got {_some(ids.unique())} for {name}; number the examples of the "
+            "batch from 0"
+        )
+    return Packing.of_ids(ids, examples, name, named)
 
 
 def _packing(who: str, device: torch.device, batch: Given, examples: int | None) -> Packing:

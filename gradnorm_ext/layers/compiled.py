@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradnorm_ext.layers.calls import Call
-from gradnorm_ext.layers.layouts import Examples, Kind, Layout
+from gradnorm_ext.layers.layouts import Examples, Kind, Layout, Packing
 from gradnorm_ext.layers.observation import Observation, Plan, Slot, Use
 from gradnorm_ext.layers.taps import LookedUp, Tap
 from gradnorm_ext.segments import Segments
@@ -251,7 +251,7 @@ class _Batch(Examples):
     def segments(self, rows: int) -> Segments:
         return self.groups.equal(0)  # looked at by no forward
 
-    def packed(self, inner: int) -> Segments:
+    def packed(self, packing: Packing, inner: int) -> Segments:
         return self.groups.equal(0)
 
 

@@ -70,7 +70,7 @@ def _is_shared(observation: Observation, weight: Tap, ids: Tensor) -> bool:
         return True
     if batch.count <= 1:
         return False
-    if batch.packing is not None and ids.numel() == batch.packing.rows:
+    if batch.told((ids.numel(),)):
         return False
     if observation.is_input(ids) and batch.kind_of(ids.shape, observation.sources.rows_per_example) is not None:
         return False

@@ -41,7 +41,7 @@ from gradnorm_ext.gradients import (
 from gradnorm_ext.layers.layouts import Examples, Kind, Layout, Packing
 from gradnorm_ext.layers.provenance import follow
 from gradnorm_ext.layers.row_test import Evidence, RowTest
-from gradnorm_ext.layers.sources import DERIVED, Sources, calls_from, tensors_in
+from gradnorm_ext.layers.sources import DERIVED, Sources, arguments_of, calls_from
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
@@ -198,6 +198,9 @@ class Memory:
     shared_lookups: set[tuple[str, int]] = field(default_factory=set)  # (parameter, dimensions of the ids)
     corrected: dict[tuple[str, str, int], Kind] = field(default_factory=dict)  # (parameter, function, dimensions)
     kinds: dict[tuple[str, str], set[Kind]] = field(default_factory=dict)  # (parameter, function): what was verified
+    labels: dict[tuple[str, str], str] = field(
+        default_factory=dict
+    )  # (parameter, function): which of several kinds of rows
     picked: set[tuple[str, str]] = field(
         default_factory=set
     )  # (parameter, function): of rows that index tensors choose
@@ -264,6 +267,7 @@ class Observation:
         verify: bool = False,
         reduces_early: bool = False,
         shards: Shards | None = None,
+        rows_of: Mapping[str, Tensor] | None = None,
         places: Mapping[int, tuple[tuple[int, str], ...]] | None = None,
         graphs: bool = False,
     ) -> None:
@@ -280,6 +284,7 @@ class Observation:
                 self.slots[key].shard = self.slots[key].parameter
                 self.by_place |= dict.fromkeys(found, self.slots[key])
         self.batch_dim, self.backwards = batch_dim, backwards
+        self.rows_of = rows_of or {}  # by parameter or module: each row's example
         self.derives = derives  # uses without a rule are differentiated one example at a time
         self.sources = Sources(constants, gathers=shards is not None)
         self.modules: frozenset[int] = frozenset()  # of the model
@@ -403,10 +408,10 @@ class Observation:
         sources.look_at_data(args)
         if self.inside or torch._C._current_graph_task_id() != -1:  # or a checkpoint computes it again
             if not sources.rows_per_example:
-                self._look_at_arguments([*tensors_in(args, "input"), *tensors_in(kwargs)], of_model=False)
+                self._look_at_arguments(arguments_of(module, args, kwargs), of_model=False)
             return run(module, *args, **kwargs)
         of_model = not calls_from(self.modules)
-        named = [*tensors_in(args, "input"), *tensors_in(kwargs)]
+        named = arguments_of(module, args, kwargs)
         self._look_at_arguments(named, of_model=of_model)
         self.inside = True
         try:
@@ -451,6 +456,8 @@ class Observation:
         shape = tuple(tensor.shape)[: tensor.dim() - features]
         if self.examples is not None and self.examples <= 1:
             return Layout("leading", shape, self.batch)
+        if self.rows_of and (told := self._told_rows(name, shape)) is not None:
+            return told
         followable = features == 1 and tensor.requires_grad
         if followable and len(shape) == 1 and (followed := self._followed(tensor, shape)) is not None:
             return followed
@@ -468,10 +475,12 @@ class Observation:
         layout = Layout(kind, shape, self.batch, source="")
         if not tensor.requires_grad:
             self._look_at_source(layout, tensor)
+        if self.batch.kinds:
+            self._look_at_kinds(layout, tensor, name, function)
         corrected = self.memory.corrected.get((name, function, len(shape)))
         if corrected is not None and corrected == layout.alternative:
             layout.correct()
-        if kind == "leading" or kind == "second":
+        if layout.kind == "leading" or layout.kind == "second":
             self.sources.rows_per_example.add(layout.rows // self.batch.count)
         if tensor.requires_grad and layout.alternative is None:
             self._layouts[shape] = layout  # nothing will be corrected, and nothing but the sizes decided
@@ -490,6 +499,38 @@ class Observation:
         layout.reordered = self.sources.is_reordered(data)
         steady = layout.kind in ("leading", "second", "packed") and layout.alternative is None
         layout.anchored = steady and self.sources.derivation_of(data) is not None
+
+    def _look_at_kinds(self, layout: Layout, tensor: Tensor, name: str, function: str) -> None:
+        """Which of several kinds of rows these are, where their number leaves a choice."""
+        said = layout.examples.told(layout.shape)
+        argument = None if tensor.requires_grad else self.sources.argument_of(tensor)
+        choices: list[tuple[Kind, Packing | None]] = [("packed", packing) for packing in said]
+        if layout.kind != "packed":
+            at = 0 if argument is not None and argument.name == self.sources.first else len(choices)
+            choices.insert(at, (layout.kind, None))
+        label = self.memory.labels.get((name, function)) if argument is None else argument.name
+        if known := [one for one in choices if (one[1].label if one[1] else "") == label]:
+            choices = known
+        elif argument is not None:  # which has none of the names that were given
+            choices = [one for one in choices if one[1] is None or not one[1].named]
+        if choices:
+            (layout.kind, layout.own), layout.others = choices[0], tuple(choices[1:])
+            layout.anchored = layout.anchored and len(choices) == 1
+
+    def _told_rows(self, name: str, shape: tuple[int, ...]) -> Layout | None:
+        """Of rows of which the caller has said, for this parameter, whose they are."""
+        assert self.batch is not None
+        given = next((ids for key, ids in self.rows_of.items() if name == key or name.startswith(f"{key}.")), None)
+        if given is None:
+            return None
+        if len(given) != math.prod(shape):
+            raise ValueError(
+                f"{self.who}: rows_of must give one example for each row of {name}, got {len(given)} for rows of shape "
+                f"{list(shape)}; give {math.prod(shape)} integers"
+            )
+        layout = Layout.of_owners(given.view(shape), self.batch)
+        layout.told, layout.source = True, None
+        return layout
 
     def _followed(self, tensor: Tensor, shape: tuple[int, ...]) -> Layout | None:
         """Of rows that were selected on their way from where it is known whose they are."""
@@ -542,8 +583,8 @@ class Observation:
             ", ".join(str(self.batch.count * rows) for rows in sorted(self.sources.rows_per_example - {1}))
             or "none yet"
         )
-        packing = self.batch.packing
-        packed = f" nor the {packing.rows} packed rows" if packing else ""
+        packings = [*([self.batch.packing] if self.batch.packing else []), *self.batch.kinds]
+        packed = "".join(f" nor the {packing.rows} {packing.label or 'packed'} rows" for packing in packings)
         return ValueError(
             f"{self.who}: the rows of {name} must belong to the batch's {self.examples} examples, got rows of shape "
             f"{list(shape)}, neither {self.examples} in front nor as many rows as this block's tensors with the batch in "
@@ -573,7 +614,7 @@ class Observation:
         if not recomputed:
             slot.uses.append(use)
         known = self.memory.verified.get(use.key)
-        use.is_known = known is not None and (layout.source is None or layout.source in known)
+        use.is_known = known is not None and (layout.source is None or layout.source in known) and not layout.others
         if not use.is_known:
             if self.shards is None and not self.backward_once:
                 self.verify = self.verify or self.examples != 1
@@ -972,9 +1013,11 @@ class Observation:
             self.memory.audited |= {slot.name for slot in seen}
         if self.examples is not None and self.examples > 1 and self.verify and not self.row_test.blurred:
             for use in (use for slot in seen for use in slot.uses):
-                if self.row_test.proves(use):
+                if self.row_test.proves(use) and not use.layout.others:
                     self.memory.verified.setdefault(use.key, set()).add(use.layout.source or "")
                     self.memory.kinds.setdefault((use.slot.name, use.function), set()).add(use.layout.kind)
+                    if use.layout.examples.kinds:
+                        self.memory.labels[use.slot.name, use.function] = use.layout.own.label if use.layout.own else ""
                 else:
                     self.memory.unverified |= not use.is_known
         for slot in self.slots.values():

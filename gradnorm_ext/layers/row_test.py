@@ -151,7 +151,7 @@ class RowTest:
     def _test(self, inputs: Sequence[Input], roots: Sequence[Use], origin: Anchor | None) -> None:
         observation = self.observation
         root = inputs[0][2]
-        tried: set[Layout] = set()
+        tried: dict[Layout, int] = {}  # and how often
         digits = max(1, math.ceil(math.log(max(1, observation.examples or 0), 8)))
         if observation.shards is not None:
             (digits,) = observation.shards.agree(digits)
@@ -159,7 +159,8 @@ class RowTest:
         while True:
             with nullcontext() if observation.shards is None else observation.shards.paused():
                 run = self._run_once(inputs, digits, origin)
-            again = {use.layout for use in run.failed if use.layout.alternative is not None} - tried
+            failed = {use.layout for use in run.failed if use.layout.alternative is not None}
+            again = {layout for layout in failed if tried.get(layout, 0) < max(1, len(layout.others))}
             if (
                 not again
                 and run.failed
@@ -169,12 +170,12 @@ class RowTest:
             ):
                 for layout in tried:  # they were judged by a root that was not right
                     layout.correct()
-                tried, again = {root}, {root}
+                tried, again = {}, {root}
             if not (again if observation.shards is None else observation.shards.agree(len(again))[0]):
                 break
             for layout in again:
                 layout.correct()
-            tried |= again
+            tried |= {layout: tried.get(layout, 0) + 1 for layout in again}
         self._conclude(run, roots, root, origin)
 
     def _settles(self, run: _Run) -> bool:
@@ -421,7 +422,7 @@ def _per_row(contribution: Contribution, values: Tensor) -> Tensor:
 
 def layout_in_front(tensor: Tensor, batch: Examples) -> Layout | None:
     """The layout of what a model returned or was given, if it shows the batch where the caller says that it is."""
-    if tensor.dim() <= batch.batch_dim and batch.packing is None:
+    if tensor.dim() <= batch.batch_dim and not batch.told(tensor.shape):
         return None
     shape = tuple(tensor.shape[: max(1, tensor.dim() - 1)])
     kind = batch.kind_of(shape, set())

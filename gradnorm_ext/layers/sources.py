@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -73,6 +74,21 @@ def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors_in(getattr(value, each.name, None), f"{name}.{each.name}" if name else each.name)
 
 
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """The tensors that a module is called with, by the names of its arguments."""
+    names = _names_of(type(module).forward)
+    found: list[tuple[str, Tensor]] = []
+    for i, one in enumerate(args):
+        found += tensors_in(one, names[i] if i < len(names) else f"input[{i}]")
+    return [*found, *tensors_in(kwargs)]
+
+
+@functools.cache
+def _names_of(forward: Any) -> tuple[str, ...]:
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return () if code is None else code.co_varnames[1 : code.co_argcount]
+
+
 class Sources:
     """What is known of a block's data, by its memory."""
 
@@ -109,14 +125,14 @@ class Sources:
         """
         dim, count = batch.batch_dim, batch.count
         for name, one in named:
-            packed = batch.packing is not None and batch.kind_of(one.shape, set()) == "packed"
+            packed = bool(batch.told(one.shape)) and batch.kind_of(one.shape, set()) == "packed"
             shows = one.dim() > dim and one.shape[dim] == count
             if shows:
                 first = one.shape[1 - dim] if one.dim() > 1 else 1
                 self.rows_per_example |= {first * math.prod(one.shape[2:end]) for end in range(2, one.dim() + 1)}
             if not (of_model and (shows or packed)):
                 continue
-            self.first = self.first or name
+            self.first = self.first or (name if shows or batch.packing is not None else None)
             if one.requires_grad:
                 self.argument_nodes.add(torch.autograd.graph.get_gradient_edge(one).node)
             if (where := memory_of(one)) is not None:
