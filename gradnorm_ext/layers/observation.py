@@ -1058,6 +1058,13 @@ class Observation:
             with torch.enable_grad():  # through views
                 torch.autograd.backward((use.value,), (gradient,), retain_graph=use.is_derived)
 
+    def evidence(self) -> dict[str, list[str]]:
+        """By parameter, what each of its uses was proven by in this block."""
+        return {
+            slot.name: [f"{use.place_in_code}: {self.row_test.evidence_of(use)}" for use in slot.uses]
+            for slot in self.slots.values()
+        }
+
     def release(self) -> None:
         """Take the hooks off the parameters and off what the model returned."""
         self.row_test.release()

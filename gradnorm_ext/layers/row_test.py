@@ -70,6 +70,12 @@ class Verdict:
     advice: str
 
 
+_EVIDENCE: dict[Evidence, str] = {
+    "output": "a test from what the model returned",
+    "input": "a test that led to the model's arguments",
+    "told": "a test from rows that the caller told",
+    "known": "a test that went through uses proven before",
+}
 _EXPAND = "expand inputs without a batch dimension to the batch, and keep examples from influencing each other"
 _ORDER = "return what the model computes, and give tasks and prompts, in the order of its arguments"
 _TELL = (
@@ -217,13 +223,15 @@ class RowTest:
         self, run: _Run, passed: dict[Use, Tensor], roots: Sequence[Use], root: Layout, origin: Anchor | None
     ) -> Evidence | None:
         """What ties the order of a test to the caller's."""
+        if origin is not None and not root.corrected:
+            return "output"
         if any(use.layout.anchored and bool(seen.any()) for use, seen in passed.items()):
             return "input"
         if any(not anchor.returned for anchor in run.anchors):
             return "input"
         if any(use.layout.anchored for use in roots):
             return "input"
-        if (origin is not None and not root.corrected) or run.anchors:
+        if run.anchors:
             return "output"
         if any(use.layout.is_told for use in (*passed, *roots)):
             return "told"
@@ -337,6 +345,20 @@ class RowTest:
         if use.seen is None:  # nothing upstream to test, as of the first layer of a model that returns its loss
             return use.delivered_of is not None and int(use.delivered_of.sum()) > 1
         return int(use.seen.sum()) > 1
+
+    def evidence_of(self, use: Use) -> str:
+        """What shows that a use's rows are the caller's, in words."""
+        if self._alone:
+            return "the batch has one example"
+        if use.delivered_of is not None and not bool(use.delivered_of.any()):
+            return "not yet proven: its gradient is zero"
+        reached = f", by gradients of {int(use.seen.sum())} examples" if use.seen is not None else ""
+        if use.evidence is not None:
+            down = ", down to its arguments" if use.evidence == "output" and use.with_input else ""
+            return f"proven by {_EVIDENCE[use.evidence]}{down}{reached}"
+        if use.layout.anchored:
+            return "consumes an argument of the model; no test goes upstream of it"
+        return "told by the caller" if use.layout.is_told else "not yet proven: no test has reached it"
 
     def judge(self, uses: Sequence[Use]) -> list[Verdict]:
         """What must be refused of these uses, whose backward has run."""
