@@ -329,7 +329,7 @@ class Meter:
                     f"{loss_scale}; change it between steps"
                 )
         _refuse_coupled_examples(who, modules)
-        device = _device_of(parameters[0][1])
+        device = _device_of(who, parameters)
         batch = self._batch(who, device, given, ranks)
 
         def start(examples: int) -> None:
@@ -512,9 +512,8 @@ class Meter:
                 reward = empty_rewards(reward_values.cpu(), n_tasks)
             else:
                 reward = reward_stats(reward_values.cpu(), prompt_ids.cpu(), of_task, n_tasks=n_tasks)
-        tasks_there = None if task_ids is None else task_ids.to(device)
-        there = [None if ids is None else ids.to(device) for ids in (prompt_index, task_of_prompt)]
-        return _Batch(examples, tasks_there, there[0], there[1], n_prompts, reward, packing, kinds, rows_of)
+        there = [None if ids is None else _moved(ids, device) for ids in (task_ids, prompt_index, task_of_prompt)]
+        return _Batch(examples, there[0], there[1], there[2], n_prompts, reward, packing, kinds, rows_of)
 
     def _check_names(self, who: str, rows_of: Mapping[str, Tensor]) -> None:
         names = [name for name, _ in self.model.named_parameters()] if rows_of else []
@@ -711,10 +710,34 @@ class _Compilation:
             return taken.pop_all()
 
 
-def _device_of(parameter: nn.Parameter) -> torch.device:
-    """Where a parameter is computed with: a shard may wait elsewhere."""
-    mesh = getattr(parameter, "device_mesh", None)
-    return parameter.device if mesh is None else torch.device(mesh.device_type)
+def _device_of(who: str, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.device:
+    """Where the parameters are computed with: a shard may wait elsewhere."""
+    devices: dict[torch.device, str] = {}
+    for name, parameter in parameters:
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is None:
+            device = parameter.device
+        elif mesh.device_type == "cpu":
+            device = torch.device("cpu")
+        else:
+            device = torch.device(mesh.device_type, torch.accelerator.current_device_index())
+        if device not in devices:
+            devices[device] = name
+    if len(devices) > 1:
+        raise ValueError(
+            f"{who}: trainable parameters must lie on one device, got "
+            f"{' and '.join(f'{name} on {device}' for device, name in devices.items())}; move the model to one device, or "
+            "freeze what lies on the others"
+        )
+    return next(iter(devices))
+
+
+def _moved(ids: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it.
+
+    What is copied is a copy in pageable memory, which has been read when `to` returns: the caller may write to the ids.
+    """
+    return ids if ids.device == device else ids.clone().to(device, non_blocking=True)
 
 
 def _refuse_coupled_examples(who: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
@@ -786,7 +809,7 @@ def _packing(who: str, device: torch.device, batch: Given, examples: int | None)
                 f"{who}: cu_seqlens must rise from 0, every example having a row, got {_some(starts)}; drop examples "
                 "without rows from tasks, prompts, rewards and cu_seqlens"
             )
-        return Packing.of_lengths(starts.to(device), int(starts[-1]))
+        return Packing.of_lengths(_moved(starts, device), int(starts[-1]))
     assert ids is not None
     of_row = _checked_ids(who, "example_ids", torch.as_tensor(ids).reshape(-1), device).cpu()
     count = examples if examples is not None else int(of_row.max()) + 1 if len(of_row) else 0
@@ -798,7 +821,7 @@ def _packing(who: str, device: torch.device, batch: Given, examples: int | None)
             f"{who}: example_ids must name each of the {count} examples at least once and no other, got "
             f"{_some(of_row.unique())}; number the examples of the batch from 0"
         )
-    return Packing.of_ids(of_row.to(device), count)
+    return Packing.of_ids(_moved(of_row, device), count)
 
 
 def _some(values: Tensor) -> list[int]:

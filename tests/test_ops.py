@@ -156,8 +156,7 @@ def test_windows(sizes, kernel, stride, dilation, channels, out, dtype):
     generator, images = torch.Generator().manual_seed(0), 6
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     positions = [(n - r) // s + 1 for n, r, s in zip(sizes, reach, stride, strict=True)]
-    x = torch.randn(images, *sizes, channels, generator=generator).to(dtype)
-    x = x if out == 4 else x.repeat_interleave(100, -1)
+    x = torch.randn(images, *sizes, channels if out == 4 else 100 * channels, generator=generator).to(dtype)
     seen = x
     for i, (r, s, d) in enumerate(zip(reach, stride, dilation, strict=True)):
         seen = seen.unfold(1 + i, r, s)[..., ::d]

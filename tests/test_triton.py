@@ -30,6 +30,7 @@ from gradnorm_ext.segments import Groups, Segments
 triton_kernels = pytest.importorskip("gradnorm_ext.triton_kernels")  # triton is optional
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 if DEVICE == "cpu":
     import interpreter  # noqa: F401  # mends it
 
