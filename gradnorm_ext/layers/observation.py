@@ -303,6 +303,7 @@ class Observation:
         self.tag_factor: Tensor | None = None
         self.placing = False
         self.failures: list[str] = []
+        self.called_with: list[tuple[int, ...]] = []  # sizes, in a block without examples
         self.refuted: list[Use] = []  # in the running test
         self.proven = False  # in the running test, a use has passed whose sizes leave no choice
         self.refuted_lookups: list[Use] = []  # taken for batched, and not
@@ -424,6 +425,8 @@ class Observation:
     def _look_at_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """How many examples there are, where nothing else says so, and how many rows each."""
         inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
+        if self.examples == 0:
+            self.called_with += [tuple(t.shape) for t in inputs]
         if self.examples is None:
             self._begin_with([t.shape[self.batch_dim] for t in inputs if t.dim() > self.batch_dim])
         for one in inputs:
@@ -946,6 +949,12 @@ class Observation:
             raise RuntimeError(
                 f"{self.who}: loss.backward() must run inside the observe block, got a forward without it; call it "
                 "before the block ends, and without inputs="
+            )
+        if self.called_with and all(map(math.prod, self.called_with)):
+            raise ValueError(
+                f"{self.who}: a block of no examples must have a batch without rows, got a call with "
+                f"{list(self.called_with[0])}; call the model with an empty batch, x[:0], or give tasks and prompts one entry "
+                "per example"
             )
         self._refuse_unproven(used)
         found = [one for one in (self.probe.grad, self._of_graphs) if one is not None]
