@@ -8,7 +8,7 @@ import fnmatch
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -47,12 +47,13 @@ from gradnorm_ext.segments import Groups
 from gradnorm_ext.stats import Stats
 
 Ids = Tensor | Sequence[int]
+TaskIds = Tensor | Sequence[int] | Sequence[str]
 
 
 class Given(TypedDict, total=False):
     """What `Meter.observe` may be told of a batch."""
 
-    tasks: Ids | None
+    tasks: TaskIds | None
     prompts: Ids | None
     rewards: Tensor | Sequence[float] | None
     cu_seqlens: Ids | None
@@ -202,7 +203,7 @@ class Meter:
     def observe(
         self,
         *,
-        tasks: Ids | None = None,
+        tasks: TaskIds | None = None,
         prompts: Ids | None = None,
         rewards: Tensor | Sequence[float] | None = None,
         cu_seqlens: Ids | None = None,
@@ -215,10 +216,11 @@ class Meter:
         """A context manager around the forward and the backward of one batch.
 
         Args:
-            tasks: one integer per example, in ``[0, K)``; needed where the Meter has more than one task. On the CPU
-                (checked at once, no waiting for the device) or on the model's device.
+            tasks: one integer per example, in ``[0, K)``, or one of the Meter's task names; needed where the Meter has more
+                than one task. On the CPU (checked at once, no waiting for the device) or on the model's device.
             prompts: one integer per example, equal for the samples of one prompt; each prompt lies in one task.
-            rewards: one number per example, for ``stats.reward``; needs ``prompts``.
+            rewards: one number per example, for ``stats.reward``; needs ``prompts``. With NaN among them, what was measured
+                is not finite.
             cu_seqlens: ``[B + 1]``, of a packed batch: example b has the rows ``cu_seqlens[b]`` to
                 ``cu_seqlens[b + 1]``, at least one. Tensors then have ``[R, ...]`` or ``[1, R, ...]`` rows. What collators
                 call ``cu_seq_lens_q``; :func:`gradnorm_ext.cu_seqlens` makes it of ``position_ids``.
@@ -471,13 +473,14 @@ class Meter:
                 f"{who}: tasks must be given, one integer per example, since the meter has {n_tasks} tasks, got None; "
                 "pass observe(tasks=...)"
             )
-        task_ids = None if tasks is None else _checked_ids(who, "tasks", tasks, device)
+        task_ids = None
+        if tasks is not None:
+            task_ids = _checked_ids(who, "tasks", _numbered(who, tasks, self.task_names), device)
         prompt_ids = None if prompts is None else _checked_ids(who, "prompts", prompts, device)
         given = {"tasks": task_ids, "prompts": prompt_ids}
         reward_values = None
         if rewards is not None:
-            reward_values = torch.as_tensor(rewards)
-            given["rewards"] = reward_values
+            reward_values = given["rewards"] = _checked_rewards(who, rewards)
         lengths = {name: len(ids) for name, ids in given.items() if ids is not None}
         packing = None
         several = _is_several(batch.get("example_ids"))
@@ -494,8 +497,6 @@ class Meter:
             got = ", ".join(f"{name} of {length}" for name, length in lengths.items())
             raise ValueError(f"{who}: tasks, prompts and rewards must have one entry per example, got {got}")
         examples = next(iter(lengths.values()), None)
-        if examples == 0 and ranks is None:
-            raise ValueError(f"{who}: a batch must have at least one example, got none; skip empty batches")
         if task_ids is not None and len(task_ids) and task_ids.device.type == "cpu":
             _check_range(who, task_ids, n_tasks)
         prompt_index, task_of_prompt, n_prompts = None, None, 0
@@ -749,8 +750,47 @@ def _refuse_coupled_examples(who: str, modules: Sequence[tuple[str, nn.Module]])
             )
 
 
+def _numbered(who: str, tasks: TaskIds, names: Sequence[str]) -> Ids:
+    """Names of tasks as their numbers; numbers as they are."""
+    named = not isinstance(tasks, Tensor) and isinstance(tasks, Iterable) and any(isinstance(one, str) for one in tasks)
+    if not named:
+        return tasks  # type: ignore[return-value]
+    numbers = {name: k for k, name in enumerate(names)}
+    if isinstance(tasks, str) or not set(tasks) <= numbers.keys():
+        unknown = tasks if isinstance(tasks, str) else next(task for task in tasks if task not in numbers)
+        expected = "a sequence of names" if isinstance(tasks, str) else f"among {', '.join(map(repr, names))}"
+        raise ValueError(
+            f"{who}: tasks must be {expected}, got {unknown!r}; give one name or one number per example, and the meter "
+            "all names, as tasks=..."
+        )
+    return [numbers[task] for task in tasks]  # type: ignore[index]
+
+
+def _checked_rewards(who: str, rewards: Tensor | Sequence[float]) -> Tensor:
+    try:
+        values = torch.as_tensor(rewards)
+    except (RuntimeError, TypeError, ValueError):
+        entries = rewards if isinstance(rewards, Iterable) else [rewards]
+        found = next((repr(one) for one in entries if not isinstance(one, (int, float))), type(rewards).__name__)
+        raise TypeError(
+            f"{who}: rewards must be one number per example, got {found}; leave examples without a reward out of "
+            "prompts and rewards, or pass float('nan'), which skips the step"
+        ) from None
+    if values.dim() != 1 or values.is_complex():
+        raise ValueError(
+            f"{who}: rewards must be one real number per example, got {values.dtype} of shape {list(values.shape)}; "
+            "add up the reward functions"
+        )
+    return values
+
+
 def _checked_ids(who: str, name: str, ids: Ids, device: torch.device) -> Tensor:
-    tensor = torch.as_tensor(ids)
+    try:
+        tensor = torch.as_tensor(ids)
+    except (RuntimeError, TypeError, ValueError):
+        entries = ids if isinstance(ids, Iterable) else [ids]
+        found = next((repr(one) for one in entries if not isinstance(one, int)), type(ids).__name__)
+        raise TypeError(f"{who}: {name} must be integers, got {found}; pass int64 ids") from None
     if tensor.dim() != 1:
         raise ValueError(f"{who}: {name} must be one integer per example, got shape {list(tensor.shape)}; flatten it")
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):

@@ -23,7 +23,20 @@ OPTIONS = [
     ({"tasks": torch.zeros(4, dtype=torch.long, device="meta")}, ValueError,
      "Meter: tasks must be on the CPU or on the model's device cpu, got meta; move them"),
     ({}, ValueError, "Meter: tasks must be given, one integer per example, since the meter has 3 tasks, got None"),
-    ({"tasks": []}, ValueError, "Meter: a batch must have at least one example, got none; skip empty batches"),
+    ({"tasks": ["0", "2", "1", "3"]}, ValueError,
+     "Meter: tasks must be among '0', '1', '2', got '3'; give one name or one number per example"),
+    ({"tasks": ["0", 2, 1, "0"]}, ValueError, "Meter: tasks must be among '0', '1', '2', got 2; give one name or one"),
+    ({"tasks": "0120"}, ValueError, "Meter: tasks must be a sequence of names, got '0120'; give one name or one number"),
+    ({"tasks": [0, None, 2, 0]}, TypeError, "Meter: tasks must be integers, got None; pass int64 ids"),
+    ({"tasks": [0, 1, 2, 0], "prompts": ["a", "b", "c", "a"]}, TypeError, "Meter: prompts must be integers, got 'a'; pass"),
+    ({"tasks": [0, 1, 2, 2**70]}, TypeError, "Meter: tasks must be integers, got list; pass int64 ids"),
+    ({"tasks": [0, 1, 2, 0], "prompts": [0, 1, 2, 0], "rewards": [1.0, None, 0.0, 1.0]}, TypeError,
+     "Meter: rewards must be one number per example, got None; leave examples without a reward out of prompts and rewards"),
+    ({"tasks": [0, 1, 2, 0], "prompts": [0, 1, 2, 0], "rewards": [[1.0], [0.0, 1.0]]}, TypeError,
+     "Meter: rewards must be one number per example, got [1.0]"),
+    ({"tasks": [0, 1, 2, 0], "prompts": [0, 1, 2, 0], "rewards": torch.ones(4, 2)}, ValueError,
+     "Meter: rewards must be one real number per example, got torch.float32 of shape [4, 2]; add up the reward functions"),
+    ({"tasks": 0}, ValueError, "Meter: tasks must be one integer per example, got shape []; flatten it"),
     ({"tasks": [0, 1, 2, 0], "prompts": [5, 6, 7, 6]}, ValueError,
      "Meter: a prompt must lie in one task, got prompt 6 in tasks [0, 1]; give each task's prompts ids of their own"),
     ({"tasks": [0, 1, 2, 0], "rewards": [0.0, 1.0, 0.0, 1.0]}, ValueError,
@@ -139,6 +152,17 @@ def test_empty_batch():
     model, x = mlp(), torch.randn(0, 7)
     meter = refused(model, x, ValueError, "must have the examples as its first dimension, got an empty batch")
     works(meter, model, torch.randn(4, 7))
+
+
+def test_no_examples_where_the_batch_has_some():
+    model, x = mlp(), torch.randn(4, 7)
+    meter = Meter(model, tasks=2)
+    message = (
+        "a block of no examples must have a batch without rows, got a call with [4, 7]; call the model with an empty"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)), meter.observe(tasks=[]):
+        model(x).square().sum().backward()
+    works(meter, model, x)
 
 
 def test_rows_that_no_layout_explains():

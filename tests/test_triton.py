@@ -121,7 +121,6 @@ def test_outer_gram(lengths, levels, dtype):
     rows = (accumulated(x), accumulated(g)), (x.double(), g.double()), (x.double().abs(), g.double().abs())
     found = ops.outer_gram(x, g, segments, backend="triton")
     assert_as_good_as_plain(found, *(gram_of(outer_per_segment(*one, segments), segments) for one in rows))
-    assert found.equal(found.t())
 
 
 def test_outer_gram_goes_in_blocks_of_rows_of_the_weight(monkeypatch):

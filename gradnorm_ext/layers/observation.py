@@ -303,6 +303,7 @@ class Observation:
         self.phase: Literal["norms", "weigh"] | None = None  # of two passes
         self.placing = False
         self.failures: list[str] = []
+        self.called_with: list[tuple[int, ...]] = []  # sizes, in a block without examples
         self._layouts: dict[tuple[int, ...], Layout] = {}  # of activations, by their sizes
         self._layouts_in_graphs: dict[tuple[Kind, tuple[int, ...]], Layout] = {}
         self.budget = plan.budget
@@ -431,6 +432,8 @@ class Observation:
     def _look_at_arguments(self, named: Sequence[tuple[str, Tensor]], *, of_model: bool) -> None:
         """How many examples there are, where nothing else says so, and how many rows each."""
         named = [(name, one) for name, one in named if one.dim() > 0]
+        if self.examples == 0:
+            self.called_with += [tuple(one.shape) for _, one in named]
         if self.examples is None:
             self._begin_with([one.shape[self.batch_dim] for _, one in named if one.dim() > self.batch_dim])
         assert self.batch is not None
@@ -935,6 +938,12 @@ class Observation:
             raise RuntimeError(
                 f"{self.who}: loss.backward() must run inside the observe block, got a forward without it; call it "
                 "before the block ends, and without inputs="
+            )
+        if self.called_with and all(map(math.prod, self.called_with)):
+            raise ValueError(
+                f"{self.who}: a block of no examples must have a batch without rows, got a call with "
+                f"{list(self.called_with[0])}; call the model with an empty batch, x[:0], or give tasks and prompts one entry "
+                "per example"
             )
         self._refuse_unproven(used)
         found = [one for one in (self.probe.grad, self._of_graphs) if one is not None]

@@ -274,6 +274,7 @@ def _set_class(module: nn.Module, own: type) -> None:
 
 def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Observation) -> None:
     """Make every read of a trainable parameter through these modules (of one model, itself first) a tap."""
+    observation.modules = frozenset(id(module) for _, module in modules)
     for index, (name, module) in enumerate(modules):
         if _SESSION in module.__dict__:
             release_modules(modules, observation)
@@ -281,7 +282,7 @@ def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Obser
                 f"{observation.who}: a model is observed by one block at a time, got {name or type(module).__name__}, "
                 "which another open observe block observes; close that one first, or use one Meter for both"
             )
-        if index == 0 or any(parameter is not None for parameter in module._parameters.values()):
+        if index == 0 or observation.verify or any(one is not None for one in module._parameters.values()):
             module.__dict__[_SESSION] = observation
             own: Any = type(module)
             _set_class(module, _observed_class(own))
