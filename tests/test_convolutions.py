@@ -94,7 +94,7 @@ def test_equals_the_gradients_of_single_examples(held, unfolded):
             close(sqnorm, expected)
             close(convolved.total(of), total)
         out = torch.full((3, *of_examples.shape[1:]), torch.nan, dtype=torch.float64)
-        close(convolved.by_group(out), expected)
+        close(convolved.per_group(out)[1], expected)
         ids = groups_of_four().levels[-1]
         close(out, torch.stack([of_examples[ids == k].sum(0) for k in range(3)]))
         close(convolved.of_segments(torch.tensor([1, 3])), of_examples[[1, 3]].sum(0))

@@ -76,6 +76,19 @@ def test_imports_go_one_way(path):
     assert not extra, f"{module} must not import {sorted(extra)}"
 
 
+def classes_of(path):
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)}
+
+
+def test_no_part_asks_which_form_a_gradient_has():
+    forms = {name for path in (PACKAGE / "gradients").glob("*.py") for name in classes_of(path)}
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("isinstance", "issubclass"):
+                asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+                assert not asked & forms, f"{path.relative_to(PACKAGE)}:{node.lineno} asks for {asked & forms}"
+
+
 TRITON = Path(importlib.util.find_spec("gradnorm_ext.triton_kernels").origin).parent
 
 

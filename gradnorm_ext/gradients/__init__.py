@@ -7,13 +7,13 @@ from gradnorm_ext.gradients.outer import Outer, Parted
 from gradnorm_ext.gradients.per_sample import Sums
 from gradnorm_ext.gradients.pullback import Pulled
 from gradnorm_ext.gradients.rows import chosen, gram_of, members_of_columns
-from gradnorm_ext.gradients.several import Place, Placed, TiedOuter, combined_gram, combined_sqnorm, tied_sqnorm
-from gradnorm_ext.gradients.term import Contribution, copied
+from gradnorm_ext.gradients.several import Place, Placed, combined_gram, combined_sqnorm, compressed
+from gradnorm_ext.gradients.term import GradientTerm
 
 __all__ = [
-    "Contribution",
     "Convolved",
     "Geometry",
+    "GradientTerm",
     "Lookup",
     "Outer",
     "Parted",
@@ -23,12 +23,10 @@ __all__ = [
     "Route",
     "Routed",
     "Sums",
-    "TiedOuter",
     "chosen",
     "combined_gram",
     "combined_sqnorm",
-    "copied",
+    "compressed",
     "gram_of",
     "members_of_columns",
-    "tied_sqnorm",
 ]

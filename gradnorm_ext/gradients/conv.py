@@ -13,7 +13,8 @@ from torch import Tensor
 from gradnorm_ext.backends import find, serves
 from gradnorm_ext.gradients.outer import Outer
 from gradnorm_ext.gradients.per_sample import Sums
-from gradnorm_ext.gradients.rows import _size_of_rows, chosen, gram_of
+from gradnorm_ext.gradients.rows import abs_sums, chosen
+from gradnorm_ext.gradients.term import GradientTerm
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 from gradnorm_ext.windows import Windows
@@ -34,16 +35,14 @@ class Windowed:
         return run(self.images, self.windows, self.g, self.segments)  # type: ignore[no-any-return]
 
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As of `Outer`."""
         run = find("windows_wgrad", self.images.device.type, self.backend)
         return run(self.images, self.windows, self.g, self.segments, weight=weight)  # type: ignore[no-any-return]
 
-    def by_group(self, out: Tensor) -> Tensor:
-        """As of `Outer`."""
+    def per_group(self, out: Tensor) -> tuple[Tensor, Tensor]:
         run = find("windows_wgrad", self.images.device.type, self.backend)
         tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
         of_rows = self.images, self.windows, self.g, self.segments
-        return run(*of_rows, outputs=tasks, n_outputs=count, out=out)[1]  # type: ignore[no-any-return]
+        return out, run(*of_rows, outputs=tasks, n_outputs=count, out=out)[1]
 
 
 class Geometry(NamedTuple):
@@ -58,7 +57,7 @@ class Geometry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Convolved:
+class Convolved(GradientTerm):
     """A convolution's gradient, of each image the products of an output gradient with what it saw of the input.
 
         dw[o, c, k] = Σ_p g[o, p] x[c, stride p + dilation k - padding]
@@ -73,13 +72,15 @@ class Convolved:
     Attributes:
         x: the input, ``[images, channels, *sizes]``.
         g: the output's gradient.
-        shape: the weight's, ``[out, in / groups, *kernel]``; ``[in, out / groups, *kernel]`` where transposed.
+        weight_shape: ``[out, in / groups, *kernel]``; ``[in, out / groups, *kernel]`` where transposed.
         segments: the images of each example.
     """
 
+    fused_per_group = True
+
     x: Tensor
     g: Tensor
-    shape: torch.Size
+    weight_shape: torch.Size
     geometry: Geometry
     segments: Segments
     backend: str
@@ -87,6 +88,14 @@ class Convolved:
     held = 1 << 24  # entries of the images' gradients at once
     unfolded = 1 << 18  # entries of images unfolded at once: what a core's cache holds
     in_cache = 1 << 20  # likewise, of an image's rows that a backend looks through windows at
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight_shape
+
+    @property
+    def like(self) -> Tensor:
+        return self.x
 
     def compact(self) -> Sums | Convolved:
         """Each example's gradient, where all of them take no more room than what they come from."""
@@ -114,28 +123,18 @@ class Convolved:
         totals, sqnorms = zip(*(part.wgrad(weight) for _, part in self._parts()), strict=True)
         return self._placed(torch.cat(totals)), functools.reduce(torch.add, sqnorms)
 
-    def by_group(self, out: Tensor) -> Tensor:
-        """As of `Outer`."""
+    def per_group(self, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out = self.new_groups() if out is None else out
         if rows := self._rows():
             of_groups = out.new_empty(len(out), self.shape[0], self.shape[1:].numel())
-            sqnorm = rows.by_group(of_groups)
-            out.copy_(self._placed(of_groups))
-            return sqnorm
+            _, sqnorm = rows.per_group(of_groups)
+            return out.copy_(self._placed(of_groups)), sqnorm
         sqnorms = []
         for channels, part in self._parts():
             sums, groups = self._placed(part.sums), self.segments.groups.levels[-1]
             out[:, channels] = sums.new_zeros(len(out), *sums.shape[1:]).index_add_(0, groups, sums)
             sqnorms.append(part.sqnorm())
-        return functools.reduce(torch.add, sqnorms)
-
-    def by_new_group(self) -> tuple[Tensor, Tensor]:
-        """As of `Outer`."""
-        count = self.segments.groups.counts[-1]
-        out = self.x.new_empty(count, *self.shape, dtype=accumulator(self.x.dtype))
-        return out, self.by_group(out)
-
-    def gram(self) -> Tensor:
-        return gram_of(self.by_new_group()[0])
+        return out, functools.reduce(torch.add, sqnorms)
 
     def total(self, weight: Tensor | None = None) -> Tensor:
         g = self.g
@@ -145,15 +144,15 @@ class Convolved:
         gradients = torch.ops.aten.convolution_backward(g, self.x, unused, None, *self.geometry, mask)
         return gradients[1]  # type: ignore[no-any-return]
 
-    def of_segments(self, segments: Tensor) -> Tensor:
-        return self.total(chosen(segments, self.segments))
+    def of_segments(self, members: Tensor) -> Tensor:
+        return self.total(chosen(members, self.segments))
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
         return self.x, self.g
 
     def fingerprint(self) -> Tensor:
-        return _size_of_rows(self.g.flatten(1))
+        return abs_sums(self.g.flatten(1))
 
     def together(self, others: Sequence[Convolved], sums: Sequence[Sums]) -> Tensor:
         """The norms of the sum of several uses of one weight."""

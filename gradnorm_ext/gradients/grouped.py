@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gradnorm_ext.backends import find
-from gradnorm_ext.gradients.rows import _size_of_rows, chosen, gram_of
-from gradnorm_ext.reference import accumulator
+from gradnorm_ext.gradients.rows import abs_sums, chosen
+from gradnorm_ext.gradients.term import GradientTerm
 from gradnorm_ext.segments import Groups, Segments
 
 
@@ -53,11 +53,13 @@ class Route:
 
 
 @dataclass(frozen=True)
-class Routed:
+class Routed(GradientTerm):
     """Gradients of experts' matrices, each of the rows that were routed there: ``[experts, g's width, x's width]``.
 
     ``segments``: of the examples alone. Swapped as of `Outer`.
     """
+
+    fused_per_group = True
 
     x: Tensor
     g: Tensor
@@ -65,6 +67,14 @@ class Routed:
     segments: Segments
     backend: str
     swapped: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.route.experts, self.g.shape[1], self.x.shape[1]
+
+    @property
+    def like(self) -> Tensor:
+        return self.x
 
     def sqnorm(self) -> Tensor:
         run = find("outer_sqnorm", self.x.device.type, self.backend)
@@ -83,34 +93,25 @@ class Routed:
         of_pairs = sqnorm[: self.route.experts * sum(counts)].split([self.route.experts * n for n in counts])
         return torch.cat([level.view(self.route.experts, -1).sum(0) for level in of_pairs])
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.route.experts, self.g.shape[1], self.x.shape[1]
-
-    def by_group(self, out: Tensor) -> Tensor:
-        """As of `Outer`."""
-        run, pairs = find("outer_wgrad", self.x.device.type, self.backend), self.route.segments
-        totals, sqnorm = run(self.x, self.g, pairs, outputs=pairs.groups.levels[-1], n_outputs=pairs.groups.counts[-1])
-        out.copy_(totals.unflatten(0, (self.route.experts, -1)).transpose(0, 1))
-        return self._over_experts(sqnorm)
-
-    def by_new_group(self) -> tuple[Tensor, Tensor]:
-        """As of `Outer`."""
-        out = self.x.new_empty(self.segments.groups.counts[-1], *self.shape, dtype=accumulator(self.x.dtype))
-        return out, self.by_group(out)
-
     def total(self, weight: Tensor | None = None) -> Tensor:
         return self.wgrad(weight)[0]
 
-    def gram(self) -> Tensor:
-        return gram_of(self.by_new_group()[0])
+    def per_group(self, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        run, pairs = find("outer_wgrad", self.x.device.type, self.backend), self.route.segments
+        totals, sqnorm = run(self.x, self.g, pairs, outputs=pairs.groups.levels[-1], n_outputs=pairs.groups.counts[-1])
+        out = self.new_groups() if out is None else out
+        out.copy_(totals.unflatten(0, (self.route.experts, -1)).transpose(0, 1))
+        return out, self._over_experts(sqnorm)
 
-    def of_segments(self, segments: Tensor) -> Tensor:
-        return self.total(chosen(segments, self.segments).to(self.g.dtype))
+    def of_segments(self, members: Tensor) -> Tensor:
+        return self.total(chosen(members, self.segments).to(self.g.dtype))
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
         return self.x, self.g
 
     def fingerprint(self) -> Tensor:
-        return _size_of_rows(self.x if self.swapped else self.g)
+        return abs_sums(self.x if self.swapped else self.g)
+
+    def expand(self, factor: Tensor) -> Tensor:
+        return self.route.segments.per_row(factor.repeat(self.route.experts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +10,25 @@ from torch import Tensor
 
 from gradnorm_ext.backends import find
 from gradnorm_ext.gradients.rows import gram_of
+from gradnorm_ext.gradients.term import GradientTerm
 from gradnorm_ext.segments import Segments
 
 
 @dataclass(frozen=True)
-class Sums:
+class Sums(GradientTerm):
     """A gradient small enough to be formed per segment: ``sums [S, *shape of the parameter]``."""
 
     sums: Tensor
     segments: Segments
     backend: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.sums.shape[1:])
+
+    @property
+    def like(self) -> Tensor:
+        return self.sums
 
     def shaped(self, shape: Sequence[int]) -> Sums:
         if self.sums.dim() == 1 + len(shape) == 2:
@@ -37,25 +46,35 @@ class Sums:
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         run = find("sums_wgrad", self.sums.device.type, self.backend)
         total, sqnorm = run(self.flat, self.segments, weight=weight)
-        return total if self.sums.dim() == 2 else total.view(self.sums.shape[1:]), sqnorm
+        return total if self.sums.dim() == 2 else total.view(self.shape), sqnorm
 
     def total(self, weight: Tensor | None = None) -> Tensor:
         total = self.sums.sum(0) if weight is None else torch.tensordot(weight.to(self.sums.dtype), self.sums, 1)
-        return total.view(self.sums.shape[1:])
+        return total.view(self.shape)
 
-    def by_new_group(self) -> tuple[Tensor, Tensor]:
-        """As of `Outer`."""
-        return self._of_tasks(), self.sqnorm()
+    def per_group(self, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        of_groups = self._of_groups()
+        return of_groups if out is None else out.copy_(of_groups), self.sqnorm()
 
     def gram(self) -> Tensor:
-        return gram_of(self._of_tasks())
+        return gram_of(self._of_groups())
 
-    def _of_tasks(self) -> Tensor:
-        tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
-        return self.sums.new_zeros(count, *self.sums.shape[1:]).index_add_(0, tasks, self.sums)
+    def _of_groups(self) -> Tensor:
+        return self.sums.new_zeros(self.group_shape).index_add_(0, self.segments.groups.levels[-1], self.sums)
 
-    def of_segments(self, segments: Tensor) -> Tensor:
-        return self.sums[segments].sum(0)
+    def of_segments(self, members: Tensor) -> Tensor:
+        return self.sums[members].sum(0)
+
+    def per_segment(self) -> Tensor:
+        return self.sums
+
+    def undo_views(self, views: Sequence[str], adjoint: Callable[[Tensor], Tensor]) -> Sums:
+        sums = torch.stack([adjoint(one) for one in self.sums.unbind(0)]) if len(self.sums) else self.sums
+        return Sums(sums, self.segments, self.backend)
+
+    def joined(self, other: Sums) -> Sums:
+        """The sums of both."""
+        return Sums(self.sums + other.sums, self.segments, self.backend)
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
@@ -63,3 +82,6 @@ class Sums:
 
     def fingerprint(self) -> Tensor:
         return self.flat.abs().sum(1)
+
+    def expand(self, factor: Tensor) -> Tensor:
+        return factor

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
 from gradnorm_ext.backends import find
-from gradnorm_ext.gradients import Contribution, Sums
+from gradnorm_ext.gradients import GradientTerm, Sums
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
 from gradnorm_ext.layers.taps import Tap
@@ -127,7 +127,7 @@ class Backward:
         self.measures = call.measures
 
     def deliver(
-        self, which: int, argument: int, make: Callable[[], Contribution]
+        self, which: int, argument: int, make: Callable[[], GradientTerm]
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of an argument and of its probe row: by its use's rule, or plainly where nothing observes it."""
         needed = self.needs_gradient[argument]

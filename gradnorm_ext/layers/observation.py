@@ -17,7 +17,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -27,21 +27,14 @@ from torch.utils import _pytree as pytree
 
 from gradnorm_ext.backends import choose
 from gradnorm_ext.gradients import (
-    Contribution,
-    Convolved,
-    Lookup,
-    Outer,
-    Parted,
+    GradientTerm,
     Place,
     Placed,
-    Routed,
     Sums,
-    TiedOuter,
     combined_gram,
     combined_sqnorm,
-    copied,
+    compressed,
     gram_of,
-    tied_sqnorm,
 )
 from gradnorm_ext.layers.layouts import Examples, Kind, Layout
 from gradnorm_ext.layers.provenance import follow
@@ -61,8 +54,8 @@ class Slot:
         self.arrived = 0  # backward passes of uses
         self.measured = False  # by a single use
         self.norms: Tensor | None = None  # by a single use, past the probe
-        self.deferred: list[tuple[Use, Contribution | TiedOuter]] = []  # several uses: combined when the block closes
-        self.kept: list[tuple[Use, Contribution | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
+        self.deferred: list[Placed] = []  # several uses: combined when the block closes
+        self.kept: list[tuple[Use, GradientTerm | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
         self.weights: Tensor | None = None  # per example, where the parameter has its own
         self.hooked = False  # audited in this block
         self.shard: nn.Parameter | None = None  # FSDP2 puts the whole parameter in place of it
@@ -142,12 +135,16 @@ class Use:
             self.observation.placing = False
         return placed.to(gradient.dtype)
 
-    def measured(self, contribution: Contribution) -> Contribution:
+    def measured(self, contribution: GradientTerm) -> GradientTerm:
         """The contribution whose norms are those of the parameter's gradient."""
         if not self.is_curved:
             return contribution
-        assert isinstance(contribution, Sums)
-        return replace(contribution, sums=self.adjoint(contribution.sums, several=True))
+        sums = self.adjoint(contribution.per_segment(), several=True)
+        return Sums(sums, contribution.segments, self.observation.backend)
+
+    def placed(self, contribution: GradientTerm) -> Placed:
+        """The contribution as one to the parameter."""
+        return Placed(contribution, self.views, self.adjoint, self.place)
 
 
 @dataclass(frozen=True)
@@ -565,7 +562,7 @@ class Observation:
         return ids
 
     def deliver(
-        self, use: Use, contribution: Contribution, needs_gradient: bool
+        self, use: Use, contribution: GradientTerm, needs_gradient: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """What a use's backward returns for the parameter and for the probe."""
         slot = use.slot
@@ -578,8 +575,8 @@ class Observation:
             slot.norms = measured
             return self._audited(use, formed), self._unmeasured
         if slot.rows_over is not None:
-            assert isinstance(contribution, Sums)
-            contribution = replace(contribution, sums=_sum_over(slot.rows_over, contribution.sums))
+            sums = _sum_over(slot.rows_over, contribution.per_segment())
+            contribution = Sums(sums, contribution.segments, self.backend)
         if self.tagging is not None:
             self._tag(use, contribution)
             return None, None
@@ -602,11 +599,11 @@ class Observation:
         apart = several or not slot.wanted  # its norm is not taken here
         gradient, norms = self._formed(use, contribution, needs_gradient and self.phase is None, apart)
         if several and slot.wanted:
-            slot.deferred.append((use, self._thinned(slot, use, contribution)))
+            slot.deferred.append(self._thinned(use, contribution))
         slot.measured = not several
         for follower in use.followers:
             if follower.slot.wanted:
-                follower.slot.deferred.append((follower, contribution))
+                follower.slot.deferred.append(follower.placed(contribution))
         self.measured_uses += 1
         gradient = self._audited(use, gradient)
         return gradient, self._unmeasured if norms is None else self._counted(norms)
@@ -643,7 +640,7 @@ class Observation:
         return len(slot.uses) > 1 or self.backwards > 1
 
     def _formed(
-        self, use: Use, contribution: Contribution, needs_gradient: bool, apart: bool
+        self, use: Use, contribution: GradientTerm, needs_gradient: bool, apart: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """A use's gradient, or what it is formed of at the block's end, and its norms unless they are taken apart."""
         if use.is_derived and self.reduces_early:
@@ -659,7 +656,7 @@ class Observation:
                 f'only together with {together}; use scope="model"'
             )
         if self.plan.totals is not None:
-            of_tasks, norms = contribution.by_new_group()
+            of_tasks, norms = contribution.per_group()
             gram: Callable[[], Tensor] = functools.partial(gram_of, of_tasks)
             if use.is_curved and not apart:
                 measured = use.measured(contribution)
@@ -672,13 +669,8 @@ class Observation:
             return self._of_known_tasks(of_tasks) if needs_gradient else None, figures
         keep = self.plan.keep or use.is_derived or (by_layer is not None and apart)
         measured = contribution if apart else use.measured(contribution)
-        if (
-            self.plan.keep
-            and not apart
-            and isinstance(contribution, (Outer, Parted, Routed, Convolved))
-            and (out := self._buffer(slot, contribution)) is not None
-        ):
-            norms = self._with_gram(contribution.by_group(out), functools.partial(gram_of, out))
+        if self.plan.keep and not apart and (out := self._buffer(slot, contribution)) is not None:
+            norms = self._with_gram(contribution.per_group(out)[1], functools.partial(gram_of, out))
             slot.kept.append((use, out, ()))
             return out.sum(0) if needs_gradient else None, norms
         if keep:
@@ -693,9 +685,9 @@ class Observation:
             if not needs_gradient:
                 return None, norms
             return contribution.total(self.weights if by_layer is None else by_layer(slot.name, norms)), norms
-        if self.plan.gram and isinstance(contribution, (Outer, Parted, Routed, Convolved)):
+        if self.plan.gram and contribution.fused_per_group:
             # The tasks' gradients first: one product for all.
-            out, norms = contribution.by_new_group()
+            out, norms = contribution.per_group()
             return self._of_known_tasks(out), self._with_gram(norms, functools.partial(gram_of, out))
         total, norms = contribution.wgrad(self.weights)
         return total, self._with_gram(norms, contribution.gram)
@@ -757,32 +749,32 @@ class Observation:
             slot.delivered = placed if slot.delivered is None else slot.delivered + placed
         return gradient
 
-    def _buffer(self, slot: Slot, contribution: Outer | Parted | Routed | Convolved) -> Tensor | None:
+    def _buffer(self, slot: Slot, contribution: GradientTerm) -> Tensor | None:
         """Where a parameter's gradients per task go, as far as the budget reaches."""
-        if not self.plan.by_task:
+        if not (self.plan.by_task and contribution.fused_per_group):
             return None
-        shape = contribution.segments.groups.counts[-1], *contribution.shape
-        dtype = accumulator(contribution.x.dtype)
+        shape, device = contribution.group_shape, contribution.like.device
+        dtype = accumulator(contribution.like.dtype)
         size = math.prod(shape) * dtype.itemsize
         kept = sum(tensor.nbytes for tensor in contribution.kept)
         if size > (self.budget if self.plan.gram else min(self.budget, kept)):  # whichever is smaller is kept
             return None
         self.budget -= size
         buffer = self.plan.buffers.get(slot.name)
-        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != contribution.x.device:
-            buffer = self.plan.buffers[slot.name] = contribution.x.new_empty(shape, dtype=dtype)
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != device:
+            buffer = self.plan.buffers[slot.name] = contribution.new_groups()
         return buffer
 
-    def _thinned(self, slot: Slot, use: Use, contribution: Contribution) -> Contribution | TiedOuter:
+    def _thinned(self, use: Use, contribution: GradientTerm) -> Placed:
         """Of a head tied to embeddings, what their cross term needs, so that its rows can go; else the contribution."""
-        lookups = [other.lookup_ids for other in slot.uses if other.lookup_ids is not None]
+        others = [other for other in use.slot.uses if other is not use]
+        lookups = [other.lookup_ids for other in others if other.lookup_ids is not None and not other.views]
         whole = self.plan.keep or self.plan.gram or self.backwards > 1
-        if len(lookups) != len(slot.uses) - 1 or not isinstance(contribution, (Outer, Parted)) or whole:
-            return copied(contribution) if self.graphs else contribution
-        placed = Placed(contribution, use.views, use.adjoint).in_parameter_space()
-        if placed.views or not isinstance(placed.contribution, (Outer, Parted)):
-            return copied(contribution) if self.graphs else contribution
-        return TiedOuter.of(placed.contribution, lookups)
+        if lookups and len(lookups) == len(others) and not whole:
+            thinned = compressed(use.placed(contribution), lookups)
+            if thinned is not None:
+                return thinned
+        return use.placed(contribution.copied() if self.graphs else contribution)
 
     def _audit(self, slot: Slot) -> None:
         if slot.parameter is slot.shard:
@@ -894,18 +886,14 @@ class Observation:
     def _backward_to_probe(self, edges: Sequence[GradientEdge], gradients: Sequence[Tensor]) -> None:
         torch.autograd.grad(edges, (self.probe,), gradients, retain_graph=True, allow_unused=True)
 
-    def _tag(self, use: Use, contribution: Contribution) -> None:
+    def _tag(self, use: Use, contribution: GradientTerm) -> None:
         fingerprint = contribution.fingerprint()
         if self.tagging == "base":
             use.fingerprint = fingerprint
             return
         assert self.tag_factor is not None and use.fingerprint is not None
         factor = self.tag_factor.to(fingerprint.dtype)
-        if isinstance(contribution, (Outer, Parted, Lookup, Convolved)):
-            factor = contribution.segments.per_row(factor)
-        elif isinstance(contribution, Routed):
-            factor = contribution.route.segments.per_row(factor.repeat(contribution.route.experts))
-        expected = use.fingerprint * factor
+        expected = use.fingerprint * contribution.expand(factor)
         use.tagged = True
         if torch.equal(fingerprint, expected) or (self.half and self._nearly_equal(fingerprint, expected)):
             proves = use.layout.proves(self.rows_per_example) and (use.layout.anchored or not use.needs_proof)
@@ -1014,17 +1002,8 @@ class Observation:
 
     def _combined(self, slot: Slot) -> Tensor:
         """The figures of a parameter with several uses."""
-        parts = [part for _, part in slot.deferred]
-        heads = [part for part in parts if isinstance(part, TiedOuter)]
-        if heads:
-            lookups = [part for part in parts if isinstance(part, Lookup)]
-            return tied_sqnorm(heads[0], lookups).clamp(min=0) if lookups else heads[0].norms
-        placed = [
-            Placed(part, use.views, use.adjoint, use.place)
-            for use, part in slot.deferred
-            if not isinstance(part, TiedOuter)
-        ]
-        return self._with_gram(combined_sqnorm(placed).clamp(min=0), functools.partial(combined_gram, placed))
+        norms = combined_sqnorm(slot.deferred).clamp(min=0)
+        return self._with_gram(norms, functools.partial(combined_gram, slot.deferred))
 
     def _learn(self) -> None:
         self.memory.blocks += 1
@@ -1091,9 +1070,9 @@ class Observation:
         del self.start
 
 
-def _keep(use: Use, contribution: Contribution) -> None:
+def _keep(use: Use, contribution: GradientTerm) -> None:
     if use.observation.graphs:
-        contribution = copied(contribution)
+        contribution = contribution.copied()
     versions = tuple(kept._version for kept in contribution.kept)
     use.slot.kept.append((use, contribution, versions))
 

@@ -162,6 +162,7 @@ class _Unruled(torch.autograd.Function):
                     functools.partial(graph.pull_one, i),
                     functools.partial(_row, sweep, place),
                     graph.sizes,
+                    ctx.inputs[i],
                     call.segments,
                 )
                 gradients[i], probes[i] = run.deliver(i, 4 + i, functools.partial(_itself, pulled))
