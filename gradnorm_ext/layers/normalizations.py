@@ -21,6 +21,7 @@ from gradnorm_ext.layers.calls import (
     summed,
     tapped_call,
 )
+from gradnorm_ext.layers.elementwise import multiply
 from gradnorm_ext.layers.observation import Observation
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.reference import accumulator
@@ -244,3 +245,10 @@ def batch_norm(
         return NotImplemented
     normalised = F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)
     return _affine(input, normalised, weight, bias, "batch_norm")
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Any:
+    """The normalised input is an activation like any other; only the scale is a parameter's business."""
+    return multiply(F.rms_norm(input, normalized_shape, None, eps), weight)
