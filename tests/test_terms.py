@@ -8,20 +8,20 @@ import torch
 import torch.nn.functional as F
 
 from gradnorm_ext.gradients import (
-    Convolved,
+    ChunkedOuter,
+    ConvGrad,
+    ExpertRouting,
     Geometry,
     GradientTerm,
+    GroupedOuter,
     Lookup,
     Outer,
-    Parted,
-    Placed,
-    Pulled,
-    Route,
-    Routed,
-    Sums,
+    PerSampleGrads,
+    Pullback,
+    ViewedTerm,
     combined_gram,
     combined_sqnorm,
-    compressed,
+    compress_tied_head,
 )
 from gradnorm_ext.segments import Groups, Segments
 
@@ -57,7 +57,7 @@ class Columns:
         return self.g[:, ids]
 
     @property
-    def kept(self):
+    def saved_tensors(self):
         return (self.g,)
 
 
@@ -73,7 +73,7 @@ def transposed(segments, backend):
 
 def in_columns(segments, backend):
     term, gradient = outer(segments, backend)
-    return Parted(term.x, Columns(term.g), OUT, segments, backend), gradient
+    return ChunkedOuter(term.x, Columns(term.g), OUT, segments, backend), gradient
 
 
 def lookup(segments, backend, padding_idx=None):
@@ -94,7 +94,7 @@ def formed(segments, backend):
     _, gradient = outer(segments, backend)
     each = torch.stack([gradient(at) for at in places(segments)])
     of_row = torch.repeat_interleave(torch.arange(4), torch.tensor(segments.lengths))
-    return Sums(each, segments, backend), lambda at: each[of_row[at].unique()].sum(0)
+    return PerSampleGrads(each, segments, backend), lambda at: each[of_row[at].unique()].sum(0)
 
 
 def convolved(segments, backend):
@@ -106,7 +106,7 @@ def convolved(segments, backend):
     def gradient(at):
         return torch.autograd.grad(torch.convolution(x[at], weight, None, *geometry), weight, g[at])[0]
 
-    return Convolved(x, g, weight.shape, geometry, segments, backend), gradient
+    return ConvGrad(x, g, weight.shape, geometry, segments, backend), gradient
 
 
 def routed(segments, backend):
@@ -114,13 +114,13 @@ def routed(segments, backend):
     expert = torch.arange(len(owner)) % EXPERTS
     order = (expert * 4 + owner).argsort(stable=True)
     x, g = rows(len(owner), IN), rows(len(owner), OUT)
-    route = Route.of(expert[order], owner[order], EXPERTS, segments.groups)
+    route = ExpertRouting.of(expert[order], owner[order], EXPERTS, segments.groups)
 
     def gradient(at):
         each = torch.einsum("ro,ri->roi", g[at], x[at])
         return each.new_zeros(EXPERTS, OUT, IN).index_add_(0, expert[at], each)
 
-    return Routed(x[order], g[order], route, segments, backend), gradient
+    return GroupedOuter(x[order], g[order], route, segments, backend), gradient
 
 
 def pulled(segments, backend):
@@ -131,7 +131,7 @@ def pulled(segments, backend):
     def sizes():
         return each.new_zeros(4).index_add_(0, owner, each)
 
-    return Pulled(term.total, term.sqnorm, sizes, torch.zeros(OUT, IN, dtype=torch.float64), segments), gradient
+    return Pullback(term.grad, term.sqnorm, sizes, torch.zeros(OUT, IN, dtype=torch.float64), segments), gradient
 
 
 FORMS = (outer, transposed, in_columns, lookup, padded_lookup, formed, convolved, routed, pulled)
@@ -177,7 +177,7 @@ def test_every_form_gives_the_gradients_of_single_segments(form, segments, backe
     close(term.per_segment(), each)
     for weight in (None, torch.tensor([2.0, -1.0, 0.5, 0.0], dtype=torch.float64)):
         total = each.sum(0) if weight is None else torch.tensordot(weight, each, 1)
-        close(term.total(weight), total)
+        close(term.grad(weight), total)
         gradient, found = term.wgrad(weight)
         close(gradient, total)
         close(found, norms)
@@ -189,18 +189,18 @@ def test_every_form_gives_the_gradients_of_single_segments(form, segments, backe
     close(out, of_groups)
     close(term.gram(), of_groups.flatten(1) @ of_groups.flatten(1).t())
     for members in ([0], [1], [0, 2], [1, 2, 3]):
-        close(term.of_segments(torch.tensor(members)), each[members].sum(0))
+        close(term.grad_of_segments(torch.tensor(members)), each[members].sum(0))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_every_form_scales_by_segment_as_its_fingerprint_says(form, segments):
     factor = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
     term, _ = form(segments, "reference")
-    fingerprint = term.fingerprint()
-    assert term.expand(factor).shape == fingerprint.shape
-    of_segments = [float(fingerprint[term.expand(torch.eye(4)[s]) == 1].sum()) for s in range(4)]
+    fingerprint = term.row_abs_sums()
+    assert term.expand_to_rows(factor).shape == fingerprint.shape
+    of_segments = [float(fingerprint[term.expand_to_rows(torch.eye(4)[s]) == 1].sum()) for s in range(4)]
     assert of_segments[1] == 0 or segments.length is not None
-    assert float((fingerprint * term.expand(factor)).sum()) == pytest.approx(
+    assert float((fingerprint * term.expand_to_rows(factor)).sum()) == pytest.approx(
         sum(f * size for f, size in zip(factor.tolist(), of_segments, strict=True))
     )
 
@@ -208,7 +208,7 @@ def test_every_form_scales_by_segment_as_its_fingerprint_says(form, segments):
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_a_copy_has_memory_of_its_own(form, segments):
     term, _ = form(segments, "reference")
-    norms = term.copied()
+    norms = term.clone_saved()
     expected = term.sqnorm()
     for field in dataclasses.fields(term):
         value = getattr(term, field.name)
@@ -231,7 +231,7 @@ def test_any_two_forms_have_the_norms_and_inner_products_of_their_sum(first, sec
     for form in (first, second, first):
         term, gradient = form(segments, "native")
         turned = form is transposed
-        placed.append(Placed(term, ("t",) if turned else (), torch.t if turned else itself))
+        placed.append(ViewedTerm(term, ("t",) if turned else (), torch.t if turned else itself))
         gradients = each_of(segments, gradient)
         each = each + (gradients.mT if turned else gradients)
     of_tasks = summed(each, *GROUPS[-1]).flatten(1)
@@ -243,19 +243,21 @@ def test_any_two_forms_have_the_norms_and_inner_products_of_their_sum(first, sec
 def test_a_compressed_head_meets_lookups_as_its_rows_do(head, segments):
     term, gradient = head(segments, "native")
     turned = head is transposed
-    placed = Placed(term, ("t",) if turned else (), torch.t if turned else itself)
+    placed = ViewedTerm(term, ("t",) if turned else (), torch.t if turned else itself)
     lookups = [lookup(segments, "native"), padded_lookup(segments, "native")]
-    head = compressed(placed, [(one.ids, one.segments) for one, _ in lookups])
+    head = compress_tied_head(placed, [(one.ids, one.segments) for one, _ in lookups])
     each = each_of(segments, gradient)
     each = (each.mT if turned else each) + sum(each_of(segments, one) for _, one in lookups)
-    close(combined_sqnorm([head, *(Placed(one, (), itself) for one, _ in lookups)]), norms_of(each))
+    close(combined_sqnorm([head, *(ViewedTerm(one, (), itself) for one, _ in lookups)]), norms_of(each))
 
 
 @pytest.mark.parametrize("form", [lookup, formed, convolved, routed, pulled], ids=lambda form: form.__name__)
 def test_other_forms_are_not_compressed(form, segments):
     term, _ = form(segments, "native")
     assert (
-        compressed(Placed(term, (), itself), [(torch.zeros(sum(segments.lengths), dtype=torch.int64), segments)])
+        compress_tied_head(
+            ViewedTerm(term, (), itself), [(torch.zeros(sum(segments.lengths), dtype=torch.int64), segments)]
+        )
         is None
     )
 

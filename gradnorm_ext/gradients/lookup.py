@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_ext.backends import find
-from gradnorm_ext.gradients.rows import abs_sums, concatenated, gram_of, rows_of
+from gradnorm_ext.gradients.rows import concat_rows, gram_of, row_abs_sums, rows_of
 from gradnorm_ext.gradients.term import GradientTerm
 from gradnorm_ext.segments import Segments
 
@@ -41,7 +41,7 @@ class Lookup(GradientTerm):
         rows = self.ids, self.g, self.vocabulary, self.segments
         return run(*rows, padding_idx=self.padding_idx, weight=weight)  # type: ignore[no-any-return]
 
-    def total(self, weight: Tensor | None = None) -> Tensor:
+    def grad(self, weight: Tensor | None = None) -> Tensor:
         g = self.live_g
         if weight is not None:
             g = g * self.segments.per_row(weight.to(g.dtype))[:, None]
@@ -61,7 +61,7 @@ class Lookup(GradientTerm):
         tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
         return run(ids, self.live_g, vocabulary, self.segments, outputs=tasks, n_outputs=count)  # type: ignore[no-any-return]
 
-    def of_segments(self, members: Tensor) -> Tensor:
+    def grad_of_segments(self, members: Tensor) -> Tensor:
         rows = rows_of(members, self.segments)
         g = self.live_g[rows]
         return g.new_zeros(self.shape).index_add_(0, self.ids[rows], g)
@@ -71,15 +71,15 @@ class Lookup(GradientTerm):
         """The output gradient without the rows of the padding entry, which learns nothing."""
         return self.g if self.padding_idx is None else self.g.masked_fill((self.ids == self.padding_idx)[:, None], 0)
 
-    def joined(self, other: Lookup) -> Lookup:
+    def merge(self, other: Lookup) -> Lookup:
         """The rows of both, without those of each one's own padding entry."""
-        segments, join = concatenated(self.segments, other.segments)
+        segments, join = concat_rows(self.segments, other.segments)
         ids, g = join(self.ids, other.ids), join(self.live_g, other.live_g)
         return Lookup(ids, g, self.vocabulary, None, segments, self.backend)
 
     @property
-    def kept(self) -> tuple[Tensor, ...]:
+    def saved_tensors(self) -> tuple[Tensor, ...]:
         return self.ids, self.g
 
-    def fingerprint(self) -> Tensor:
-        return abs_sums(self.g)
+    def row_abs_sums(self) -> Tensor:
+        return row_abs_sums(self.g)

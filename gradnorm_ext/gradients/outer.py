@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gradnorm_ext import reference
 from gradnorm_ext.backends import find, serves
-from gradnorm_ext.gradients.per_sample import Sums
-from gradnorm_ext.gradients.rows import abs_sums, concatenated, rows_of
+from gradnorm_ext.gradients.per_sample import PerSampleGrads
+from gradnorm_ext.gradients.rows import concat_rows, row_abs_sums, rows_of
 from gradnorm_ext.gradients.term import GradientTerm
-from gradnorm_ext.gradients.tied import TiedOuter
+from gradnorm_ext.gradients.tied import TiedHead
 from gradnorm_ext.segments import Segments
 
 
@@ -26,7 +26,7 @@ class Outer(GradientTerm):
     Where the weight is stored transposed, the sides are exchanged: ``swapped``, and ``x`` is the output's gradient.
     """
 
-    fused_per_group = True
+    fuses_groups = True
 
     x: Tensor
     g: Tensor
@@ -50,7 +50,7 @@ class Outer(GradientTerm):
         run = find("outer_wgrad", self.x.device.type, self.backend)
         return run(self.x, self.g, self.segments, weight=weight)  # type: ignore[no-any-return]
 
-    def total(self, weight: Tensor | None = None) -> Tensor:
+    def grad(self, weight: Tensor | None = None) -> Tensor:
         where = "outer_sum", self.x.device.type, self.backend
         run = find(*where) if serves(*where) else reference.outer_sum
         return run(self.x, self.g, self.segments, weight=weight)
@@ -58,20 +58,20 @@ class Outer(GradientTerm):
     def per_group(self, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         run = find("outer_wgrad", self.x.device.type, self.backend)
         tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
-        out = self.new_groups() if out is None else out
+        out = self.empty_groups() if out is None else out
         return out, run(self.x, self.g, self.segments, outputs=tasks, n_outputs=count, out=out)[1]
 
-    def of_segments(self, members: Tensor) -> Tensor:
+    def grad_of_segments(self, members: Tensor) -> Tensor:
         rows = rows_of(members, self.segments)
         return self.g[rows].t() @ self.x[rows]
 
     def _entries(self, rows: Tensor, ids: Tensor) -> Tensor:
         return self.g[rows][:, ids].t() @ self.x[rows]
 
-    def tied_to(self, ids: Sequence[tuple[Tensor, Segments]]) -> TiedOuter:
-        return TiedOuter.of(self.sqnorm(), self._entries, self.segments, ids)
+    def compress_for(self, ids: Sequence[tuple[Tensor, Segments]]) -> TiedHead:
+        return TiedHead.of(self.sqnorm(), self._entries, self.segments, ids)
 
-    def undo_views(self, views: Sequence[str], adjoint: Callable[[Tensor], Tensor]) -> Outer | None:
+    def without_views(self, views: Sequence[str], adjoint: Callable[[Tensor], Tensor]) -> Outer | None:
         """Transposes exchange the sides."""
         if any(view != "t" for view in views):
             return None
@@ -80,20 +80,20 @@ class Outer(GradientTerm):
     def transposed(self) -> Outer:
         return Outer(self.g, self.x, self.segments, self.backend, not self.swapped)
 
-    def joined(self, other: Outer) -> Outer:
+    def merge(self, other: Outer) -> Outer:
         """The rows of both."""
-        segments, join = concatenated(self.segments, other.segments)
+        segments, join = concat_rows(self.segments, other.segments)
         return Outer(join(self.x, other.x), join(self.g, other.g), segments, self.backend)
 
     @property
-    def kept(self) -> tuple[Tensor, ...]:
+    def saved_tensors(self) -> tuple[Tensor, ...]:
         return self.x, self.g
 
-    def fingerprint(self) -> Tensor:
-        return abs_sums(self.x if self.swapped else self.g)
+    def row_abs_sums(self) -> Tensor:
+        return row_abs_sums(self.x if self.swapped else self.g)
 
 
-class FormedColumns(Protocol):
+class ChunkedGradient(Protocol):
     """An output gradient ``[rows, out]`` that is formed for some columns at a time, in parts that cover all of them."""
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]: ...
@@ -101,20 +101,20 @@ class FormedColumns(Protocol):
     def columns(self, ids: Tensor) -> Tensor: ...
 
     @property
-    def kept(self) -> tuple[Tensor, ...]: ...
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
-class Parted(GradientTerm):
+class ChunkedOuter(GradientTerm):
     """An `Outer` whose output gradient is never there as a whole.
 
     Different columns of it make different rows of the gradient: squared norms and inner products of the parts add up.
     """
 
-    fused_per_group = True
+    fuses_groups = True
 
     x: Tensor
-    g: FormedColumns
+    g: ChunkedGradient
     out: int
     segments: Segments
     backend: str
@@ -138,11 +138,11 @@ class Parted(GradientTerm):
         totals, sqnorms = zip(*(outer.wgrad(weight) for _, outer in self._outers()), strict=True)
         return torch.cat(totals), functools.reduce(torch.add, sqnorms)
 
-    def total(self, weight: Tensor | None = None) -> Tensor:
-        return torch.cat([outer.total(weight) for _, outer in self._outers()])
+    def grad(self, weight: Tensor | None = None) -> Tensor:
+        return torch.cat([outer.grad(weight) for _, outer in self._outers()])
 
     def per_group(self, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        out = self.new_groups() if out is None else out
+        out = self.empty_groups() if out is None else out
         sqnorms = []
         for part, outer in self._outers():
             of_groups, sqnorm = outer.per_group()
@@ -153,23 +153,25 @@ class Parted(GradientTerm):
     def gram(self) -> Tensor:
         return functools.reduce(torch.add, [outer.gram() for _, outer in self._outers()])
 
-    def of_segments(self, members: Tensor) -> Tensor:
-        return torch.cat([outer.of_segments(members) for _, outer in self._outers()])
+    def grad_of_segments(self, members: Tensor) -> Tensor:
+        return torch.cat([outer.grad_of_segments(members) for _, outer in self._outers()])
 
     def _entries(self, rows: Tensor, ids: Tensor) -> Tensor:
         return self.g.columns(ids)[rows].t() @ self.x[rows]
 
-    def tied_to(self, ids: Sequence[tuple[Tensor, Segments]]) -> TiedOuter:
-        return TiedOuter.of(self.sqnorm(), self._entries, self.segments, ids)
+    def compress_for(self, ids: Sequence[tuple[Tensor, Segments]]) -> TiedHead:
+        return TiedHead.of(self.sqnorm(), self._entries, self.segments, ids)
 
-    def row_sums(self) -> Sums:
+    def bias_grads(self) -> PerSampleGrads:
         """Each segment's gradient of a bias."""
         run = find("sum_sums", self.x.device.type, self.backend)
-        return Sums(torch.cat([run(g, self.segments) for _, g in self.g.parts()], 1), self.segments, self.backend)
+        return PerSampleGrads(
+            torch.cat([run(g, self.segments) for _, g in self.g.parts()], 1), self.segments, self.backend
+        )
 
     @property
-    def kept(self) -> tuple[Tensor, ...]:
-        return self.g.kept
+    def saved_tensors(self) -> tuple[Tensor, ...]:
+        return self.g.saved_tensors
 
-    def fingerprint(self) -> Tensor:
-        return functools.reduce(torch.add, [outer.fingerprint() for _, outer in self._outers()])
+    def row_abs_sums(self) -> Tensor:
+        return functools.reduce(torch.add, [outer.row_abs_sums() for _, outer in self._outers()])

@@ -15,41 +15,41 @@ from gradnorm_ext.segments import Segments
 
 
 @dataclass(frozen=True)
-class Sums(GradientTerm):
-    """A gradient small enough to be formed per segment: ``sums [S, *shape of the parameter]``."""
+class PerSampleGrads(GradientTerm):
+    """A gradient small enough to be formed per segment: ``grads [S, *shape of the parameter]``."""
 
-    sums: Tensor
+    grads: Tensor
     segments: Segments
     backend: str
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.sums.shape[1:])
+        return tuple(self.grads.shape[1:])
 
     @property
     def like(self) -> Tensor:
-        return self.sums
+        return self.grads
 
-    def shaped(self, shape: Sequence[int]) -> Sums:
-        if self.sums.dim() == 1 + len(shape) == 2:
+    def shaped(self, shape: Sequence[int]) -> PerSampleGrads:
+        if self.grads.dim() == 1 + len(shape) == 2:
             return self
-        return Sums(self.sums.view(-1, *shape), self.segments, self.backend)
+        return PerSampleGrads(self.grads.view(-1, *shape), self.segments, self.backend)
 
     @property
     def flat(self) -> Tensor:
-        return self.sums if self.sums.dim() == 2 else self.sums.reshape(self.segments.count, -1)
+        return self.grads if self.grads.dim() == 2 else self.grads.reshape(self.segments.count, -1)
 
     def sqnorm(self) -> Tensor:
-        run = find("sums_sqnorm", self.sums.device.type, self.backend)
+        run = find("sums_sqnorm", self.grads.device.type, self.backend)
         return run(self.flat, self.segments)  # type: ignore[no-any-return]
 
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        run = find("sums_wgrad", self.sums.device.type, self.backend)
+        run = find("sums_wgrad", self.grads.device.type, self.backend)
         total, sqnorm = run(self.flat, self.segments, weight=weight)
-        return total if self.sums.dim() == 2 else total.view(self.shape), sqnorm
+        return total if self.grads.dim() == 2 else total.view(self.shape), sqnorm
 
-    def total(self, weight: Tensor | None = None) -> Tensor:
-        total = self.sums.sum(0) if weight is None else torch.tensordot(weight.to(self.sums.dtype), self.sums, 1)
+    def grad(self, weight: Tensor | None = None) -> Tensor:
+        total = self.grads.sum(0) if weight is None else torch.tensordot(weight.to(self.grads.dtype), self.grads, 1)
         return total.view(self.shape)
 
     def per_group(self, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -60,28 +60,28 @@ class Sums(GradientTerm):
         return gram_of(self._of_groups())
 
     def _of_groups(self) -> Tensor:
-        return self.sums.new_zeros(self.group_shape).index_add_(0, self.segments.groups.levels[-1], self.sums)
+        return self.grads.new_zeros(self.group_shape).index_add_(0, self.segments.groups.levels[-1], self.grads)
 
-    def of_segments(self, members: Tensor) -> Tensor:
-        return self.sums[members].sum(0)
+    def grad_of_segments(self, members: Tensor) -> Tensor:
+        return self.grads[members].sum(0)
 
     def per_segment(self) -> Tensor:
-        return self.sums
+        return self.grads
 
-    def undo_views(self, views: Sequence[str], adjoint: Callable[[Tensor], Tensor]) -> Sums:
-        sums = torch.stack([adjoint(one) for one in self.sums.unbind(0)]) if len(self.sums) else self.sums
-        return Sums(sums, self.segments, self.backend)
+    def without_views(self, views: Sequence[str], adjoint: Callable[[Tensor], Tensor]) -> PerSampleGrads:
+        sums = torch.stack([adjoint(one) for one in self.grads.unbind(0)]) if len(self.grads) else self.grads
+        return PerSampleGrads(sums, self.segments, self.backend)
 
-    def joined(self, other: Sums) -> Sums:
+    def merge(self, other: PerSampleGrads) -> PerSampleGrads:
         """The sums of both."""
-        return Sums(self.sums + other.sums, self.segments, self.backend)
+        return PerSampleGrads(self.grads + other.grads, self.segments, self.backend)
 
     @property
-    def kept(self) -> tuple[Tensor, ...]:
-        return (self.sums,)
+    def saved_tensors(self) -> tuple[Tensor, ...]:
+        return (self.grads,)
 
-    def fingerprint(self) -> Tensor:
+    def row_abs_sums(self) -> Tensor:
         return self.flat.abs().sum(1)
 
-    def expand(self, factor: Tensor) -> Tensor:
+    def expand_to_rows(self, factor: Tensor) -> Tensor:
         return factor

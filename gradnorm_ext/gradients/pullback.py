@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradnorm_ext.gradients.rows import chosen, gram_of, members_of_columns
+from gradnorm_ext.gradients.rows import gram_of, group_members, one_hot_mask
 from gradnorm_ext.gradients.term import GradientTerm
 from gradnorm_ext.segments import Segments
 
 
 @dataclass(frozen=True)
-class Pulled(GradientTerm):
+class Pullback(GradientTerm):
     """A gradient that only a backward pass knows: one pass for each sum of examples that is asked for.
 
-    ``pull(weight [B] or None)`` gives the gradient of the weighted sum of the examples; ``norms()`` all squared norms, in
+    ``vjp(weight [B] or None)`` gives the gradient of the weighted sum of the examples; ``norms()`` all squared norms, in
     one sweep for all parameters of the function; ``sizes [B]``: how large each example's output gradient is.
     """
 
-    pull: Callable[[Tensor | None], Tensor]
+    vjp: Callable[[Tensor | None], Tensor]
     norms: Callable[[], Tensor]
     sizes: Callable[[], Tensor]
     parameter: Tensor
@@ -39,10 +39,10 @@ class Pulled(GradientTerm):
         return self.norms()
 
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.pull(weight), self.norms()
+        return self.vjp(weight), self.norms()
 
-    def total(self, weight: Tensor | None = None) -> Tensor:
-        return self.pull(weight)
+    def grad(self, weight: Tensor | None = None) -> Tensor:
+        return self.vjp(weight)
 
     def per_group(self, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         of_groups = self._of_groups()
@@ -53,20 +53,20 @@ class Pulled(GradientTerm):
 
     def _of_groups(self) -> Tensor:
         count = self.segments.groups.counts[-1]
-        return torch.stack([self.of_segments(group) for group in members_of_columns(self.segments)[-count:]])
+        return torch.stack([self.grad_of_segments(group) for group in group_members(self.segments)[-count:]])
 
-    def of_segments(self, members: Tensor) -> Tensor:
-        return self.pull(chosen(members, self.segments))
+    def grad_of_segments(self, members: Tensor) -> Tensor:
+        return self.vjp(one_hot_mask(members, self.segments))
 
-    def copied(self) -> Pulled:
+    def clone_saved(self) -> Pullback:
         return self
 
     @property
-    def kept(self) -> tuple[Tensor, ...]:
+    def saved_tensors(self) -> tuple[Tensor, ...]:
         return ()
 
-    def fingerprint(self) -> Tensor:
+    def row_abs_sums(self) -> Tensor:
         return self.sizes()
 
-    def expand(self, factor: Tensor) -> Tensor:
+    def expand_to_rows(self, factor: Tensor) -> Tensor:
         return factor

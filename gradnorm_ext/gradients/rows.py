@@ -17,7 +17,7 @@ def rows_of(members: Tensor, segments: Segments) -> Tensor:
     return torch.isin(of_row, members).nonzero()[:, 0]
 
 
-def members_of_columns(segments: Segments) -> list[Tensor]:
+def group_members(segments: Segments) -> list[Tensor]:
     """Of every entry of a sqnorm vector: its segments."""
     device = segments.offsets.device
     columns = [torch.tensor([s], device=device) for s in range(segments.count)]
@@ -28,20 +28,20 @@ def members_of_columns(segments: Segments) -> list[Tensor]:
 
 def columns(segments: Segments) -> list[tuple[Tensor, Tensor]]:
     """Of every entry of a sqnorm vector: its segments and its rows."""
-    return [(members, rows_of(members, segments)) for members in members_of_columns(segments)]
+    return [(members, rows_of(members, segments)) for members in group_members(segments)]
 
 
-def chosen(members: Tensor, segments: Segments) -> Tensor:
+def one_hot_mask(members: Tensor, segments: Segments) -> Tensor:
     """``[S]``: 1 for the segments that are meant, else 0."""
     return torch.zeros(segments.count, device=members.device).index_fill_(0, members, 1)
 
 
-def abs_sums(g: Tensor) -> Tensor:
+def row_abs_sums(g: Tensor) -> Tensor:
     """The sum of the absolute values of each row."""
     return g.abs().sum(1, dtype=accumulator(g.dtype))
 
 
-def concatenated(first: Segments, second: Segments) -> tuple[Segments, Callable[[Tensor, Tensor], Tensor]]:
+def concat_rows(first: Segments, second: Segments) -> tuple[Segments, Callable[[Tensor, Tensor], Tensor]]:
     """The segments of two uses' rows, and how to bring the rows of each into their order."""
     count, groups = first.count, first.groups
     if first.length is not None and second.length is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_ext.gradients.rows import gram_of
-from gradnorm_ext.gradients.tied import TiedOuter
+from gradnorm_ext.gradients.tied import TiedHead
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
@@ -27,7 +27,7 @@ class GradientTerm(Protocol):
     """
 
     segments: Segments
-    fused_per_group: ClassVar[bool] = False  # one product gives the gradients of all groups and all norms
+    fuses_groups: ClassVar[bool] = False  # one product gives the gradients of all groups and all norms
 
     @property
     @abstractmethod
@@ -48,7 +48,7 @@ class GradientTerm(Protocol):
         """The gradient, of segments times ``weight [S]``, and the norms without it, from one pass."""
 
     @abstractmethod
-    def total(self, weight: Tensor | None = None) -> Tensor:
+    def grad(self, weight: Tensor | None = None) -> Tensor:
         """The gradient alone."""
 
     @abstractmethod
@@ -56,20 +56,20 @@ class GradientTerm(Protocol):
         """``[K, *shape]``: the gradient of each group of the coarsest level, in ``out`` if given; and the norms."""
 
     @abstractmethod
-    def of_segments(self, members: Tensor) -> Tensor:
+    def grad_of_segments(self, members: Tensor) -> Tensor:
         """The gradient of the segments ``members``."""
 
     @property
     @abstractmethod
-    def kept(self) -> tuple[Tensor, ...]:
+    def saved_tensors(self) -> tuple[Tensor, ...]:
         """What must not change until it is used."""
 
     @abstractmethod
-    def fingerprint(self) -> Tensor:
+    def row_abs_sums(self) -> Tensor:
         """Of each row the sum of the absolute values of its output gradient: what scales as the row does."""
 
-    def expand(self, factor: Tensor) -> Tensor:
-        """A factor per segment as one per entry of `fingerprint`."""
+    def expand_to_rows(self, factor: Tensor) -> Tensor:
+        """A factor per segment as one per entry of `row_abs_sums`."""
         return self.segments.per_row(factor)
 
     def per_segment(self) -> Tensor:
@@ -77,28 +77,28 @@ class GradientTerm(Protocol):
         each = torch.arange(self.segments.count, device=self.like.device)
         if not len(each):
             return self.like.new_zeros(0, *self.shape)
-        return torch.stack([self.of_segments(one) for one in each.split(1)])
+        return torch.stack([self.grad_of_segments(one) for one in each.split(1)])
 
     def gram(self) -> Tensor:
         """``[K, K]``: inner products of the groups' gradients."""
         return gram_of(self.per_group()[0])
 
-    def undo_views(self, views: Sequence[str], adjoint: Callable[[Tensor], Tensor]) -> GradientTerm | None:
+    def without_views(self, views: Sequence[str], adjoint: Callable[[Tensor], Tensor]) -> GradientTerm | None:
         """The term as one of the parameter that ``views`` lead from; None where that is not cheap."""
         return None
 
-    def tied_to(self, ids: Sequence[tuple[Tensor, Segments]]) -> TiedOuter | None:
+    def compress_for(self, ids: Sequence[tuple[Tensor, Segments]]) -> TiedHead | None:
         """What the cross term with lookups of the same entries needs of this term; None where rows are needed."""
         return None
 
-    def copied(self) -> Self:
+    def clone_saved(self) -> Self:
         """The same in memory of its own: a compiled graph writes over what it has no more use for."""
         fields: Any = self  # every form is a dataclass
         parts = {one.name: getattr(self, one.name) for one in dataclasses.fields(fields)}
         own = {name: part.clone() for name, part in parts.items() if isinstance(part, Tensor)}
         return dataclasses.replace(fields, **own)  # type: ignore[no-any-return]
 
-    def new_groups(self) -> Tensor:
+    def empty_groups(self) -> Tensor:
         """Memory for `per_group`."""
         return self.like.new_empty(self.group_shape, dtype=accumulator(self.like.dtype))
 

@@ -13,7 +13,7 @@ from gradnorm_ext.segments import Segments
 
 
 @dataclass(frozen=True)
-class TiedOuter:
+class TiedHead:
     """A head tied to embeddings: its own norms, and of its gradient the rows of those entries that were looked up.
 
     Kept from the head's backward to the end of the block in place of its rows: for every column of the norms the
@@ -29,13 +29,13 @@ class TiedOuter:
         entries: Callable[[Tensor, Tensor], Tensor],
         segments: Segments,
         ids: Sequence[tuple[Tensor, Segments]],
-    ) -> TiedOuter:
+    ) -> TiedHead:
         """``entries(rows, ids)``: the gradient of these entries from these rows; ``ids``: of every lookup."""
         found = []
         for members, rows in columns(segments):
             looked_up = torch.unique(torch.cat([one[rows_of(members, of_rows)] for one, of_rows in ids]))
             found.append((looked_up, entries(rows, looked_up)))
-        return TiedOuter(norms, found)
+        return TiedHead(norms, found)
 
     def sqnorm(self) -> Tensor:
         return self.norms

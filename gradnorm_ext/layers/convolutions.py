@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradnorm_ext.gradients import Convolved, Geometry, GradientTerm
+from gradnorm_ext.gradients import ConvGrad, Geometry, GradientTerm
 from gradnorm_ext.layers.calls import Backward, Call, Observed, first_order, no_autocast, summed, tapped_call
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.reference import accumulator
@@ -51,7 +51,7 @@ class _Convolution(Observed):
             def weight_gradient() -> GradientTerm:
                 x_images, g_images = (call.layout.rows_of(side).view_as(side) for side in (x.detach(), g))
                 geometry, segments = ctx.geometry, call.segments
-                return Convolved(x_images, g_images, weight.shape, geometry, segments, run.backend).compact()
+                return ConvGrad(x_images, g_images, weight.shape, geometry, segments, run.backend).compact()
 
             def bias_gradient() -> GradientTerm:
                 of_images = g.flatten(2).sum(2, dtype=accumulator(g.dtype))

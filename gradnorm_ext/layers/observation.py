@@ -28,12 +28,12 @@ from torch.utils import _pytree as pytree
 from gradnorm_ext.backends import choose
 from gradnorm_ext.gradients import (
     GradientTerm,
-    Place,
-    Placed,
-    Sums,
+    PerSampleGrads,
+    StridedView,
+    ViewedTerm,
     combined_gram,
     combined_sqnorm,
-    compressed,
+    compress_tied_head,
     gram_of,
 )
 from gradnorm_ext.layers.layouts import Examples, Kind, Layout
@@ -54,7 +54,7 @@ class Slot:
         self.arrived = 0  # backward passes of uses
         self.measured = False  # by a single use
         self.norms: Tensor | None = None  # by a single use, past the probe
-        self.deferred: list[Placed] = []  # several uses: combined when the block closes
+        self.deferred: list[ViewedTerm] = []  # several uses: combined when the block closes
         self.kept: list[tuple[Use, GradientTerm | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
         self.weights: Tensor | None = None  # per example, where the parameter has its own
         self.hooked = False  # audited in this block
@@ -106,7 +106,7 @@ class Use:
         return self.value.detach() if late else self.value
 
     @property
-    def place(self) -> Place | None:
+    def strided_view(self) -> StridedView | None:
         """Where the value lies in the parameter's memory; None where it is not a view of it."""
         value, parameter = self.value, self.slot.parameter
         if hasattr(parameter, "device_mesh"):
@@ -114,7 +114,7 @@ class Use:
         is_view = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
         if not is_view or value.dtype != parameter.dtype:
             return None
-        return Place(int(value.storage_offset()), tuple(value.shape), value.stride())
+        return StridedView(int(value.storage_offset()), tuple(value.shape), value.stride())
 
     def adjoint(self, gradient: Tensor, *, several: bool = False) -> Tensor:
         """A gradient of the consumed tensor as one of the parameter; ``several``: a stack of them."""
@@ -140,11 +140,11 @@ class Use:
         if not self.is_curved:
             return contribution
         sums = self.adjoint(contribution.per_segment(), several=True)
-        return Sums(sums, contribution.segments, self.observation.backend)
+        return PerSampleGrads(sums, contribution.segments, self.observation.backend)
 
-    def placed(self, contribution: GradientTerm) -> Placed:
+    def viewed(self, contribution: GradientTerm) -> ViewedTerm:
         """The contribution as one to the parameter."""
-        return Placed(contribution, self.views, self.adjoint, self.place)
+        return ViewedTerm(contribution, self.views, self.adjoint, self.strided_view)
 
 
 @dataclass(frozen=True)
@@ -576,12 +576,12 @@ class Observation:
             return self._audited(use, formed), self._unmeasured
         if slot.rows_over is not None:
             sums = _sum_over(slot.rows_over, contribution.per_segment())
-            contribution = Sums(sums, contribution.segments, self.backend)
+            contribution = PerSampleGrads(sums, contribution.segments, self.backend)
         if self.tagging is not None:
             self._tag(use, contribution)
             return None, None
         if self.phase == "weigh":
-            return self._audited(use, contribution.total(self.weights) if needs_gradient else None), None
+            return self._audited(use, contribution.grad(self.weights) if needs_gradient else None), None
         if self.plan.passes == 2 and self.phase is None:
             raise RuntimeError(
                 f"{self.who}: with passes=2 the backward must be the optimizer's, got another one; call "
@@ -603,7 +603,7 @@ class Observation:
         slot.measured = not several
         for follower in use.followers:
             if follower.slot.wanted:
-                follower.slot.deferred.append(follower.placed(contribution))
+                follower.slot.deferred.append(follower.viewed(contribution))
         self.measured_uses += 1
         gradient = self._audited(use, gradient)
         return gradient, self._unmeasured if norms is None else self._counted(norms)
@@ -676,16 +676,16 @@ class Observation:
         if keep:
             _keep(use, contribution)
             audited = self.plan.keep or slot.hooked
-            unweighted = contribution.total() if needs_gradient and audited else None
+            unweighted = contribution.grad() if needs_gradient and audited else None
             return unweighted, None if apart else self._with_gram(measured.sqnorm(), measured.gram)
         if apart:
-            return contribution.total(self.weights) if needs_gradient else None, None
+            return contribution.grad(self.weights) if needs_gradient else None, None
         if not needs_gradient or by_layer is not None or use.is_curved:
             norms = self._with_gram(measured.sqnorm(), measured.gram)
             if not needs_gradient:
                 return None, norms
-            return contribution.total(self.weights if by_layer is None else by_layer(slot.name, norms)), norms
-        if self.plan.gram and contribution.fused_per_group:
+            return contribution.grad(self.weights if by_layer is None else by_layer(slot.name, norms)), norms
+        if self.plan.gram and contribution.fuses_groups:
             # The tasks' gradients first: one product for all.
             out, norms = contribution.per_group()
             return self._of_known_tasks(out), self._with_gram(norms, functools.partial(gram_of, out))
@@ -751,30 +751,30 @@ class Observation:
 
     def _buffer(self, slot: Slot, contribution: GradientTerm) -> Tensor | None:
         """Where a parameter's gradients per task go, as far as the budget reaches."""
-        if not (self.plan.by_task and contribution.fused_per_group):
+        if not (self.plan.by_task and contribution.fuses_groups):
             return None
         shape, device = contribution.group_shape, contribution.like.device
         dtype = accumulator(contribution.like.dtype)
         size = math.prod(shape) * dtype.itemsize
-        kept = sum(tensor.nbytes for tensor in contribution.kept)
+        kept = sum(tensor.nbytes for tensor in contribution.saved_tensors)
         if size > (self.budget if self.plan.gram else min(self.budget, kept)):  # whichever is smaller is kept
             return None
         self.budget -= size
         buffer = self.plan.buffers.get(slot.name)
         if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != device:
-            buffer = self.plan.buffers[slot.name] = contribution.new_groups()
+            buffer = self.plan.buffers[slot.name] = contribution.empty_groups()
         return buffer
 
-    def _thinned(self, use: Use, contribution: GradientTerm) -> Placed:
+    def _thinned(self, use: Use, contribution: GradientTerm) -> ViewedTerm:
         """Of a head tied to embeddings, what their cross term needs, so that its rows can go; else the contribution."""
         others = [other for other in use.slot.uses if other is not use]
         lookups = [other.lookup_ids for other in others if other.lookup_ids is not None and not other.views]
         whole = self.plan.keep or self.plan.gram or self.backwards > 1
         if lookups and len(lookups) == len(others) and not whole:
-            thinned = compressed(use.placed(contribution), lookups)
+            thinned = compress_tied_head(use.viewed(contribution), lookups)
             if thinned is not None:
                 return thinned
-        return use.placed(contribution.copied() if self.graphs else contribution)
+        return use.viewed(contribution.clone_saved() if self.graphs else contribution)
 
     def _audit(self, slot: Slot) -> None:
         if slot.parameter is slot.shard:
@@ -887,13 +887,13 @@ class Observation:
         torch.autograd.grad(edges, (self.probe,), gradients, retain_graph=True, allow_unused=True)
 
     def _tag(self, use: Use, contribution: GradientTerm) -> None:
-        fingerprint = contribution.fingerprint()
+        fingerprint = contribution.row_abs_sums()
         if self.tagging == "base":
             use.fingerprint = fingerprint
             return
         assert self.tag_factor is not None and use.fingerprint is not None
         factor = self.tag_factor.to(fingerprint.dtype)
-        expected = use.fingerprint * contribution.expand(factor)
+        expected = use.fingerprint * contribution.expand_to_rows(factor)
         use.tagged = True
         if torch.equal(fingerprint, expected) or (self.half and self._nearly_equal(fingerprint, expected)):
             proves = use.layout.proves(self.rows_per_example) and (use.layout.anchored or not use.needs_proof)
@@ -1037,13 +1037,13 @@ class Observation:
                     assert by_task is not None
                     gradient = torch.mv(kept.flatten(1).t(), by_task.to(kept.dtype))
                 else:
-                    if versions != tuple(tensor._version for tensor in kept.kept):
+                    if versions != tuple(tensor._version for tensor in kept.saved_tensors):
                         raise RuntimeError(
                             f"{self.who}: what the backward of {slot.name} kept must not change before the block "
                             "closes, got an in-place change; avoid in-place operations on gradients and activations, "
                             'or use apply="next_step"'
                         )
-                    gradient = kept.total(weights if slot.weights is None else slot.weights)
+                    gradient = kept.grad(weights if slot.weights is None else slot.weights)
                 self._accumulate(use, gradient.view_as(use.value).to(use.value.dtype))
             slot.kept.clear()
 
@@ -1072,8 +1072,8 @@ class Observation:
 
 def _keep(use: Use, contribution: GradientTerm) -> None:
     if use.observation.graphs:
-        contribution = contribution.copied()
-    versions = tuple(kept._version for kept in contribution.kept)
+        contribution = contribution.clone_saved()
+    versions = tuple(kept._version for kept in contribution.saved_tensors)
     use.slot.kept.append((use, contribution, versions))
 
 
