@@ -113,6 +113,36 @@ def test_pieces_of_one_parameter(pieces):
     agrees(oracle.Case(Slices(pieces), torch.randn(3, 4), torch.randn(3, 1), oracle.square_loss).to(torch.float64))
 
 
+class TiedToSlices(nn.Module):
+    """A head tied to embeddings that look up a part of its matrix, or a view of it with other entries in front."""
+
+    def __init__(self, *tables):
+        super().__init__()
+        self.tokens, self.inner, self.tables = nn.Parameter(torch.randn(13, 4)), nn.Linear(4, 4), tables
+
+    def forward(self, x):
+        looked_up = sum(F.embedding(x % len(table), table) for table in (cut(self.tokens) for cut in self.tables))
+        return F.linear(torch.tanh(self.inner(looked_up)), self.tokens)
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        (lambda w: w[3:],),
+        (lambda w: w[:9], lambda w: w),
+        (lambda w: w[::2], lambda w: w[1::2]),
+        (lambda w: w.reshape(-1)[8:48].view(10, 4),),
+        (lambda w: w.float().double(),),
+    ],
+)
+def test_a_head_tied_to_lookups_in_a_part_of_it(tables):
+    torch.manual_seed(0)
+    case = oracle.Case(
+        TiedToSlices(*tables), torch.randint(0, 13, (4, 6)), torch.randint(0, 13, (4, 6)), oracle.token_loss
+    )
+    agrees(case.to(torch.float64))
+
+
 @pytest.mark.parametrize("examples", [1, 3, 4, 5])
 def test_pruned_layers_are_refused_or_derived(examples):
     """A mask is no activation, though one of its sizes be that of the batch."""

@@ -25,7 +25,7 @@ from gradnorm_ext import (
     RewardStd,
     Reweighted,
 )
-from gradnorm_ext.gradients import Outer, Sums
+from gradnorm_ext.gradients import Outer, PerSampleGrads
 
 K = 3
 
@@ -122,7 +122,7 @@ def test_two_passes_keep_what_checkpointing_saves_and_form_no_weight_gradient_tw
     case = oracle.Case(Checkpointed(), case.x, case.y, case.loss).to(torch.float64)
     optimizer = wrap(case, by_task, passes=2)
     formed = []
-    for form in (Outer, Sums):
+    for form in (Outer, PerSampleGrads):
         for name in ("wgrad", "total", "sqnorm"):
             method = getattr(form, name)
 

@@ -1,34 +1,32 @@
 """What one use of a parameter adds to its gradient, per example: the forms it comes in, and the sums of several."""
 
-from gradnorm_ext.gradients.conv import Convolved, Geometry
-from gradnorm_ext.gradients.grouped import Route, Routed
+from gradnorm_ext.gradients.conv import ConvGrad, Geometry
+from gradnorm_ext.gradients.grouped import ExpertRouting, GroupedOuter
 from gradnorm_ext.gradients.lookup import Lookup
-from gradnorm_ext.gradients.outer import Outer, Parted
-from gradnorm_ext.gradients.per_sample import Sums
-from gradnorm_ext.gradients.pullback import Pulled
-from gradnorm_ext.gradients.rows import chosen, gram_of, members_of_columns
-from gradnorm_ext.gradients.several import Place, Placed, TiedOuter, combined_gram, combined_sqnorm, tied_sqnorm
-from gradnorm_ext.gradients.term import Contribution, copied
+from gradnorm_ext.gradients.outer import ChunkedOuter, Outer
+from gradnorm_ext.gradients.per_sample import PerSampleGrads
+from gradnorm_ext.gradients.pullback import Pullback
+from gradnorm_ext.gradients.rows import gram_of, group_members, one_hot_mask
+from gradnorm_ext.gradients.several import StridedView, ViewedTerm, combined_gram, combined_sqnorm, compress_tied_head
+from gradnorm_ext.gradients.term import GradientTerm
 
 __all__ = [
-    "Contribution",
-    "Convolved",
+    "ChunkedOuter",
+    "ConvGrad",
+    "ExpertRouting",
     "Geometry",
+    "GradientTerm",
+    "GroupedOuter",
     "Lookup",
     "Outer",
-    "Parted",
-    "Place",
-    "Placed",
-    "Pulled",
-    "Route",
-    "Routed",
-    "Sums",
-    "TiedOuter",
-    "chosen",
+    "PerSampleGrads",
+    "Pullback",
+    "StridedView",
+    "ViewedTerm",
     "combined_gram",
     "combined_sqnorm",
-    "copied",
+    "compress_tied_head",
     "gram_of",
-    "members_of_columns",
-    "tied_sqnorm",
+    "group_members",
+    "one_hot_mask",
 ]

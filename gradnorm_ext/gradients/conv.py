@@ -12,15 +12,16 @@ from torch import Tensor
 
 from gradnorm_ext.backends import find, serves
 from gradnorm_ext.gradients.outer import Outer
-from gradnorm_ext.gradients.per_sample import Sums
-from gradnorm_ext.gradients.rows import _size_of_rows, chosen, gram_of
+from gradnorm_ext.gradients.per_sample import PerSampleGrads
+from gradnorm_ext.gradients.rows import one_hot_mask, row_abs_sums
+from gradnorm_ext.gradients.term import GradientTerm
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 from gradnorm_ext.windows import Windows
 
 
 @dataclass(frozen=True)
-class Windowed:
+class Im2colOuter:
     """An `Outer` whose ``x`` is what windows see of images, ``[images, *sizes, channels]``."""
 
     images: Tensor
@@ -34,16 +35,14 @@ class Windowed:
         return run(self.images, self.windows, self.g, self.segments)  # type: ignore[no-any-return]
 
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As of `Outer`."""
         run = find("windows_wgrad", self.images.device.type, self.backend)
         return run(self.images, self.windows, self.g, self.segments, weight=weight)  # type: ignore[no-any-return]
 
-    def by_group(self, out: Tensor) -> Tensor:
-        """As of `Outer`."""
+    def per_group(self, out: Tensor) -> tuple[Tensor, Tensor]:
         run = find("windows_wgrad", self.images.device.type, self.backend)
         tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
         of_rows = self.images, self.windows, self.g, self.segments
-        return run(*of_rows, outputs=tasks, n_outputs=count, out=out)[1]  # type: ignore[no-any-return]
+        return out, run(*of_rows, outputs=tasks, n_outputs=count, out=out)[1]
 
 
 class Geometry(NamedTuple):
@@ -58,7 +57,7 @@ class Geometry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Convolved:
+class ConvGrad(GradientTerm):
     """A convolution's gradient, of each image the products of an output gradient with what it saw of the input.
 
         dw[o, c, k] = Σ_p g[o, p] x[c, stride p + dilation k - padding]
@@ -73,13 +72,15 @@ class Convolved:
     Attributes:
         x: the input, ``[images, channels, *sizes]``.
         g: the output's gradient.
-        shape: the weight's, ``[out, in / groups, *kernel]``; ``[in, out / groups, *kernel]`` where transposed.
+        weight_shape: ``[out, in / groups, *kernel]``; ``[in, out / groups, *kernel]`` where transposed.
         segments: the images of each example.
     """
 
+    fuses_groups = True
+
     x: Tensor
     g: Tensor
-    shape: torch.Size
+    weight_shape: torch.Size
     geometry: Geometry
     segments: Segments
     backend: str
@@ -88,7 +89,15 @@ class Convolved:
     unfolded = 1 << 18  # entries of images unfolded at once: what a core's cache holds
     in_cache = 1 << 20  # likewise, of an image's rows that a backend looks through windows at
 
-    def compact(self) -> Sums | Convolved:
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight_shape
+
+    @property
+    def like(self) -> Tensor:
+        return self.x
+
+    def compact(self) -> PerSampleGrads | ConvGrad:
         """Each example's gradient, where all of them take no more room than what they come from."""
         images = len(self.x)
         if images * self.shape.numel() > self.x.numel() + self.g.numel():
@@ -100,7 +109,7 @@ class Convolved:
         sums = torch.ops.aten.convolution_backward(g, x, unused, None, *geometry, mask)[1].view(images, -1)
         if self.segments.length != 1:
             sums = find("sum_sums", sums.device.type, self.backend)(sums, self.segments)
-        return Sums(sums, self.segments, self.backend).shaped(self.shape)
+        return PerSampleGrads(sums, self.segments, self.backend).shaped(self.shape)
 
     def sqnorm(self) -> Tensor:
         if rows := self._rows():
@@ -110,34 +119,24 @@ class Convolved:
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if rows := self._rows():
             total, sqnorm = rows.wgrad(weight)
-            return self._placed(total), sqnorm
+            return self._weight_shaped(total), sqnorm
         totals, sqnorms = zip(*(part.wgrad(weight) for _, part in self._parts()), strict=True)
-        return self._placed(torch.cat(totals)), functools.reduce(torch.add, sqnorms)
+        return self._weight_shaped(torch.cat(totals)), functools.reduce(torch.add, sqnorms)
 
-    def by_group(self, out: Tensor) -> Tensor:
-        """As of `Outer`."""
+    def per_group(self, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out = self.empty_groups() if out is None else out
         if rows := self._rows():
             of_groups = out.new_empty(len(out), self.shape[0], self.shape[1:].numel())
-            sqnorm = rows.by_group(of_groups)
-            out.copy_(self._placed(of_groups))
-            return sqnorm
+            _, sqnorm = rows.per_group(of_groups)
+            return out.copy_(self._weight_shaped(of_groups)), sqnorm
         sqnorms = []
         for channels, part in self._parts():
-            sums, groups = self._placed(part.sums), self.segments.groups.levels[-1]
+            sums, groups = self._weight_shaped(part.grads), self.segments.groups.levels[-1]
             out[:, channels] = sums.new_zeros(len(out), *sums.shape[1:]).index_add_(0, groups, sums)
             sqnorms.append(part.sqnorm())
-        return functools.reduce(torch.add, sqnorms)
+        return out, functools.reduce(torch.add, sqnorms)
 
-    def by_new_group(self) -> tuple[Tensor, Tensor]:
-        """As of `Outer`."""
-        count = self.segments.groups.counts[-1]
-        out = self.x.new_empty(count, *self.shape, dtype=accumulator(self.x.dtype))
-        return out, self.by_group(out)
-
-    def gram(self) -> Tensor:
-        return gram_of(self.by_new_group()[0])
-
-    def total(self, weight: Tensor | None = None) -> Tensor:
+    def grad(self, weight: Tensor | None = None) -> Tensor:
         g = self.g
         if weight is not None:
             g = g * self.segments.per_row(weight.to(g.dtype)).view(-1, *[1] * (g.dim() - 1))
@@ -145,23 +144,23 @@ class Convolved:
         gradients = torch.ops.aten.convolution_backward(g, self.x, unused, None, *self.geometry, mask)
         return gradients[1]  # type: ignore[no-any-return]
 
-    def of_segments(self, segments: Tensor) -> Tensor:
-        return self.total(chosen(segments, self.segments))
+    def grad_of_segments(self, members: Tensor) -> Tensor:
+        return self.grad(one_hot_mask(members, self.segments))
 
     @property
-    def kept(self) -> tuple[Tensor, ...]:
+    def saved_tensors(self) -> tuple[Tensor, ...]:
         return self.x, self.g
 
-    def fingerprint(self) -> Tensor:
-        return _size_of_rows(self.g.flatten(1))
+    def row_abs_sums(self) -> Tensor:
+        return row_abs_sums(self.g.flatten(1))
 
-    def together(self, others: Sequence[Convolved], sums: Sequence[Sums]) -> Tensor:
+    def sqnorm_of_sum(self, others: Sequence[ConvGrad], sums: Sequence[PerSampleGrads]) -> Tensor:
         """The norms of the sum of several uses of one weight."""
         norms, images = [], max(len(one.x) for one in (self, *others))
         for of_uses in zip(*(one._parts(images) for one in (self, *others)), strict=True):
             channels = of_uses[0][0]
-            parts = [self._placed(part.sums) for _, part in of_uses] + [one.sums[:, channels] for one in sums]
-            norms.append(Sums(functools.reduce(torch.add, parts), self.segments, self.backend).sqnorm())
+            parts = [self._weight_shaped(part.grads) for _, part in of_uses] + [one.grads[:, channels] for one in sums]
+            norms.append(PerSampleGrads(functools.reduce(torch.add, parts), self.segments, self.backend).sqnorm())
         return functools.reduce(torch.add, norms)
 
     @property
@@ -169,13 +168,13 @@ class Convolved:
         """The images that are seen, and those whose entries see."""
         return (self.g, self.x) if self.geometry.transposed else (self.x, self.g)
 
-    def _placed(self, gradient: Tensor) -> Tensor:
+    def _weight_shaped(self, gradient: Tensor) -> Tensor:
         """From ``[..., channels, kernel · inner channels]`` to ``[..., *shape]``."""
         kernel = self.shape[2:]
         apart: Tensor = gradient.unflatten(-1, (*kernel, self.shape[1]))
         return apart.movedim(-1, -1 - len(kernel))
 
-    def _rows(self) -> Outer | Windowed | None:
+    def _rows(self) -> Outer | Im2colOuter | None:
         """As one outer product, where that is the cheaper way."""
         seen, seeing = self._sides
         positions, device = seeing[0, 0].numel(), seen.device.type
@@ -191,7 +190,7 @@ class Convolved:
             return Outer(self._windows(images, 0).flatten(0, 1), rows, segments, self.backend)
         dtype, images = accumulator(seen.dtype), images[:, 0].contiguous()
         windows = Windows.of(images, seeing.shape[2:], self.geometry.stride, self.shape[2:], self.geometry.dilation)
-        return Windowed(images.to(dtype), windows, rows.to(dtype), segments, self.backend)
+        return Im2colOuter(images.to(dtype), windows, rows.to(dtype), segments, self.backend)
 
     def _channels_last(self, images: Tensor, groups: int) -> Tensor:
         """``[images, groups, *padded sizes, channels]``: what a window sees lies in long runs."""
@@ -223,7 +222,7 @@ class Convolved:
         reach = step * (self._sides[1].shape[2] - 1) + 1
         return [slice(spread * k, spread * k + reach, step) for k in range(self.shape[2])]
 
-    def _parts(self, images: int = 0) -> Iterator[tuple[slice, Sums]]:
+    def _parts(self, images: int = 0) -> Iterator[tuple[slice, PerSampleGrads]]:
         """Each example's gradient, ``[S, channels, kernel · inner channels]``, for some of the weight's first dimension.
 
         As many as fit for so many images, its own by default.
@@ -240,7 +239,7 @@ class Convolved:
             part = slice(some.start * of_group + first, last)
             yield part, self._of_channels(part, some)
 
-    def _of_channels(self, channels: slice, groups: range) -> Sums:
+    def _of_channels(self, channels: slice, groups: range) -> PerSampleGrads:
         seen, seeing = self._sides
         inner, entries, positions = self.shape[1], self.shape[1:].numel(), seeing.shape[2:].numel()
         dtype, examples, kernel = accumulator(seen.dtype), self.segments.count, self._lines()
@@ -257,4 +256,4 @@ class Convolved:
         sums = gradients.view(len(seen), -1)
         if self.segments.length != 1:
             sums = find("sum_sums", sums.device.type, self.backend)(sums, self.segments)
-        return Sums(sums.view(examples, -1, entries), self.segments, self.backend)
+        return PerSampleGrads(sums.view(examples, -1, entries), self.segments, self.backend)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from gradnorm_ext.backends import find
-from gradnorm_ext.gradients.rows import _size_of_rows, gram_of
+from gradnorm_ext.gradients.rows import concat_rows, gram_of, row_abs_sums, rows_of
+from gradnorm_ext.gradients.term import GradientTerm
 from gradnorm_ext.segments import Segments
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(GradientTerm):
     """An embedding table's gradient, ``dw[ids[r]] += g[r]``, shaped ``[vocabulary, g's width]``."""
 
     ids: Tensor
@@ -22,6 +23,14 @@ class Lookup:
     padding_idx: int | None
     segments: Segments
     backend: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.vocabulary, self.g.shape[1]
+
+    @property
+    def like(self) -> Tensor:
+        return self.g
 
     def sqnorm(self) -> Tensor:
         run = find("lookup_sqnorm", self.g.device.type, self.backend)
@@ -32,39 +41,45 @@ class Lookup:
         rows = self.ids, self.g, self.vocabulary, self.segments
         return run(*rows, padding_idx=self.padding_idx, weight=weight)  # type: ignore[no-any-return]
 
-    def total(self, weight: Tensor | None = None) -> Tensor:
+    def grad(self, weight: Tensor | None = None) -> Tensor:
         g = self.live_g
         if weight is not None:
             g = g * self.segments.per_row(weight.to(g.dtype))[:, None]
-        return g.new_zeros(self.vocabulary, g.shape[1]).index_add_(0, self.ids, g)
+        return g.new_zeros(self.shape).index_add_(0, self.ids, g)
 
     def gram(self) -> Tensor:
         """Only the entries that were looked up have a gradient."""
         looked_up, ids = torch.unique(self.ids, return_inverse=True)
+        return gram_of(self._of_groups(ids, len(looked_up))[0])
+
+    def per_group(self, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        of_groups, sqnorm = self._of_groups(self.ids, self.vocabulary)
+        return of_groups if out is None else out.copy_(of_groups), sqnorm
+
+    def _of_groups(self, ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
         run = find("lookup_wgrad", self.g.device.type, self.backend)
         tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
-        rows = ids, self.live_g, len(looked_up), self.segments
-        return gram_of(run(*rows, outputs=tasks, n_outputs=count)[0])
+        return run(ids, self.live_g, vocabulary, self.segments, outputs=tasks, n_outputs=count)  # type: ignore[no-any-return]
 
-    def by_new_group(self) -> tuple[Tensor, Tensor]:
-        """As of `Outer`."""
-        run = find("lookup_wgrad", self.g.device.type, self.backend)
-        tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
-        rows = self.ids, self.live_g, self.vocabulary, self.segments
-        return run(*rows, outputs=tasks, n_outputs=count)  # type: ignore[no-any-return]
-
-    def of_column(self, rows: Tensor) -> Tensor:
+    def grad_of_segments(self, members: Tensor) -> Tensor:
+        rows = rows_of(members, self.segments)
         g = self.live_g[rows]
-        return g.new_zeros(self.vocabulary, g.shape[1]).index_add_(0, self.ids[rows], g)
+        return g.new_zeros(self.shape).index_add_(0, self.ids[rows], g)
 
     @property
     def live_g(self) -> Tensor:
         """The output gradient without the rows of the padding entry, which learns nothing."""
         return self.g if self.padding_idx is None else self.g.masked_fill((self.ids == self.padding_idx)[:, None], 0)
 
+    def merge(self, other: Lookup) -> Lookup:
+        """The rows of both, without those of each one's own padding entry."""
+        segments, join = concat_rows(self.segments, other.segments)
+        ids, g = join(self.ids, other.ids), join(self.live_g, other.live_g)
+        return Lookup(ids, g, self.vocabulary, None, segments, self.backend)
+
     @property
-    def kept(self) -> tuple[Tensor, ...]:
+    def saved_tensors(self) -> tuple[Tensor, ...]:
         return self.ids, self.g
 
-    def fingerprint(self) -> Tensor:
-        return _size_of_rows(self.g)
+    def row_abs_sums(self) -> Tensor:
+        return row_abs_sums(self.g)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from gradnorm_ext.gradients import Contribution, Lookup
+from gradnorm_ext.gradients import GradientTerm, Lookup
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
@@ -47,7 +47,7 @@ class _Product(Observed):
                 dx = (g * weight).sum_to_size(x.shape).to(x.dtype)
                 run.tag(dx)
 
-            def scale_gradient() -> Contribution:
+            def scale_gradient() -> GradientTerm:
                 if is_row(weight.shape, g.shape) and x.shape == g.shape:
                     return normalised_product(x, g, call, None, None).shaped(weight.shape)
                 return spread(g * x, weight.shape, call)
@@ -77,7 +77,7 @@ class _Sum(Observed):
                 dx = g.sum_to_size(ctx.x_shape).to(ctx.x_dtype)
                 run.tag(dx)
 
-            def gradient() -> Contribution:
+            def gradient() -> GradientTerm:
                 if ctx.looked_up is not None:
                     per_example = call.layout.per_example(g, ctx.added_shape, run.backend)
                     return _shared_lookup(per_example, ctx.looked_up, ctx.vocabulary, call)

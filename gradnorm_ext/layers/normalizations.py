@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradnorm_ext.gradients import Contribution
+from gradnorm_ext.gradients import GradientTerm
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
@@ -139,7 +139,7 @@ class _GroupNorm(Observed):
                 dx = dx.view_as(x)
                 run.tag(dx)
 
-            def of_examples(sums: Tensor) -> Contribution:
+            def of_examples(sums: Tensor) -> GradientTerm:
                 return summed(call.layout.rows_of(sums.view(x.shape[:2])), call.segments, run.backend)
 
             dw, of_weight = run.deliver(0, 2, lambda: of_examples(of_scales))
@@ -182,7 +182,7 @@ class _Affine(Observed):
                 dx = (g if weight is None else g * _per_channel(weight, g)).to(x.dtype)
                 run.tag(dx)
 
-            def over_positions(products: Tensor) -> Contribution:
+            def over_positions(products: Tensor) -> GradientTerm:
                 sums = products.reshape(*x.shape[:2], -1).sum(2, dtype=accumulator(g.dtype))
                 return summed(call.layout.rows_of(sums), call.segments, run.backend)
 

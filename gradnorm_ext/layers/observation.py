@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,21 +22,14 @@ from torch import Tensor, nn
 
 from gradnorm_ext.backends import choose
 from gradnorm_ext.gradients import (
-    Contribution,
-    Convolved,
-    Lookup,
-    Outer,
-    Parted,
-    Place,
-    Placed,
-    Routed,
-    Sums,
-    TiedOuter,
+    GradientTerm,
+    PerSampleGrads,
+    StridedView,
+    ViewedTerm,
     combined_gram,
     combined_sqnorm,
-    copied,
+    compress_tied_head,
     gram_of,
-    tied_sqnorm,
 )
 from gradnorm_ext.layers.layouts import Examples, Kind, Layout, Packing
 from gradnorm_ext.layers.provenance import follow
@@ -56,8 +49,8 @@ class Slot:
         self.arrived = 0  # backward passes of uses
         self.measured = False  # by a single use
         self.norms: Tensor | None = None  # by a single use, past the probe
-        self.deferred: list[tuple[Use, Contribution | TiedOuter]] = []  # several uses: combined when the block closes
-        self.kept: list[tuple[Use, Contribution | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
+        self.deferred: list[ViewedTerm] = []  # several uses: combined when the block closes
+        self.kept: list[tuple[Use, GradientTerm | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
         self.weights: Tensor | None = None  # per example, where the parameter has its own
         self.hooked = False  # audited in this block
         self.shard: nn.Parameter | None = None  # FSDP2 puts the whole parameter in place of it
@@ -116,7 +109,7 @@ class Use:
         return self.value.detach() if late else self.value
 
     @property
-    def place(self) -> Place | None:
+    def strided_view(self) -> StridedView | None:
         """Where the value lies in the parameter's memory; None where it is not a view of it."""
         value, parameter = self.value, self.slot.parameter
         if hasattr(parameter, "device_mesh"):
@@ -124,7 +117,7 @@ class Use:
         is_view = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
         if not is_view or value.dtype != parameter.dtype:
             return None
-        return Place(int(value.storage_offset()), tuple(value.shape), value.stride())
+        return StridedView(int(value.storage_offset()), tuple(value.shape), value.stride())
 
     def adjoint(self, gradient: Tensor, *, several: bool = False) -> Tensor:
         """A gradient of the consumed tensor as one of the parameter; ``several``: a stack of them."""
@@ -145,12 +138,16 @@ class Use:
             self.observation.placing = False
         return placed.to(gradient.dtype)
 
-    def measured(self, contribution: Contribution) -> Contribution:
+    def measured(self, contribution: GradientTerm) -> GradientTerm:
         """The contribution whose norms are those of the parameter's gradient."""
         if not self.is_curved:
             return contribution
-        assert isinstance(contribution, Sums)
-        return replace(contribution, sums=self.adjoint(contribution.sums, several=True))
+        sums = self.adjoint(contribution.per_segment(), several=True)
+        return PerSampleGrads(sums, contribution.segments, self.observation.backend)
+
+    def viewed(self, contribution: GradientTerm) -> ViewedTerm:
+        """The contribution as one to the parameter."""
+        return ViewedTerm(contribution, self.views, self.adjoint, self.strided_view)
 
 
 @dataclass(frozen=True)
@@ -640,13 +637,13 @@ class Observation:
         return ids
 
     def deliver(
-        self, use: Use, contribution: Contribution, needs_gradient: bool
+        self, use: Use, contribution: GradientTerm, needs_gradient: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """What a use's backward returns for the parameter and for the probe."""
         slot = use.slot
         if slot.rows_over is not None:
-            assert isinstance(contribution, Sums)
-            contribution = replace(contribution, sums=_sum_over(slot.rows_over, contribution.sums))
+            sums = _sum_over(slot.rows_over, contribution.per_segment())
+            contribution = PerSampleGrads(sums, contribution.segments, self.backend)
         if self.verify:
             if self.row_test.running is not None:
                 self.row_test.receive(use, contribution)
@@ -661,7 +658,7 @@ class Observation:
             slot.norms = measured
             return self._audited(use, formed), self._unmeasured
         if self.phase == "weigh":
-            return self._audited(use, contribution.total(self.weights) if needs_gradient else None), None
+            return self._audited(use, contribution.grad(self.weights) if needs_gradient else None), None
         if self.plan.passes == 2 and self.phase is None:
             raise RuntimeError(
                 f"{self.who}: with passes=2 the backward must be the optimizer's, got another one; call "
@@ -679,11 +676,11 @@ class Observation:
         apart = several or not slot.wanted  # its norm is not taken here
         gradient, norms = self._formed(use, contribution, needs_gradient and self.phase is None, apart)
         if several and slot.wanted:
-            slot.deferred.append((use, self._thinned(slot, use, contribution)))
+            slot.deferred.append(self._thinned(use, contribution))
         slot.measured = not several
         for follower in use.followers:
             if follower.slot.wanted:
-                follower.slot.deferred.append((follower, contribution))
+                follower.slot.deferred.append(follower.viewed(contribution))
         self.measured_uses += 1
         gradient = self._audited(use, gradient)
         return gradient, self._unmeasured if norms is None else self._counted(norms)
@@ -722,7 +719,7 @@ class Observation:
         return len(slot.uses) > 1 or self.backwards > 1
 
     def _formed(
-        self, use: Use, contribution: Contribution, needs_gradient: bool, apart: bool
+        self, use: Use, contribution: GradientTerm, needs_gradient: bool, apart: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """A use's gradient, or what it is formed of at the block's end, and its norms unless they are taken apart."""
         if use.is_derived and self.reduces_early:
@@ -738,7 +735,7 @@ class Observation:
                 f'only together with {together}; use scope="model"'
             )
         if self.plan.totals is not None:
-            of_tasks, norms = contribution.by_new_group()
+            of_tasks, norms = contribution.per_group()
             gram: Callable[[], Tensor] = functools.partial(gram_of, of_tasks)
             if use.is_curved and not apart:
                 measured = use.measured(contribution)
@@ -751,30 +748,25 @@ class Observation:
             return self._of_known_tasks(of_tasks) if needs_gradient else None, figures
         keep = self.plan.keep or use.is_derived or (by_layer is not None and apart)
         measured = contribution if apart else use.measured(contribution)
-        if (
-            self.plan.keep
-            and not apart
-            and isinstance(contribution, (Outer, Parted, Routed, Convolved))
-            and (out := self._buffer(slot, contribution)) is not None
-        ):
-            norms = self._with_gram(contribution.by_group(out), functools.partial(gram_of, out))
+        if self.plan.keep and not apart and (out := self._buffer(slot, contribution)) is not None:
+            norms = self._with_gram(contribution.per_group(out)[1], functools.partial(gram_of, out))
             slot.kept.append((use, out, ()))
             return out.sum(0) if needs_gradient else None, norms
         if keep:
             _keep(use, contribution)
             audited = self.plan.keep or slot.hooked
-            unweighted = contribution.total() if needs_gradient and audited else None
+            unweighted = contribution.grad() if needs_gradient and audited else None
             return unweighted, None if apart else self._with_gram(measured.sqnorm(), measured.gram)
         if apart:
-            return contribution.total(self.weights) if needs_gradient else None, None
+            return contribution.grad(self.weights) if needs_gradient else None, None
         if not needs_gradient or by_layer is not None or use.is_curved:
             norms = self._with_gram(measured.sqnorm(), measured.gram)
             if not needs_gradient:
                 return None, norms
-            return contribution.total(self.weights if by_layer is None else by_layer(slot.name, norms)), norms
-        if self.plan.gram and isinstance(contribution, (Outer, Parted, Routed, Convolved)):
+            return contribution.grad(self.weights if by_layer is None else by_layer(slot.name, norms)), norms
+        if self.plan.gram and contribution.fuses_groups:
             # The tasks' gradients first: one product for all.
-            out, norms = contribution.by_new_group()
+            out, norms = contribution.per_group()
             return self._of_known_tasks(out), self._with_gram(norms, functools.partial(gram_of, out))
         total, norms = contribution.wgrad(self.weights)
         return total, self._with_gram(norms, contribution.gram)
@@ -836,32 +828,32 @@ class Observation:
             slot.delivered = placed if slot.delivered is None else slot.delivered + placed
         return gradient
 
-    def _buffer(self, slot: Slot, contribution: Outer | Parted | Routed | Convolved) -> Tensor | None:
+    def _buffer(self, slot: Slot, contribution: GradientTerm) -> Tensor | None:
         """Where a parameter's gradients per task go, as far as the budget reaches."""
-        if not self.plan.by_task:
+        if not (self.plan.by_task and contribution.fuses_groups):
             return None
-        shape = contribution.segments.groups.counts[-1], *contribution.shape
-        dtype = accumulator(contribution.x.dtype)
+        shape, device = contribution.group_shape, contribution.like.device
+        dtype = accumulator(contribution.like.dtype)
         size = math.prod(shape) * dtype.itemsize
-        kept = sum(tensor.nbytes for tensor in contribution.kept)
+        kept = sum(tensor.nbytes for tensor in contribution.saved_tensors)
         if size > (self.budget if self.plan.gram else min(self.budget, kept)):  # whichever is smaller is kept
             return None
         self.budget -= size
         buffer = self.plan.buffers.get(slot.name)
-        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != contribution.x.device:
-            buffer = self.plan.buffers[slot.name] = contribution.x.new_empty(shape, dtype=dtype)
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != device:
+            buffer = self.plan.buffers[slot.name] = contribution.empty_groups()
         return buffer
 
-    def _thinned(self, slot: Slot, use: Use, contribution: Contribution) -> Contribution | TiedOuter:
+    def _thinned(self, use: Use, contribution: GradientTerm) -> ViewedTerm:
         """Of a head tied to embeddings, what their cross term needs, so that its rows can go; else the contribution."""
-        lookups = [other.lookup_ids for other in slot.uses if other.lookup_ids is not None]
+        others = [other for other in use.slot.uses if other is not use]
+        lookups = [other.lookup_ids for other in others if other.lookup_ids is not None and not other.views]
         whole = self.plan.keep or self.plan.gram or self.backwards > 1
-        if len(lookups) != len(slot.uses) - 1 or not isinstance(contribution, (Outer, Parted)) or whole:
-            return copied(contribution) if self.graphs else contribution
-        placed = Placed(contribution, use.views, use.adjoint).in_parameter_space()
-        if placed.views or not isinstance(placed.contribution, (Outer, Parted)):
-            return copied(contribution) if self.graphs else contribution
-        return TiedOuter.of(placed.contribution, lookups)
+        if lookups and len(lookups) == len(others) and not whole:
+            thinned = compress_tied_head(use.viewed(contribution), lookups)
+            if thinned is not None:
+                return thinned
+        return use.viewed(contribution.clone_saved() if self.graphs else contribution)
 
     def _audit(self, slot: Slot) -> None:
         if slot.parameter is slot.shard:
@@ -1001,17 +993,8 @@ class Observation:
 
     def _combined(self, slot: Slot) -> Tensor:
         """The figures of a parameter with several uses."""
-        parts = [part for _, part in slot.deferred]
-        heads = [part for part in parts if isinstance(part, TiedOuter)]
-        if heads:
-            lookups = [part for part in parts if isinstance(part, Lookup)]
-            return tied_sqnorm(heads[0], lookups).clamp(min=0) if lookups else heads[0].norms
-        placed = [
-            Placed(part, use.views, use.adjoint, use.place)
-            for use, part in slot.deferred
-            if not isinstance(part, TiedOuter)
-        ]
-        return self._with_gram(combined_sqnorm(placed).clamp(min=0), functools.partial(combined_gram, placed))
+        norms = combined_sqnorm(slot.deferred).clamp(min=0)
+        return self._with_gram(norms, functools.partial(combined_gram, slot.deferred))
 
     def _learn(self) -> None:
         self.memory.blocks += 1
@@ -1050,13 +1033,13 @@ class Observation:
                     assert by_task is not None
                     gradient = torch.mv(kept.flatten(1).t(), by_task.to(kept.dtype))
                 else:
-                    if versions != tuple(tensor._version for tensor in kept.kept):
+                    if versions != tuple(tensor._version for tensor in kept.saved_tensors):
                         raise RuntimeError(
                             f"{self.who}: what the backward of {slot.name} kept must not change before the block "
                             "closes, got an in-place change; avoid in-place operations on gradients and activations, "
                             'or use apply="next_step"'
                         )
-                    gradient = kept.total(weights if slot.weights is None else slot.weights)
+                    gradient = kept.grad(weights if slot.weights is None else slot.weights)
                 self._accumulate(use, gradient.view_as(use.value).to(use.value.dtype))
             slot.kept.clear()
 
@@ -1096,10 +1079,10 @@ _ADVICE = (
 )
 
 
-def _keep(use: Use, contribution: Contribution) -> None:
+def _keep(use: Use, contribution: GradientTerm) -> None:
     if use.observation.graphs:
-        contribution = copied(contribution)
-    versions = tuple(kept._version for kept in contribution.kept)
+        contribution = contribution.clone_saved()
+    versions = tuple(kept._version for kept in contribution.saved_tensors)
     use.slot.kept.append((use, contribution, versions))
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradnorm_ext.gradients import Contribution, Convolved, Lookup, Outer, Parted, Routed
+from gradnorm_ext.gradients import GradientTerm
 from gradnorm_ext.layers.layouts import Examples, Layout
 from gradnorm_ext.layers.sources import DERIVED, Sources, tensors_in
 
@@ -273,14 +273,14 @@ class RowTest:
 
     # What a running pass goes through
 
-    def receive(self, use: Use, contribution: Contribution) -> None:
-        row_sums = contribution.fingerprint()
+    def receive(self, use: Use, contribution: GradientTerm) -> None:
+        row_sums = contribution.row_abs_sums()
         if self.running == "base":
             use.row_sums = row_sums
             self.run.seen[use] = self._owners(contribution, row_sums)
             return
         assert self.factor is not None and use.row_sums is not None
-        expected = use.row_sums * _per_row(contribution, self.factor.to(row_sums.dtype))
+        expected = use.row_sums * contribution.expand_to_rows(self.factor.to(row_sums.dtype))
         if self._agree(row_sums, expected):
             return
         if not bool(torch.isfinite(row_sums).all()):
@@ -288,18 +288,18 @@ class RowTest:
         elif use not in self.run.failed:
             self.run.failed.append(use)
 
-    def look_at_delivered(self, use: Use, contribution: Contribution) -> None:
+    def look_at_delivered(self, use: Use, contribution: GradientTerm) -> None:
         """Of which examples a use has a gradient at all, whatever the tests went through."""
         if self._alone:
             return
-        row_sums = contribution.fingerprint()
+        row_sums = contribution.row_abs_sums()
         found = self._owners(contribution, row_sums)
         use.delivered_of = found if use.delivered_of is None else use.delivered_of | found
 
-    def _owners(self, contribution: Contribution, row_sums: Tensor) -> Tensor:
+    def _owners(self, contribution: GradientTerm, row_sums: Tensor) -> Tensor:
         """``[B]``: the examples that have a row that is not zero."""
         examples = torch.arange(self.observation.examples or 0, device=row_sums.device)
-        owners = _per_row(contribution, examples)
+        owners = contribution.expand_to_rows(examples)
         seen = torch.zeros(len(examples), dtype=torch.bool, device=row_sums.device)
         return seen.index_fill_(0, owners[row_sums != 0], True)
 
@@ -431,15 +431,6 @@ class RowTest:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-
-
-def _per_row(contribution: Contribution, values: Tensor) -> Tensor:
-    """A value per example, as one for each entry of the contribution's fingerprint."""
-    if isinstance(contribution, Routed):
-        return contribution.route.segments.per_row(values.repeat(contribution.route.experts))
-    if isinstance(contribution, (Outer, Parted, Lookup, Convolved)):
-        return contribution.segments.per_row(values)
-    return values
 
 
 def layout_in_front(tensor: Tensor, batch: Examples) -> Layout | None:

@@ -1,8 +1,8 @@
-"""Which torch functions may consume a parameter, and the rule of each, by the forms of `gradnorm_ext.gradients`.
+"""Which torch functions may consume a parameter, and the rule of each, which hands on its gradient as a term.
 
 A rule is called in place of the function, with at least one `Tap` among its arguments. It returns what the function
 returns, or NotImplemented where it does not know the call. To support another function: write its autograd.Function,
-whose backward hands `Observation.deliver` a contribution, in the file of its family, and list the rule here.
+whose backward hands `Observation.deliver` a `GradientTerm`, in the file of its family, and list the rule here.
 """
 
 from __future__ import annotations

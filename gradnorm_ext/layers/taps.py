@@ -133,7 +133,7 @@ class Tap(Tensor):
         return tap
 
     def use(self, function: str, layout: Layout, *, sums: bool = False) -> Use:
-        """Write down that a function consumes this tap; ``sums``: its gradient is a `Sums`."""
+        """Write down that a function consumes this tap; ``sums``: its gradient is a `PerSampleGrads`."""
         if (self.is_derived and not self.observation.derives) or ("curved" in self.views and not sums):
             raise self.refusal(f"{function} (of a function of it)")
         shared = self.looked_up is not None
