@@ -283,7 +283,7 @@ def test_examples_that_influence_each_other_are_found_by_tagging():
         (lambda x, w: torch.cat([x, w], 0), "cat"),
         (lambda x, w: F.linear(x, w[torch.tensor([0, 0])]), "linear"),
         (lambda x, w: F.linear(x, w[torch.tensor([True, False, True])]), "__getitem__"),
-        (lambda x, w: F.linear(x, w * w), r"linear \(of a function of it\)"),
+        (lambda x, w: F.linear(x, w * w), "mul"),
     ],
 )
 def test_a_use_that_no_rule_knows_is_refused_by_name(use, name):
@@ -298,7 +298,7 @@ def test_a_use_that_no_rule_knows_is_refused_by_name(use, name):
     model = Model()
     meter = refused(model, torch.randn(4, 7), RuntimeError, "Meter: no rule for ")
     with (
-        pytest.raises(RuntimeError, match=rf"no rule for {name} of odd .*, which is trainable; make the Meter with"),
+        pytest.raises(RuntimeError, match=rf"no rule for {name} of odd .*, which is trainable.*; make the Meter with"),
         meter.observe(),
     ):
         model(torch.randn(4, 7)).sum().backward()

@@ -89,7 +89,7 @@ def embedding_bag(
         ends = offsets if include_last_offset else torch.cat([offsets, offsets.new_tensor([len(input)])])
     observation = weight.observation
     bags = input if offsets is None else offsets[: len(ends) - 1]
-    layout = observation.layout(bags, bags.dim() - 1, weight.name, "embedding_bag")
+    layout = observation.layout(bags, bags.dim() - 1, weight.slot.name, "embedding_bag")
     if layout.kind != "leading":
         raise weight.refusal(f"embedding_bag of {len(bags)} bags, where there are {observation.examples} examples,")
     if padding_idx is not None and padding_idx < 0:

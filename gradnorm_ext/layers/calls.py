@@ -72,7 +72,7 @@ def tapped_call(
     """
     taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
     observation = taps[0].observation
-    layout = layout or observation.layout(x, features, taps[0].name, function)
+    layout = layout or observation.layout(x, features, taps[0].slot.name, function)
     uses = [tap.use(function, layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
     weight, bias = (use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True))
     return Call(observation, layout, *uses, swapped=swapped), weight, bias

@@ -260,7 +260,7 @@ class _Traced:
 
     traces = True
     examples = 2  # any number but one
-    derives = verify = False
+    derives = verify = closed = False
 
     def __init__(self, graph: _Graph, observation: Observation) -> None:
         assert observation.batch is not None

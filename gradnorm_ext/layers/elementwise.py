@@ -107,7 +107,7 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
     alone = observation.examples is not None and observation.examples <= 1
     if not alone and (other.dim() != len(shape) or not shape):
         return None
-    layout = observation.layout(other.expand(shape), 1 if len(shape) > 1 else 0, tap.name, function)
+    layout = observation.layout(other.expand(shape), 1 if len(shape) > 1 else 0, tap.slot.name, function)
     if not alone and not layout.meets(tap.shape, len(shape)):
         return None
     use = tap.use(function, layout, sums=True)

@@ -55,7 +55,7 @@ def embedding(
     observation = weight.observation
     if _is_shared(observation, weight, input):
         return weight.looked_up_rows(F.embedding(input, weight.value, padding_idx), input, padding_idx)
-    layout = observation.layout(input, 0, weight.name, "embedding")
+    layout = observation.layout(input, 0, weight.slot.name, "embedding")
     use = weight.use("embedding", layout)
     input = observation.look_up(use, input)
     call = Call(observation, layout, use)
@@ -66,7 +66,7 @@ def _is_shared(observation: Observation, weight: Tap, ids: Tensor) -> bool:
     """Whether looked-up ids have no batch dimension (`Observation`, hypothesis 3)."""
     batch = observation.batch
     assert batch is not None
-    if (weight.name, ids.dim()) in observation.memory.shared_lookups:
+    if (weight.slot.name, ids.dim()) in observation.memory.shared_lookups:
         return True
     if batch.count <= 1:
         return False

@@ -246,6 +246,7 @@ class Observation:
     """The state of one observe block. `begin` must be called before the first use, when B is known."""
 
     traces = False  # this is a block, and no compiler's trace of one
+    closed = False
 
     def __init__(
         self,
@@ -307,6 +308,7 @@ class Observation:
         self.at_once = False  # gradient and norms are taken when a backward arrives, and nothing else
         self.measured_uses = 0
         self._hooks: list[Any] = []
+        self.taps: dict[int, Any] = {}  # of parameters that were read, by their ids
 
     def begin(self, batch: Examples, tasks: Tensor) -> None:
         """Fix the examples and their groups, and make the probe: a leaf of zeros whose gradient is the norms."""
@@ -1069,7 +1071,9 @@ class Observation:
         for slot in self.slots.values():
             for kept in (slot.uses, slot.deferred, slot.kept):
                 kept.clear()
+        self.closed = True
         self.slots.clear()
+        self.taps.clear()
         del self.start, self.row_test, self.sources
 
 
