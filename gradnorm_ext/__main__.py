@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import platform
 import sys
 import traceback
@@ -76,7 +77,14 @@ def _version(package: str) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["operations"]:
-        print(operations())
-    else:
-        sys.exit(main())
+    try:
+        code = 0
+        if sys.argv[1:] == ["operations"]:
+            print(operations())
+        else:
+            code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader such as `head` has seen enough; at exit Python would flush to it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

@@ -139,3 +139,11 @@ def test_bug_report_names_versions_backends_and_methods():
         "rows a segment",
     ):
         assert part in found.stdout
+
+
+def test_the_report_of_a_reader_that_has_seen_enough_ends_quietly():
+    """``python -m gradnorm_ext | head -1``: whatever of it the pipe has room for."""
+    command = [sys.executable, "-m", "gradnorm_ext"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 0

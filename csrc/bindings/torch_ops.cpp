@@ -62,7 +62,7 @@ gradnorm::Host<T> torch_host() {
     }
   };
   host.parallel_ranges = [](int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
   };
   host.threads = torch::stable::get_num_threads();
   return host;

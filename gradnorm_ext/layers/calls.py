@@ -72,7 +72,7 @@ def tapped_call(
     """
     taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
     observation = taps[0].observation
-    layout = layout or observation.layout(x, features, taps[0].name, function)
+    layout = layout or observation.layout(x, features, taps[0].slot.name, function)
     uses = [tap.use(function, layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
     weight, bias = (use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True))
     return Call(observation, layout, *uses, swapped=swapped), weight, bias
@@ -119,7 +119,7 @@ class Observed(torch.autograd.Function):
 
 
 class Backward:
-    """One run of a function's backward: delivers terms and starts the tagging test."""
+    """One run of a function's backward: delivers terms and starts the row test."""
 
     def __init__(self, ctx: Any, call: Call) -> None:
         self.ctx, self.call, self.backend = ctx, call, call.observation.backend
@@ -164,7 +164,7 @@ class Backward:
         if inputs and observation.verify and self.measures:
             uses = [use for use in self.call.uses if use is not None]
             tested = [(GradientEdge(*self.ctx.next_functions[place]), dx, layout) for place, dx, layout in inputs]
-            observation.run_tagging(tested, uses)
+            observation.row_test.start_from_use(tested, uses)
 
 
 def first_order(backward: Any) -> Any:

@@ -107,11 +107,10 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
     alone = observation.examples is not None and observation.examples <= 1
     if not alone and (other.dim() != len(shape) or not shape):
         return None
-    layout = observation.layout(other.expand(shape), 1 if len(shape) > 1 else 0, tap.name, function)
+    layout = observation.layout(other.expand(shape), 1 if len(shape) > 1 else 0, tap.slot.name, function)
     if not alone and not layout.meets(tap.shape, len(shape)):
         return None
     use = tap.use(function, layout, sums=True)
-    use.needs_proof = not other.requires_grad  # that may be no data, but a constant with a size of B
     if tap.looked_up is not None:
         observation.look_up(use, tap.looked_up.ids)
     return Call(observation, layout, use), use
@@ -265,7 +264,6 @@ def given_to_batch(tap: Tap) -> Any:
     if tap.shape[0] != 1 or (meeting := _meet(tap, zeros, "expand")) is None:
         return NotImplemented
     call, use = meeting
-    use.needs_proof = False  # the batch is made here
     return _Sum.apply(call, zeros, use.operand, tap.looked_up, *call.probes)
 
 

@@ -55,10 +55,9 @@ def embedding(
     observation = weight.observation
     if _is_shared(observation, weight, input):
         return weight.looked_up_rows(F.embedding(input, weight.value, padding_idx), input, padding_idx)
-    layout = observation.layout(input, 0, weight.name, "embedding")
+    layout = observation.layout(input, 0, weight.slot.name, "embedding")
     use = weight.use("embedding", layout)
     input = observation.look_up(use, input)
-    use.needs_proof = True  # these may be positions, of a table that all examples share
     call = Call(observation, layout, use)
     return _Embedding.apply(call, input, use.operand, padding_idx, *call.probes)
 
@@ -67,12 +66,12 @@ def _is_shared(observation: Observation, weight: Tap, ids: Tensor) -> bool:
     """Whether looked-up ids have no batch dimension (`Observation`, hypothesis 3)."""
     batch = observation.batch
     assert batch is not None
-    if (weight.name, ids.dim()) in observation.memory.shared_lookups:
+    if (weight.slot.name, ids.dim()) in observation.memory.shared_lookups:
         return True
     if batch.count <= 1:
         return False
-    if batch.packing is not None and ids.numel() == batch.packing.rows:
+    if batch.told((ids.numel(),)):
         return False
-    if observation.is_input(ids) and batch.kind_of(ids.shape, observation.rows_per_example) is not None:
+    if observation.is_input(ids) and batch.kind_of(ids.shape, observation.sources.rows_per_example) is not None:
         return False
     return ids.dim() <= batch.batch_dim or ids.shape[batch.batch_dim] != batch.count

@@ -32,7 +32,7 @@ def unruled(func: Callable[..., Any], name: str, leaves: Sequence[Any], spec: An
     met = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Tap)]
     derived = any(tap.is_derived for tap in taps)
     if not any(_may_be_batched(observation, leaf, derived) for leaf in met):
-        return pytree.tree_map(functools.partial(_derived, taps), result)
+        return pytree.tree_map(functools.partial(_derived, taps, name), result)
 
     outputs, out_spec = pytree.tree_flatten(result)
     where = [
@@ -48,15 +48,13 @@ def unruled(func: Callable[..., Any], name: str, leaves: Sequence[Any], spec: An
         return found
 
     layouts = [
-        observation.layout(out, min(1, max(0, out.dim() - 1)), taps[0].name, name)
+        observation.layout(out, min(1, max(0, out.dim() - 1)), taps[0].slot.name, name)
         for out in outputs
         if isinstance(out, Tensor) and out.is_floating_point()
     ]
     uses: list[Use | None] = []
     for i in where:
         use = leaves[i].use(name, layouts[0]) if isinstance(leaves[i], Tap) else None
-        if use is not None:
-            use.needs_proof = not any(leaf.requires_grad for leaf in met)
         uses.append(use)
     tensors = [leaves[i] for i in where]
     found = differentiated(observation, run, tensors, uses, [_like(layouts[0], one) for one in tensors], layouts)
@@ -90,14 +88,14 @@ def _may_be_batched(observation: Observation, tensor: Tensor, derived: bool) -> 
         return False
     if derived and not observation.is_data(tensor):
         return False
-    return observation.batch.kind_of(tensor.shape, observation.rows_per_example) is not None
+    return observation.batch.kind_of(tensor.shape, observation.sources.rows_per_example) is not None
 
 
-def _derived(taps: Sequence[Tap], leaf: Any) -> Any:
+def _derived(taps: Sequence[Tap], name: str, leaf: Any) -> Any:
     if not (isinstance(leaf, Tensor) and leaf.requires_grad):
         return leaf
     slots = list(dict.fromkeys(slot for tap in taps for slot in (tap.slot, *tap.others)))
-    return Tap.of(taps[0].observation, slots[0], leaf, ("derived",), tuple(slots[1:]))
+    return Tap.of(taps[0].observation, slots[0], leaf, ("derived",), tuple(slots[1:]), derived_by=name)
 
 
 def differentiated(
