@@ -222,13 +222,13 @@ def product_sums(
     return out
 
 
-def sum_sums(g: Tensor, segments: Segments) -> Tensor:
-    """See :func:`gradnorm_ext.ops.sum_sums`."""
+def segment_sum(g: Tensor, segments: Segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.segment_sum`."""
     g = _rows(g)
     if segments.length == 1:
         return g
     out = g.new_empty(segments.count, g.shape[1])
-    _kernels.sum_sums(g, segments.offsets, out)
+    _kernels.segment_sum(g, segments.offsets, out)
     return out
 
 

@@ -212,15 +212,15 @@ def product_sums(
     return out
 
 
-def sum_sums(g: Tensor, segments: Segments) -> Tensor:
-    """See :func:`gradnorm_ext.ops.sum_sums`."""
+def segment_sum(g: Tensor, segments: Segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.segment_sum`."""
     dtype = accumulator(g.dtype)
     if segments.length == 1:
         return g.to(dtype)
     g = rows_of(g)
     out = g.new_empty(segments.count, g.shape[1], dtype=dtype)
-    with launching("sum_sums", g.device):
-        _kernels.sum_sums(g, segments.offsets, out)
+    with launching("segment_sum", g.device):
+        _kernels.segment_sum(g, segments.offsets, out)
     return out
 
 

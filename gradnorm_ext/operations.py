@@ -208,11 +208,11 @@ for _row in (
         ),
     ),
     Operation(
-        "sum_sums",
+        "segment_sum",
         "each segment's gradient of a bias",
         serves=("PerSampleGrads", "ConvGrad", "ChunkedOuter"),
         examples=_sum,
-        kernels=("sum_sums(Tensor g, Tensor offsets, Tensor(a!) out) -> ()",),
+        kernels=("segment_sum(Tensor g, Tensor offsets, Tensor(a!) out) -> ()",),
     ),
     Operation(
         "sums_sqnorm",

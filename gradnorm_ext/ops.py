@@ -256,37 +256,37 @@ def product_wgrad(
     return sums_wgrad(sums, segments, weight=weight, backend=backend)
 
 
-def sum_sums(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
+def segment_sum(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
     """Each segment's gradient of a bias: ``out[s] = Σ_{r in s} g[r]``, ``[segments, width]``.
 
     Example:
-        >>> sum_sums(torch.tensor([[2.], [3.]]), Segments.equal(1, 2))
+        >>> segment_sum(torch.tensor([[2.], [3.]]), Segments.equal(1, 2))
         tensor([[5.]])
     """
-    _check_rows("sum_sums", segments, g=g)
-    return backends.find("sum_sums", g.device.type, backends.choose(backend))(g, segments)  # type: ignore[no-any-return]
+    _check_rows("segment_sum", segments, g=g)
+    return backends.find("segment_sum", g.device.type, backends.choose(backend))(g, segments)  # type: ignore[no-any-return]
 
 
 def sum_sqnorm(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
-    """Squared norm of each segment's gradient of a bias: ``out[s] = ‖sum_sums[s]‖²``, groups likewise.
+    """Squared norm of each segment's gradient of a bias: ``out[s] = ‖segment_sum[s]‖²``, groups likewise.
 
     Example:
         >>> sum_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(1, 2))
         tensor([25.])
     """
-    return sums_sqnorm(sum_sums(g, segments, backend=backend), segments, backend=backend)
+    return sums_sqnorm(segment_sum(g, segments, backend=backend), segments, backend=backend)
 
 
 def sum_wgrad(
     g: Tensor, segments: Segments, *, weight: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """A bias's gradient ``dw = Σ_s weight[s] sum_sums[s]`` and its segments' squared norms (not weighted).
+    """A bias's gradient ``dw = Σ_s weight[s] segment_sum[s]`` and its segments' squared norms (not weighted).
 
     Example:
         >>> sum_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
         (tensor([8.]), tensor([4., 9.]))
     """
-    return sums_wgrad(sum_sums(g, segments, backend=backend), segments, weight=weight, backend=backend)
+    return sums_wgrad(segment_sum(g, segments, backend=backend), segments, weight=weight, backend=backend)
 
 
 def sums_sqnorm(sums: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:

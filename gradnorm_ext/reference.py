@@ -118,10 +118,10 @@ def product_sums(
         x = x - shift.to(dtype)[:, None]
     if scale is not None:
         x = x * scale.to(dtype)[:, None]
-    return sum_sums(g.to(dtype) * x, segments)
+    return segment_sum(g.to(dtype) * x, segments)
 
 
-def sum_sums(g: Tensor, segments: Segments) -> Tensor:
+def segment_sum(g: Tensor, segments: Segments) -> Tensor:
     g = g.to(accumulator(g.dtype))
     if segments.length is not None:
         return g.reshape(segments.count, segments.length, g.shape[1]).sum(1)

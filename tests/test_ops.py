@@ -285,7 +285,10 @@ def test_product_and_sum(backend, lengths, dtype):
         per_segment(x.double().abs(), g.double().abs(), -shift.double().abs(), scale.double()),
     )
     check(
-        (ops.sum_sums(g, segments, backend=backend), lambda w: ops.sum_wgrad(g, segments, weight=w, backend=backend)),
+        (
+            ops.segment_sum(g, segments, backend=backend),
+            lambda w: ops.sum_wgrad(g, segments, weight=w, backend=backend),
+        ),
         torch.stack([rows.sum(0) for rows in accumulated(g).split(segments.lengths)]),
         torch.stack([rows.sum(0) for rows in g.double().split(segments.lengths)]),
         torch.stack([rows.sum(0) for rows in g.double().abs().split(segments.lengths)]),
@@ -302,7 +305,7 @@ def test_rows_may_be_strided(backend):
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(
-            ops.sum_sums(g, segments, backend=backend), ops.sum_sums(g, segments, backend="reference")
+            ops.segment_sum(g, segments, backend=backend), ops.segment_sum(g, segments, backend="reference")
         )
 
 
@@ -376,7 +379,7 @@ ONE = Segments.equal(2, 3, Groups.of(2, [(torch.tensor([0, 1]), 2)]))
         (lambda: ops.outer_wgrad(torch.ones(6, 2), torch.ones(5, 2), ONE), ValueError, "got [6, 2] and [5, 2]"),
         (lambda: ops.outer_wgrad(torch.ones(6, 2), torch.ones(6, 2).double(), ONE), TypeError,
          "outer_wgrad: x and g must have one dtype of"),
-        (lambda: ops.sum_sums(torch.ones(6, 2, dtype=torch.int64), ONE), TypeError, "sum_sums: g must have one dtype of"),
+        (lambda: ops.segment_sum(torch.ones(6, 2, dtype=torch.int64), ONE), TypeError, "segment_sum: g must have one dtype of"),
         (lambda: ops.outer_wgrad(torch.ones(5, 2), torch.ones(5, 2), ONE), ValueError,
          "the rows must be those of the segments, got 5 rows and segments of 6"),
         (lambda: ops.outer_wgrad(torch.ones(6, 2), torch.ones(6, 2), ONE, weight=torch.ones(3)), ValueError,

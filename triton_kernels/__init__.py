@@ -17,7 +17,7 @@ from gradnorm_ext.triton_kernels.outer_wgrad import outer_sqnorm, outer_wgrad
 from gradnorm_ext.triton_kernels.product_sums import product_sums
 from gradnorm_ext.triton_kernels.registration import DEVICES
 from gradnorm_ext.triton_kernels.segment_std import segment_std
-from gradnorm_ext.triton_kernels.sum_sums import sum_sums
+from gradnorm_ext.triton_kernels.segment_sum import segment_sum
 from gradnorm_ext.triton_kernels.sums_wgrad import sums_sqnorm, sums_wgrad
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "outer_wgrad",
     "product_sums",
     "segment_std",
-    "sum_sums",
+    "segment_sum",
     "sums_sqnorm",
     "sums_wgrad",
 ]

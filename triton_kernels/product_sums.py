@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from gradnorm_ext.triton_kernels.registration import accumulator, operation
-from gradnorm_ext.triton_kernels.sum_sums import segment_sums
+from gradnorm_ext.triton_kernels.segment_sum import scaled_segment_sum
 
 
 def product_sums(x: Tensor, g: Tensor, segments, *, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -18,4 +18,4 @@ def product_sums(x: Tensor, g: Tensor, segments, *, shift: Tensor | None = None,
 def _product_sums(
     x: Tensor, g: Tensor, shift: Tensor | None, scale: Tensor | None, offsets: Tensor, out: Tensor
 ) -> None:
-    segment_sums(x, g, shift, scale, offsets, out)
+    scaled_segment_sum(x, g, shift, scale, offsets, out)

@@ -15,8 +15,8 @@
 #include "kernels/outer_wgrad.h"
 #include "kernels/product_sums.h"
 #include "kernels/segment_std.h"
+#include "kernels/segment_sum.h"
 #include "kernels/segments.h"
-#include "kernels/sum_sums.h"
 #include "kernels/sums_wgrad.h"
 
 // Only a CUDA build of torch has this. Weak, so that one build of ours loads in a CPU build as
@@ -87,7 +87,7 @@ void product_sums_cuda(const Tensor& x, const Tensor& g, const std::optional<Ten
   });
 }
 
-void sum_sums_cuda(const Tensor& g, const Tensor& offsets, Tensor& out) {
+void segment_sum_cuda(const Tensor& g, const Tensor& offsets, Tensor& out) {
   const OnDevice device(g);
   for_row_type(g, [&](auto zero) {
     using T = decltype(zero);
@@ -95,10 +95,10 @@ void sum_sums_cuda(const Tensor& g, const Tensor& offsets, Tensor& out) {
     const int64_t rows = g.size(0), width = g.size(1), segments = offsets.numel() - 1;
     const T* g_rows = rows_of<T>(g, rows);
     Workspace<A> workspace(
-        out, gradnorm::sum_sums_workspace(g_rows, g.stride(0), rows, width, segments));
-    gradnorm::sum_sums_cuda(g_rows, g.stride(0), rows, width, integers_of(offsets, segments + 1),
-                            segments, out_of<A>(out, segments * width), workspace.data(),
-                            device.stream());
+        out, gradnorm::segment_sum_workspace(g_rows, g.stride(0), rows, width, segments));
+    gradnorm::segment_sum_cuda(g_rows, g.stride(0), rows, width, integers_of(offsets, segments + 1),
+                               segments, out_of<A>(out, segments * width), workspace.data(),
+                               device.stream());
   });
 }
 
@@ -231,7 +231,7 @@ void segment_std_sorted_cuda(const Tensor& values, const Tensor& order, const Te
 STABLE_TORCH_LIBRARY_IMPL(gradnorm, CUDA, m) {
   m.impl("outer_fused", TORCH_BOX(&outer_fused_cuda));
   m.impl("product_sums", TORCH_BOX(&product_sums_cuda));
-  m.impl("sum_sums", TORCH_BOX(&sum_sums_cuda));
+  m.impl("segment_sum", TORCH_BOX(&segment_sum_cuda));
   m.impl("sums_wgrad", TORCH_BOX(&sums_wgrad_cuda));
   m.impl("lookup_wgrad_sorted", TORCH_BOX(&lookup_wgrad_sorted_cuda));
   m.impl("segment_std", TORCH_BOX(&segment_std_cuda));

@@ -1,6 +1,6 @@
 // The CPU kernels as torch operators, through its stable ABI. Schemas live in
-// gradnorm_ext/operations.py, checks on what users pass in gradnorm_ext/ops.py; those here only keep
-// the kernels inside their memory.
+// gradnorm_ext/operations.py, checks on what users pass in gradnorm_ext/ops.py; those here only
+// keep the kernels inside their memory.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
@@ -19,8 +19,8 @@
 #include "kernels/outer_wgrad.h"
 #include "kernels/product_sums.h"
 #include "kernels/segment_std.h"
+#include "kernels/segment_sum.h"
 #include "kernels/segments.h"
-#include "kernels/sum_sums.h"
 #include "kernels/sums_wgrad.h"
 
 namespace {
@@ -196,12 +196,12 @@ void product_sums_cpu(const Tensor& x, const Tensor& g, const std::optional<Tens
   });
 }
 
-void sum_sums_cpu(const Tensor& g, const Tensor& offsets, Tensor& out) {
+void segment_sum_cpu(const Tensor& g, const Tensor& offsets, Tensor& out) {
   for_type(g, [&](auto zero) {
     using T = decltype(zero);
     const int64_t rows = g.size(0), width = g.size(1), segments = offsets.numel() - 1;
-    gradnorm::sum_sums_cpu(rows_of<T>(g, rows), g.stride(0), width, offsets_of(offsets, rows),
-                           segments, out_of<T>(out, segments * width), torch_host<T>());
+    gradnorm::segment_sum_cpu(rows_of<T>(g, rows), g.stride(0), width, offsets_of(offsets, rows),
+                              segments, out_of<T>(out, segments * width), torch_host<T>());
   });
 }
 
@@ -275,7 +275,7 @@ STABLE_TORCH_LIBRARY_IMPL(gradnorm, CPU, m) {
   m.impl("windows_wgrad", TORCH_BOX(&windows_wgrad_cpu));
   m.impl("lookup_wgrad", TORCH_BOX(&lookup_wgrad_cpu));
   m.impl("product_sums", TORCH_BOX(&product_sums_cpu));
-  m.impl("sum_sums", TORCH_BOX(&sum_sums_cpu));
+  m.impl("segment_sum", TORCH_BOX(&segment_sum_cpu));
   m.impl("sums_wgrad", TORCH_BOX(&sums_wgrad_cpu));
   m.impl("segment_std", TORCH_BOX(&segment_std_cpu));
   m.impl("logit_scores", TORCH_BOX(&logit_scores_cpu));

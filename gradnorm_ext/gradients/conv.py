@@ -108,7 +108,7 @@ class ConvGrad(GradientTerm):
         unused, mask = x.new_empty(images * self.shape[0], *self.shape[1:]), [False, True, False]
         sums = torch.ops.aten.convolution_backward(g, x, unused, None, *geometry, mask)[1].view(images, -1)
         if self.segments.length != 1:
-            sums = find("sum_sums", sums.device.type, self.backend)(sums, self.segments)
+            sums = find("segment_sum", sums.device.type, self.backend)(sums, self.segments)
         return PerSampleGrads(sums, self.segments, self.backend).shaped(self.shape)
 
     def sqnorm(self) -> Tensor:
@@ -255,5 +255,5 @@ class ConvGrad(GradientTerm):
                 torch.bmm(seeing[some], lines[:, met].flatten(1, 2), out=gradients[some, :, k])
         sums = gradients.view(len(seen), -1)
         if self.segments.length != 1:
-            sums = find("sum_sums", sums.device.type, self.backend)(sums, self.segments)
+            sums = find("segment_sum", sums.device.type, self.backend)(sums, self.segments)
         return PerSampleGrads(sums.view(examples, -1, entries), self.segments, self.backend)

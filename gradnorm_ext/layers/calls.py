@@ -192,7 +192,7 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def summed(g_rows: Tensor, segments: Segments, backend: str) -> PerSampleGrads:
-    return PerSampleGrads(find("sum_sums", g_rows.device.type, backend)(g_rows, segments), segments, backend)
+    return PerSampleGrads(find("segment_sum", g_rows.device.type, backend)(g_rows, segments), segments, backend)
 
 
 def normalised_product(x: Tensor, g: Tensor, call: Call, shift: Tensor | None, scale: Tensor | None) -> PerSampleGrads:

@@ -1,12 +1,12 @@
-// Sums of products of rows by segment: segment_sums.h with an x.
-#include "kernels/cuda/segment_sums.h"
+// Sums of products of rows by segment: scaled_segment_sum.h with an x.
+#include "kernels/cuda/scaled_segment_sum.h"
 #include "kernels/product_sums.h"
 
 namespace gradnorm {
 namespace {
 
 template <typename T>
-SegmentSums<T> products_of(const T* x, int64_t x_stride, SegmentSums<T> rows) {
+ScaledSegmentSum<T> products_of(const T* x, int64_t x_stride, ScaledSegmentSum<T> rows) {
   rows.x = x;
   rows.x_stride = x_stride;
   return rows;
@@ -30,7 +30,7 @@ void product_sums_cuda(const T* x, int64_t x_stride, const T* g, int64_t g_strid
   auto given = products_of(x, x_stride, of_g);
   given.shift = shift;
   given.scale = scale;
-  segment_sums("product_sums", given, plan_of(given), workspace, stream);
+  scaled_segment_sum("product_sums", given, plan_of(given), workspace, stream);
 }
 
 #define GRADNORM_FOR(T)                                                                            \

@@ -1,8 +1,9 @@
 // One launch for all norms: a warp for a segment's, a block for a group's, which is that of the
 // stretch of the walk that begins where the block is; a block where no group begins is done.
-// The total is the sum of one segment of all rows (segment_sums.h). Squares are added up in double.
+// The total is the sum of one segment of all rows (scaled_segment_sum.h). Squares are added up in
+// double.
 #include "kernels/cuda/partials.h"
-#include "kernels/cuda/segment_sums.h"
+#include "kernels/cuda/scaled_segment_sum.h"
 #include "kernels/sums_wgrad.h"
 
 namespace gradnorm {
@@ -123,7 +124,7 @@ void sums_wgrad_cuda(const T* sums, int64_t width, const Segments& segments, con
   if (!dw) return;
   auto total = sums_of(sums, width, segments.count, width, nullptr, 1, dw);
   total.scale = weight;
-  segment_sums(operation, total, plan.total, workspace + plan.workspace, stream);
+  scaled_segment_sum(operation, total, plan.total, workspace + plan.workspace, stream);
 }
 
 #define GRADNORM_FOR(T)                                                                           \

@@ -11,14 +11,14 @@ void expect(bool ok, const std::string& what) {
   check::failures += !ok;
 }
 
-void segment_sums() {
+void scaled_segment_sum() {
   for (const int64_t segments : {0, 1, 3, 64, 5000, 1 << 20}) {
     for (const int64_t mean : {0, 1, 7, 100, 5000}) {
       for (const int64_t width : {0, 1, 5, 33, 4096}) {
         for (const bool aligned : {false, true}) {
           const auto plan =
-              gradnorm::plan_segment_sums(segments, segments * mean, width, 2, aligned);
-          const std::string what = "segment_sums " + std::to_string(segments) + " x " +
+              gradnorm::plan_scaled_segment_sum(segments, segments * mean, width, 2, aligned);
+          const std::string what = "scaled_segment_sum " + std::to_string(segments) + " x " +
                                    std::to_string(mean) + " x " + std::to_string(width);
           expect(plan.columns * plan.row_groups * plan.teams == gradnorm::kThreads,
                  what + ": threads");
@@ -36,8 +36,9 @@ void segment_sums() {
       }
     }
   }
-  expect(gradnorm::plan_segment_sums(1 << 20, 1 << 20, 8, 4, true).row_groups == 1, "one row each");
-  expect(gradnorm::plan_segment_sums(1, 1 << 20, 8, 4, true).chunks > 1, "one long segment");
+  expect(gradnorm::plan_scaled_segment_sum(1 << 20, 1 << 20, 8, 4, true).row_groups == 1,
+         "one row each");
+  expect(gradnorm::plan_scaled_segment_sum(1, 1 << 20, 8, 4, true).chunks > 1, "one long segment");
 }
 
 void sums_wgrad() {
@@ -93,7 +94,7 @@ void outer() {
 }  // namespace
 
 int main() {
-  segment_sums();
+  scaled_segment_sum();
   sums_wgrad();
   lookup();
   outer();

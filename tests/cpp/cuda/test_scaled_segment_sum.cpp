@@ -1,7 +1,7 @@
-// sum_sums_cuda and product_sums_cuda on the CPU, against loops in double.
+// segment_sum_cuda and product_sums_cuda on the CPU, against loops in double.
 #include "emulated.h"
 #include "kernels/cuda/product_sums.cu"
-#include "kernels/cuda/sum_sums.cu"
+#include "kernels/cuda/segment_sum.cu"
 
 namespace {
 
@@ -52,9 +52,9 @@ void test(const std::vector<int64_t>& lengths, int64_t width, int64_t stride, in
         check::failures += emulator::launches > (workspace.size() ? 2 : 1);
       } else {
         const check::Fenced<A> workspace(
-            gradnorm::sum_sums_workspace(g, stride, rows, width, segments));
-        gradnorm::sum_sums_cuda(g, stride, rows, width, offsets.data(), segments, out.data(),
-                                workspace.data(), nullptr);
+            gradnorm::segment_sum_workspace(g, stride, rows, width, segments));
+        gradnorm::segment_sum_cuda(g, stride, rows, width, offsets.data(), segments, out.data(),
+                                   workspace.data(), nullptr);
         check::failures += emulator::launches > (workspace.size() ? 2 : 1);
       }
       return out.values();
