@@ -232,21 +232,21 @@ def segment_sum(g: Tensor, segments: Segments) -> Tensor:
     return out
 
 
-def sums_sqnorm(sums: Tensor, segments: Segments) -> Tensor:
-    """See :func:`gradnorm_ext.ops.sums_sqnorm`."""
-    return _sums(sums, segments, None, None)
+def per_sample_sqnorm(grads: Tensor, segments: Segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.per_sample_sqnorm`."""
+    return _per_sample(grads, segments, None, None)
 
 
-def sums_wgrad(sums: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See :func:`gradnorm_ext.ops.sums_wgrad`."""
-    dw = sums.new_empty(sums.shape[1])
-    return dw, _sums(sums, segments, weight, dw)
+def per_sample_wgrad(grads: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`gradnorm_ext.ops.per_sample_wgrad`."""
+    dw = grads.new_empty(grads.shape[1])
+    return dw, _per_sample(grads, segments, weight, dw)
 
 
-def _sums(sums: Tensor, segments: Segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
-    sqnorm, groups = sums.new_empty(segments.columns), segments.groups
-    weight = _vector(weight, sums.dtype)
-    _kernels.sums_wgrad(sums.contiguous(), segments.offsets, groups.walk, groups.columns, weight, dw, sqnorm)
+def _per_sample(grads: Tensor, segments: Segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
+    sqnorm, groups = grads.new_empty(segments.columns), segments.groups
+    weight = _vector(weight, grads.dtype)
+    _kernels.per_sample_wgrad(grads.contiguous(), segments.offsets, groups.walk, groups.columns, weight, dw, sqnorm)
     return sqnorm
 
 
@@ -439,7 +439,7 @@ def _outer(
     if left == 1 and dw is not None and outputs is None and changes < 0 and not _fuses_all(x):
         # One group of all rows: its gradient is dW, and a pass over dW costs less than multiplying tile by tile.
         torch.mm(g.t(), x, out=dw[0])
-        return sqnorm.index_fill_(0, walk.onwards[n_gram], _sums(dw.view(1, -1), _WHOLE, None, None)[0])
+        return sqnorm.index_fill_(0, walk.onwards[n_gram], _per_sample(dw.view(1, -1), _WHOLE, None, None)[0])
     if changes < left:
         _kernels.outer_wgrad(x, g, walk.offsets, order, columns, outputs, weight, dw, sqnorm, False)
         return sqnorm

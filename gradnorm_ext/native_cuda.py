@@ -224,22 +224,22 @@ def segment_sum(g: Tensor, segments: Segments) -> Tensor:
     return out
 
 
-def sums_sqnorm(sums: Tensor, segments: Segments) -> Tensor:
-    """See :func:`gradnorm_ext.ops.sums_sqnorm`."""
-    return _sums("sums_sqnorm", sums, segments, None, None)
+def per_sample_sqnorm(grads: Tensor, segments: Segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.per_sample_sqnorm`."""
+    return _per_sample("per_sample_sqnorm", grads, segments, None, None)
 
 
-def sums_wgrad(sums: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See :func:`gradnorm_ext.ops.sums_wgrad`."""
-    dw = sums.new_empty(sums.shape[1])
-    return dw, _sums("sums_wgrad", sums, segments, weight, dw)
+def per_sample_wgrad(grads: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`gradnorm_ext.ops.per_sample_wgrad`."""
+    dw = grads.new_empty(grads.shape[1])
+    return dw, _per_sample("per_sample_wgrad", grads, segments, weight, dw)
 
 
-def _sums(operation: str, sums: Tensor, segments: Segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
-    sqnorm, groups = sums.new_empty(segments.columns), segments.groups
-    given = (sums.contiguous(), segments.offsets, groups.walk, groups.columns, vector_of(weight, sums.dtype))
-    with launching(operation, sums.device):
-        _kernels.sums_wgrad(*given, dw, sqnorm)
+def _per_sample(operation: str, grads: Tensor, segments: Segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
+    sqnorm, groups = grads.new_empty(segments.columns), segments.groups
+    given = (grads.contiguous(), segments.offsets, groups.walk, groups.columns, vector_of(weight, grads.dtype))
+    with launching(operation, grads.device):
+        _kernels.per_sample_wgrad(*given, dw, sqnorm)
     return sqnorm
 
 

@@ -116,8 +116,8 @@ def _sum(device: str) -> tuple[Arguments, ...]:
     return ({"g": _random(device, _ROWS, _OUT), "segments": _segments(device)},)
 
 
-def _sums(device: str) -> Arguments:
-    return {"sums": _random(device, _SEGMENTS, _OUT), "segments": _segments(device)}
+def _grads(device: str) -> Arguments:
+    return {"grads": _random(device, _SEGMENTS, _OUT), "segments": _segments(device)}
 
 
 def _values(device: str) -> tuple[Arguments, ...]:
@@ -215,18 +215,18 @@ for _row in (
         kernels=("segment_sum(Tensor g, Tensor offsets, Tensor(a!) out) -> ()",),
     ),
     Operation(
-        "sums_sqnorm",
+        "per_sample_sqnorm",
         "norms of gradients given per segment",
         serves=("PerSampleGrads", "ConvGrad"),
-        examples=lambda device: (_sums(device),),
+        examples=lambda device: (_grads(device),),
     ),
     Operation(
-        "sums_wgrad",
+        "per_sample_wgrad",
         "sum of gradients given per segment, weighted, and their norms",
         serves=("PerSampleGrads", "ConvGrad"),
-        examples=lambda device: ({**_sums(device), "weight": _random(device, _SEGMENTS)}, _sums(device)),
+        examples=lambda device: ({**_grads(device), "weight": _random(device, _SEGMENTS)}, _grads(device)),
         kernels=(
-            """sums_wgrad(Tensor sums, Tensor offsets, Tensor walk, Tensor columns, Tensor? weight, Tensor(a!)? dw,
+            """per_sample_wgrad(Tensor grads, Tensor offsets, Tensor walk, Tensor columns, Tensor? weight, Tensor(a!)? dw,
     Tensor(b!) sqnorm) -> ()""",
         ),
     ),

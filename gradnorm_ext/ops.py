@@ -233,7 +233,7 @@ def product_sqnorm(
         tensor([25.])
     """
     sums = product_sums(x, g, segments, shift=shift, scale=scale, backend=backend)
-    return sums_sqnorm(sums, segments, backend=backend)
+    return per_sample_sqnorm(sums, segments, backend=backend)
 
 
 def product_wgrad(
@@ -253,7 +253,7 @@ def product_wgrad(
         (tensor([5.]), tensor([4., 9.]))
     """
     sums = product_sums(x, g, segments, shift=shift, scale=scale, backend=backend)
-    return sums_wgrad(sums, segments, weight=weight, backend=backend)
+    return per_sample_wgrad(sums, segments, weight=weight, backend=backend)
 
 
 def segment_sum(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
@@ -274,7 +274,7 @@ def sum_sqnorm(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tenso
         >>> sum_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(1, 2))
         tensor([25.])
     """
-    return sums_sqnorm(segment_sum(g, segments, backend=backend), segments, backend=backend)
+    return per_sample_sqnorm(segment_sum(g, segments, backend=backend), segments, backend=backend)
 
 
 def sum_wgrad(
@@ -286,14 +286,14 @@ def sum_wgrad(
         >>> sum_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
         (tensor([8.]), tensor([4., 9.]))
     """
-    return sums_wgrad(segment_sum(g, segments, backend=backend), segments, weight=weight, backend=backend)
+    return per_sample_wgrad(segment_sum(g, segments, backend=backend), segments, weight=weight, backend=backend)
 
 
-def sums_sqnorm(sums: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
-    """Squared norms of gradients that are given per segment: ``out[s] = ‖sums[s]‖²``, a group's of its sum.
+def per_sample_sqnorm(grads: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
+    """Squared norms of gradients that are given per segment: ``out[s] = ‖grads[s]‖²``, a group's of its sum.
 
     Args:
-        sums: ``[segments, n]``, float32 or float64.
+        grads: ``[segments, n]``, float32 or float64.
         segments: whose gradients they are; only the number of segments and the groups matter.
 
     Returns:
@@ -301,28 +301,28 @@ def sums_sqnorm(sums: Tensor, segments: Segments, *, backend: str = "auto") -> T
 
     Example:
         >>> from gradnorm_ext.segments import Groups
-        >>> sums_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(2, 1, Groups.of(2, [(torch.tensor([0, 0]), 1)])))
+        >>> per_sample_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(2, 1, Groups.of(2, [(torch.tensor([0, 0]), 1)])))
         tensor([ 4.,  9., 25.])
     """
-    _check_sums("sums_sqnorm", sums, segments)
-    return backends.find("sums_sqnorm", sums.device.type, backends.choose(backend))(sums, segments)  # type: ignore[no-any-return]
+    _check_grads("per_sample_sqnorm", grads, segments)
+    return backends.find("per_sample_sqnorm", grads.device.type, backends.choose(backend))(grads, segments)  # type: ignore[no-any-return]
 
 
-def sums_wgrad(
-    sums: Tensor, segments: Segments, *, weight: Tensor | None = None, backend: str = "auto"
+def per_sample_wgrad(
+    grads: Tensor, segments: Segments, *, weight: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The (weighted) total of gradients that are given per segment, ``Σ_s weight[s] sums[s]``, and their squared norms.
+    """The (weighted) total of gradients that are given per segment, ``Σ_s weight[s] grads[s]``, and their squared norms.
 
-    Args and returns: as of :func:`sums_sqnorm`; ``weight [segments]`` or None for ones; the total is ``[n]``.
+    Args and returns: as of :func:`per_sample_sqnorm`; ``weight [segments]`` or None for ones; the total is ``[n]``.
 
     Example:
-        >>> sums_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
+        >>> per_sample_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
         (tensor([8.]), tensor([4., 9.]))
     """
-    _check_sums("sums_wgrad", sums, segments)
-    _outputs("sums_wgrad", segments, weight, by_group=False)
-    run = backends.find("sums_wgrad", sums.device.type, backends.choose(backend))
-    return run(sums, segments, weight=weight)  # type: ignore[no-any-return]
+    _check_grads("per_sample_wgrad", grads, segments)
+    _outputs("per_sample_wgrad", segments, weight, by_group=False)
+    run = backends.find("per_sample_wgrad", grads.device.type, backends.choose(backend))
+    return run(grads, segments, weight=weight)  # type: ignore[no-any-return]
 
 
 class SegmentStd(NamedTuple):
@@ -486,11 +486,11 @@ def _refuse_rows(who: str, rows: dict[str, Tensor]) -> None:
     raise TypeError(f"{who}: {names} must have one dtype of {', '.join(map(str, FLOATS))}, got {got}; cast them")
 
 
-def _check_sums(who: str, sums: Tensor, segments: Segments) -> None:
-    if sums.dim() != 2 or sums.shape[0] != segments.count:
-        raise ValueError(f"{who}: sums must be [{segments.count}, n], one row per segment, got {list(sums.shape)}")
-    if sums.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{who}: sums must be float32 or float64, got {sums.dtype}; cast them")
+def _check_grads(who: str, grads: Tensor, segments: Segments) -> None:
+    if grads.dim() != 2 or grads.shape[0] != segments.count:
+        raise ValueError(f"{who}: grads must be [{segments.count}, n], one row per segment, got {list(grads.shape)}")
+    if grads.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{who}: grads must be float32 or float64, got {grads.dtype}; cast them")
 
 
 def _check_lookup(who: str, ids: Tensor, g: Tensor, vocabulary: int, segments: Segments) -> None:

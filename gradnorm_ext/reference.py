@@ -75,7 +75,7 @@ def _outer(
     i = 0
     for rows in _blocks(x, g, segments):
         of_segment = _outer_per_segment(x, rows, segments)
-        sqnorm += sums_sqnorm(of_segment.flatten(1), segments)
+        sqnorm += per_sample_sqnorm(of_segment.flatten(1), segments)
         if dw is not None:
             if weight is not None:
                 of_segment = of_segment * weight[:, None, None].to(of_segment.dtype)
@@ -97,16 +97,16 @@ def _outer_per_segment(x: Tensor, g: Tensor, segments: Segments) -> Tensor:
     return torch.stack([gs.t() @ xs for gs, xs in rows]) if segments.count else x.new_zeros(0, g.shape[1], x.shape[1])
 
 
-def sums_sqnorm(sums: Tensor, segments: Segments) -> Tensor:
-    parts = [sums.square().sum(1)]
+def per_sample_sqnorm(grads: Tensor, segments: Segments) -> Tensor:
+    parts = [grads.square().sum(1)]
     for ids, count in zip(segments.groups.levels, segments.groups.counts, strict=True):
-        parts.append(sums.new_zeros(count, sums.shape[1]).index_add_(0, ids, sums).square().sum(1))
+        parts.append(grads.new_zeros(count, grads.shape[1]).index_add_(0, ids, grads).square().sum(1))
     return torch.cat(parts)
 
 
-def sums_wgrad(sums: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    dw = sums.sum(0) if weight is None else weight.to(sums.dtype) @ sums
-    return dw, sums_sqnorm(sums, segments)
+def per_sample_wgrad(grads: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    dw = grads.sum(0) if weight is None else weight.to(grads.dtype) @ grads
+    return dw, per_sample_sqnorm(grads, segments)
 
 
 def product_sums(

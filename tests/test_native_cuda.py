@@ -203,7 +203,7 @@ def test_a_kernel_that_cannot_run_says_what_where_and_what_to_do(reason, monkeyp
     arguments = {
         **dict.fromkeys(("outer_sqnorm", "outer_wgrad", "product_sums"), (rows, rows, segments)),
         **dict.fromkeys(("lookup_sqnorm", "lookup_wgrad"), (ids, rows, 2, segments)),
-        **dict.fromkeys(("sums_sqnorm", "sums_wgrad"), (sums, segments)),
+        **dict.fromkeys(("per_sample_sqnorm", "per_sample_wgrad"), (sums, segments)),
         "segment_sum": (rows, segments),
     }
     calls = {name: partial(getattr(native_cuda, name), *given) for name, given in arguments.items()}

@@ -370,7 +370,7 @@ def call_each(offsets, groups, x, g, ids, weight):
         *triton_kernels.outer_wgrad(x, g, segments, weight=weight),
         triton_kernels.outer_gram(x, g, segments),
         *triton_kernels.lookup_wgrad(ids, g, 3, segments, padding_idx=1),
-        *triton_kernels.sums_wgrad(triton_kernels.product_sums(g, g, segments), segments),
+        *triton_kernels.per_sample_wgrad(triton_kernels.product_sums(g, g, segments), segments),
         triton_kernels.segment_sum(g, segments),
         *triton_kernels.segment_std(g[:, 0], ids, 3, ddof=1),
         *triton_kernels.logit_scores(g, ids, ignore_index=2),
@@ -388,5 +388,13 @@ def test_a_compiled_graph_keeps_each_operation_as_one_call_for_every_length():
         torch.testing.assert_close(compiled(*arguments), call_each(*arguments))
     assert counter.frame_count == 2  # one for the first length, one for any
     called = [str(node.target) for node in counter.graphs[-1].graph.nodes if "gradnorm_triton" in str(node.target)]
-    names = ("outer_wgrad", "outer_gram", "lookup_wgrad", "product_sums", "sums_wgrad", "segment_sum", "segment_std")
+    names = (
+        "outer_wgrad",
+        "outer_gram",
+        "lookup_wgrad",
+        "product_sums",
+        "per_sample_wgrad",
+        "segment_sum",
+        "segment_std",
+    )
     assert called == [f"gradnorm_triton.{name}" for name in (*names, "logit_scores", "logit_gradient_rates")]

@@ -117,7 +117,7 @@ def everything(scale: int) -> None:
         triton_kernels.product_sums(g, g, segments, shift=g[:, 0], scale=g[:, 0])
     triton_kernels.lookup_wgrad(ids, g, 7, segments, weight=weight)
     triton_kernels.outer_gram(g, g, segments)
-    triton_kernels.sums_wgrad(torch.zeros(4, 256), segments, weight=weight)
+    triton_kernels.per_sample_wgrad(torch.zeros(4, 256), segments, weight=weight)
     for dtype, vocabulary in ((torch.bfloat16, 1 << 17), (torch.float32, 50257), (torch.float64, 100)):
         logits, labels = torch.zeros(70 * scale, vocabulary, dtype=dtype), torch.arange(70 * scale) % 7
         triton_kernels.logit_scores(logits, labels, ignore_index=-100)

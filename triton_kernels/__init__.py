@@ -14,11 +14,11 @@ from gradnorm_ext.triton_kernels.logit_scores import logit_scores
 from gradnorm_ext.triton_kernels.lookup_wgrad import lookup_sqnorm, lookup_wgrad
 from gradnorm_ext.triton_kernels.outer_gram import outer_gram
 from gradnorm_ext.triton_kernels.outer_wgrad import outer_sqnorm, outer_wgrad
+from gradnorm_ext.triton_kernels.per_sample_wgrad import per_sample_sqnorm, per_sample_wgrad
 from gradnorm_ext.triton_kernels.product_sums import product_sums
 from gradnorm_ext.triton_kernels.registration import DEVICES
 from gradnorm_ext.triton_kernels.segment_std import segment_std
 from gradnorm_ext.triton_kernels.segment_sum import segment_sum
-from gradnorm_ext.triton_kernels.sums_wgrad import sums_sqnorm, sums_wgrad
 
 __all__ = [
     "DEVICES",
@@ -29,9 +29,9 @@ __all__ = [
     "outer_gram",
     "outer_sqnorm",
     "outer_wgrad",
+    "per_sample_sqnorm",
+    "per_sample_wgrad",
     "product_sums",
     "segment_std",
     "segment_sum",
-    "sums_sqnorm",
-    "sums_wgrad",
 ]

@@ -13,11 +13,11 @@
 #include "kernels/cuda/driver.h"
 #include "kernels/lookup_wgrad.h"
 #include "kernels/outer_wgrad.h"
+#include "kernels/per_sample_wgrad.h"
 #include "kernels/product_sums.h"
 #include "kernels/segment_std.h"
 #include "kernels/segment_sum.h"
 #include "kernels/segments.h"
-#include "kernels/sums_wgrad.h"
 
 // Only a CUDA build of torch has this. Weak, so that one build of ours loads in a CPU build as
 // well.
@@ -102,9 +102,9 @@ void segment_sum_cuda(const Tensor& g, const Tensor& offsets, Tensor& out) {
   });
 }
 
-void sums_wgrad_cuda(const Tensor& sums, const Tensor&, const Tensor& walk, const Tensor& columns,
-                     const std::optional<Tensor>& weight, std::optional<Tensor> dw,
-                     Tensor& sqnorm) {
+void per_sample_wgrad_cuda(const Tensor& sums, const Tensor&, const Tensor& walk,
+                           const Tensor& columns, const std::optional<Tensor>& weight,
+                           std::optional<Tensor> dw, Tensor& sqnorm) {
   const OnDevice device(sums);
   for_type(sums, [&](auto zero) {
     using T = decltype(zero);
@@ -113,11 +113,11 @@ void sums_wgrad_cuda(const Tensor& sums, const Tensor&, const Tensor& walk, cons
     STD_TORCH_CHECK(segments.count == count, "gradnorm: sums must be [segments, width]");
     const T* rows = vector_of<T>(sums, count * width, kType<T>);
     Workspace<T> workspace(
-        sums, gradnorm::sums_wgrad_workspace(rows, width, segments, norms, dw.has_value()));
+        sums, gradnorm::per_sample_wgrad_workspace(rows, width, segments, norms, dw.has_value()));
     torch::stable::zero_(sqnorm);
-    gradnorm::sums_wgrad_cuda(rows, width, segments, vector_of<T>(weight, count, kType<T>),
-                              dw ? out_of<T>(*dw, width) : nullptr, out_of<T>(sqnorm, norms), norms,
-                              workspace.data(), device.stream());
+    gradnorm::per_sample_wgrad_cuda(rows, width, segments, vector_of<T>(weight, count, kType<T>),
+                                    dw ? out_of<T>(*dw, width) : nullptr, out_of<T>(sqnorm, norms),
+                                    norms, workspace.data(), device.stream());
   });
 }
 
@@ -232,7 +232,7 @@ STABLE_TORCH_LIBRARY_IMPL(gradnorm, CUDA, m) {
   m.impl("outer_fused", TORCH_BOX(&outer_fused_cuda));
   m.impl("product_sums", TORCH_BOX(&product_sums_cuda));
   m.impl("segment_sum", TORCH_BOX(&segment_sum_cuda));
-  m.impl("sums_wgrad", TORCH_BOX(&sums_wgrad_cuda));
+  m.impl("per_sample_wgrad", TORCH_BOX(&per_sample_wgrad_cuda));
   m.impl("lookup_wgrad_sorted", TORCH_BOX(&lookup_wgrad_sorted_cuda));
   m.impl("segment_std", TORCH_BOX(&segment_std_cuda));
   m.impl("segment_std_sorted", TORCH_BOX(&segment_std_sorted_cuda));

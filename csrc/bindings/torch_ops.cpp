@@ -17,11 +17,11 @@
 #include "kernels/lookup_wgrad.h"
 #include "kernels/outer_sqnorm.h"
 #include "kernels/outer_wgrad.h"
+#include "kernels/per_sample_wgrad.h"
 #include "kernels/product_sums.h"
 #include "kernels/segment_std.h"
 #include "kernels/segment_sum.h"
 #include "kernels/segments.h"
-#include "kernels/sums_wgrad.h"
 
 namespace {
 using namespace tensors;
@@ -205,9 +205,9 @@ void segment_sum_cpu(const Tensor& g, const Tensor& offsets, Tensor& out) {
   });
 }
 
-void sums_wgrad_cpu(const Tensor& sums, const Tensor& offsets, const Tensor& walk,
-                    const Tensor& columns, const std::optional<Tensor>& weight,
-                    std::optional<Tensor> dw, Tensor& sqnorm) {
+void per_sample_wgrad_cpu(const Tensor& sums, const Tensor& offsets, const Tensor& walk,
+                          const Tensor& columns, const std::optional<Tensor>& weight,
+                          std::optional<Tensor> dw, Tensor& sqnorm) {
   for_type(sums, [&](auto zero) {
     using T = decltype(zero);
     const int64_t count = sums.size(0), width = sums.size(1);
@@ -215,10 +215,10 @@ void sums_wgrad_cpu(const Tensor& sums, const Tensor& offsets, const Tensor& wal
     const auto segments =
         segments_of(offsets, walk, columns, std::nullopt, rows, sqnorm.numel(), 1);
     STD_TORCH_CHECK(segments.count == count, "gradnorm: sums must be [segments, width]");
-    gradnorm::sums_wgrad_cpu(vector_of<T>(sums, count * width, kType<T>), width, segments,
-                             vector_of<T>(weight, count, kType<T>),
-                             dw ? out_of<T>(*dw, width) : nullptr,
-                             out_of<T>(sqnorm, sqnorm.numel()), sqnorm.numel(), torch_host<T>());
+    gradnorm::per_sample_wgrad_cpu(
+        vector_of<T>(sums, count * width, kType<T>), width, segments,
+        vector_of<T>(weight, count, kType<T>), dw ? out_of<T>(*dw, width) : nullptr,
+        out_of<T>(sqnorm, sqnorm.numel()), sqnorm.numel(), torch_host<T>());
   });
 }
 
@@ -276,7 +276,7 @@ STABLE_TORCH_LIBRARY_IMPL(gradnorm, CPU, m) {
   m.impl("lookup_wgrad", TORCH_BOX(&lookup_wgrad_cpu));
   m.impl("product_sums", TORCH_BOX(&product_sums_cpu));
   m.impl("segment_sum", TORCH_BOX(&segment_sum_cpu));
-  m.impl("sums_wgrad", TORCH_BOX(&sums_wgrad_cpu));
+  m.impl("per_sample_wgrad", TORCH_BOX(&per_sample_wgrad_cpu));
   m.impl("segment_std", TORCH_BOX(&segment_std_cpu));
   m.impl("logit_scores", TORCH_BOX(&logit_scores_cpu));
   m.impl("logit_gradient_rates", TORCH_BOX(&logit_gradient_rates_cpu));

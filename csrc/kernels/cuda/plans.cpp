@@ -55,9 +55,9 @@ ScaledSegmentSumPlan plan_scaled_segment_sum(int64_t segments, int64_t rows, int
   return plan;
 }
 
-SumsWgradPlan plan_sums_wgrad(int64_t segments, int64_t levels, int64_t columns, int64_t width,
-                              int64_t element_bytes, bool aligned) {
-  SumsWgradPlan plan = {};
+PerSampleWgradPlan plan_per_sample_wgrad(int64_t segments, int64_t levels, int64_t columns,
+                                         int64_t width, int64_t element_bytes, bool aligned) {
+  PerSampleWgradPlan plan = {};
   plan.vector = vector_of(element_bytes, aligned);
   plan.stretches = ceil_div(ceil_div(width, plan.vector), kWarpSize);
   const int64_t entries = std::max<int64_t>(1, segments);

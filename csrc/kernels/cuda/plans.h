@@ -27,7 +27,7 @@ ScaledSegmentSumPlan plan_scaled_segment_sum(int64_t segments, int64_t rows, int
                                              int64_t element_bytes, bool aligned);
 
 // Norms and the total of gradients given per segment.
-struct SumsWgradPlan {
+struct PerSampleWgradPlan {
   int64_t vector;
   int64_t stretches;           // of 32 vectors, side by side
   int64_t splits;              // of the stretches; the norms' parts are added up in a second pass
@@ -36,8 +36,8 @@ struct SumsWgradPlan {
   int64_t workspace;           // entries for the norms' parts, 0 for one split
   ScaledSegmentSumPlan total;  // of dw
 };
-SumsWgradPlan plan_sums_wgrad(int64_t segments, int64_t levels, int64_t columns, int64_t width,
-                              int64_t element_bytes, bool aligned);
+PerSampleWgradPlan plan_per_sample_wgrad(int64_t segments, int64_t levels, int64_t columns,
+                                         int64_t width, int64_t element_bytes, bool aligned);
 
 // An embedding's gradient: a warp takes a run of equal ids and a stretch of columns.
 struct LookupPlan {

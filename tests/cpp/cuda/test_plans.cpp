@@ -41,16 +41,16 @@ void scaled_segment_sum() {
   expect(gradnorm::plan_scaled_segment_sum(1, 1 << 20, 8, 4, true).chunks > 1, "one long segment");
 }
 
-void sums_wgrad() {
+void per_sample_wgrad() {
   for (const int64_t segments : {0, 1, 64, 100000}) {
     for (const int64_t width : {1, 700, 1 << 20}) {
-      const auto plan = gradnorm::plan_sums_wgrad(segments, 2, segments + 5, width, 4, true);
-      expect(plan.stretches * 128 >= width, "sums_wgrad: stretches");
-      expect(plan.splits >= 1 && plan.splits <= plan.stretches, "sums_wgrad: splits");
-      expect(plan.segment_blocks * 8 >= segments * plan.splits, "sums_wgrad: segments");
-      expect(plan.group_blocks == 2 * segments * plan.splits, "sums_wgrad: groups");
+      const auto plan = gradnorm::plan_per_sample_wgrad(segments, 2, segments + 5, width, 4, true);
+      expect(plan.stretches * 128 >= width, "per_sample_wgrad: stretches");
+      expect(plan.splits >= 1 && plan.splits <= plan.stretches, "per_sample_wgrad: splits");
+      expect(plan.segment_blocks * 8 >= segments * plan.splits, "per_sample_wgrad: segments");
+      expect(plan.group_blocks == 2 * segments * plan.splits, "per_sample_wgrad: groups");
       expect(plan.workspace == (plan.splits > 1 ? (segments + 5) * plan.splits : 0),
-             "sums_wgrad: workspace");
+             "per_sample_wgrad: workspace");
     }
   }
 }
@@ -95,7 +95,7 @@ void outer() {
 
 int main() {
   scaled_segment_sum();
-  sums_wgrad();
+  per_sample_wgrad();
   lookup();
   outer();
   return check::failures != 0;
