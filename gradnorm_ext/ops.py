@@ -267,23 +267,23 @@ def segment_sum(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tens
     return backends.find("segment_sum", g.device.type, backends.choose(backend))(g, segments)  # type: ignore[no-any-return]
 
 
-def sum_sqnorm(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
+def bias_sqnorm(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
     """Squared norm of each segment's gradient of a bias: ``out[s] = ‖segment_sum[s]‖²``, groups likewise.
 
     Example:
-        >>> sum_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(1, 2))
+        >>> bias_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(1, 2))
         tensor([25.])
     """
     return per_sample_sqnorm(segment_sum(g, segments, backend=backend), segments, backend=backend)
 
 
-def sum_wgrad(
+def bias_wgrad(
     g: Tensor, segments: Segments, *, weight: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """A bias's gradient ``dw = Σ_s weight[s] segment_sum[s]`` and its segments' squared norms (not weighted).
 
     Example:
-        >>> sum_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
+        >>> bias_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
         (tensor([8.]), tensor([4., 9.]))
     """
     return per_sample_wgrad(segment_sum(g, segments, backend=backend), segments, weight=weight, backend=backend)

@@ -277,7 +277,7 @@ class TestOnGpu:
         check(
             ops.segment_sum(g, segments, backend="native"),
             (g.double(), accumulated(g), g.double().abs()),
-            lambda: ops.sum_wgrad(g, segments, weight=weight, backend="native"),
+            lambda: ops.bias_wgrad(g, segments, weight=weight, backend="native"),
         )
 
     def test_lookup(self, lengths, width, dtype):

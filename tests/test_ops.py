@@ -287,7 +287,7 @@ def test_product_and_sum(backend, lengths, dtype):
     check(
         (
             ops.segment_sum(g, segments, backend=backend),
-            lambda w: ops.sum_wgrad(g, segments, weight=w, backend=backend),
+            lambda w: ops.bias_wgrad(g, segments, weight=w, backend=backend),
         ),
         torch.stack([rows.sum(0) for rows in accumulated(g).split(segments.lengths)]),
         torch.stack([rows.sum(0) for rows in g.double().split(segments.lengths)]),
@@ -315,7 +315,7 @@ def test_nan_stays_in_its_segment(backend):
     x, g = rows_of(segments, 6, 5, torch.float32)
     g[5] = torch.nan
     assert ops.outer_sqnorm(x, g, segments, backend=backend).isnan().tolist() == [False, True, False]
-    assert ops.sum_sqnorm(g, segments, backend=backend).isnan().tolist() == [False, True, False]
+    assert ops.bias_sqnorm(g, segments, backend=backend).isnan().tolist() == [False, True, False]
     assert ops.lookup_sqnorm(torch.zeros(15, dtype=torch.long), g, 3, segments, backend=backend).isnan().tolist() == [
         False, True, False,
     ]  # fmt: skip

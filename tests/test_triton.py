@@ -235,7 +235,7 @@ def test_product_and_sum(lengths, dtype):
     check(
         ops.segment_sum(g, segments, backend="triton"),
         (g.double(), accumulated(g), g.double().abs()),
-        lambda weight: ops.sum_wgrad(g, segments, weight=weight, backend="triton"),
+        lambda weight: ops.bias_wgrad(g, segments, weight=weight, backend="triton"),
     )
 
 
@@ -271,7 +271,7 @@ def test_nan_stays_in_its_segment(method):
     g[5] = torch.nan
     ids = torch.zeros(15, dtype=torch.long, device=DEVICE)
     for found in (
-        ops.sum_sqnorm(g, segments, backend="triton"),
+        ops.bias_sqnorm(g, segments, backend="triton"),
         ops.product_sqnorm(g, g, segments, backend="triton"),
         ops.lookup_sqnorm(ids, g, 3, segments, backend="triton"),
     ):
@@ -310,7 +310,7 @@ def test_nothing_gives_zeros():
         x, g = torch.empty(0, 5, device=DEVICE), torch.empty(0, 3, device=DEVICE)
         ids = torch.empty(0, dtype=torch.long, device=DEVICE)
         calls = {
-            "outer_wgrad": (x, g), "lookup_wgrad": (ids, g, 4), "product_wgrad": (g, g), "sum_wgrad": (g,)
+            "outer_wgrad": (x, g), "lookup_wgrad": (ids, g, 4), "product_wgrad": (g, g), "bias_wgrad": (g,)
         }  # fmt: skip
         for name, arguments in calls.items():
             dw, sqnorm = getattr(ops, name)(*arguments, segments, backend="triton")
