@@ -212,13 +212,13 @@ def lookup_wgrad(
     return dw if outputs is not None else dw[0], sqnorm
 
 
-def product_sums(
+def segment_scale_grad(
     x: Tensor, g: Tensor, segments: Segments, *, shift: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
-    """See :func:`gradnorm_ext.ops.product_sums`."""
+    """See :func:`gradnorm_ext.ops.segment_scale_grad`."""
     x, g = _rows(x), _rows(g)
     out = g.new_empty(segments.count, g.shape[1])
-    _kernels.product_sums(x, g, _vector(shift, x.dtype), _vector(scale, x.dtype), segments.offsets, out)
+    _kernels.segment_scale_grad(x, g, _vector(shift, x.dtype), _vector(scale, x.dtype), segments.offsets, out)
     return out
 
 

@@ -201,14 +201,14 @@ def _lookup(
     return sqnorm
 
 
-def product_sums(
+def segment_scale_grad(
     x: Tensor, g: Tensor, segments: Segments, *, shift: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
-    """See :func:`gradnorm_ext.ops.product_sums`."""
+    """See :func:`gradnorm_ext.ops.segment_scale_grad`."""
     x, g, dtype = rows_of(x), rows_of(g), accumulator(g.dtype)
     out = g.new_empty(segments.count, g.shape[1], dtype=dtype)
-    with launching("product_sums", g.device):
-        _kernels.product_sums(x, g, vector_of(shift, dtype), vector_of(scale, dtype), segments.offsets, out)
+    with launching("segment_scale_grad", g.device):
+        _kernels.segment_scale_grad(x, g, vector_of(shift, dtype), vector_of(scale, dtype), segments.offsets, out)
     return out
 
 

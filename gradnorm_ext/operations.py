@@ -199,12 +199,12 @@ for _row in (
         ),
     ),
     Operation(
-        "product_sums",
+        "segment_scale_grad",
         "each segment's gradient of a scale",
         serves=("PerSampleGrads",),
         examples=_product,
         kernels=(
-            "product_sums(Tensor x, Tensor g, Tensor? shift, Tensor? scale, Tensor offsets, Tensor(a!) out) -> ()",
+            "segment_scale_grad(Tensor x, Tensor g, Tensor? shift, Tensor? scale, Tensor offsets, Tensor(a!) out) -> ()",
         ),
     ),
     Operation(

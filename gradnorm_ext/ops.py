@@ -185,7 +185,7 @@ def lookup_wgrad(
     )
 
 
-def product_sums(
+def segment_scale_grad(
     x: Tensor,
     g: Tensor,
     segments: Segments,
@@ -209,15 +209,15 @@ def product_sums(
         ``[segments, width]``, float32 (float64 for float64 input).
 
     Example:
-        >>> product_sums(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(1, 2))
+        >>> segment_scale_grad(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(1, 2))
         tensor([[5.]])
     """
-    _check_rows("product_sums", segments, x=x, g=g)
-    run = backends.find("product_sums", x.device.type, backends.choose(backend))
+    _check_rows("segment_scale_grad", segments, x=x, g=g)
+    run = backends.find("segment_scale_grad", x.device.type, backends.choose(backend))
     return run(x, g, segments, shift=shift, scale=scale)  # type: ignore[no-any-return]
 
 
-def product_sqnorm(
+def scale_sqnorm(
     x: Tensor,
     g: Tensor,
     segments: Segments,
@@ -226,17 +226,17 @@ def product_sqnorm(
     scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Squared norm of each segment's gradient of a layer's scale: ``out[s] = ‖product_sums[s]‖²``, groups likewise.
+    """Squared norm of each segment's gradient of a layer's scale: ``out[s] = ‖segment_scale_grad[s]‖²``, groups likewise.
 
     Example:
-        >>> product_sqnorm(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(1, 2))
+        >>> scale_sqnorm(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(1, 2))
         tensor([25.])
     """
-    sums = product_sums(x, g, segments, shift=shift, scale=scale, backend=backend)
+    sums = segment_scale_grad(x, g, segments, shift=shift, scale=scale, backend=backend)
     return per_sample_sqnorm(sums, segments, backend=backend)
 
 
-def product_wgrad(
+def scale_wgrad(
     x: Tensor,
     g: Tensor,
     segments: Segments,
@@ -246,13 +246,13 @@ def product_wgrad(
     weight: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """A scale's gradient ``dw = Σ_s weight[s] product_sums[s]`` and its segments' squared norms (not weighted).
+    """A scale's gradient ``dw = Σ_s weight[s] segment_scale_grad[s]`` and its segments' squared norms (not weighted).
 
     Example:
-        >>> product_wgrad(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(2, 1))
+        >>> scale_wgrad(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(2, 1))
         (tensor([5.]), tensor([4., 9.]))
     """
-    sums = product_sums(x, g, segments, shift=shift, scale=scale, backend=backend)
+    sums = segment_scale_grad(x, g, segments, shift=shift, scale=scale, backend=backend)
     return per_sample_wgrad(sums, segments, weight=weight, backend=backend)
 
 

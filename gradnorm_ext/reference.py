@@ -109,7 +109,7 @@ def per_sample_wgrad(grads: Tensor, segments: Segments, *, weight: Tensor | None
     return dw, per_sample_sqnorm(grads, segments)
 
 
-def product_sums(
+def segment_scale_grad(
     x: Tensor, g: Tensor, segments: Segments, *, shift: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
     dtype = accumulator(x.dtype)

@@ -147,7 +147,7 @@ GPU_CASES = {
     },
     "tests": set(),
     "rest": {
-        *("outer_wgrad", "outer_sqnorm", "lookup_sqnorm", "lookup_wgrad", "product_wgrad", "bias_wgrad"),
+        *("outer_wgrad", "outer_sqnorm", "lookup_sqnorm", "lookup_wgrad", "scale_wgrad", "bias_wgrad"),
         "segment_std",
     },
     "sanitizers": set(),

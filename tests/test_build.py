@@ -131,7 +131,7 @@ def test_short_segments_go_by_the_gram_method_and_long_ones_do_not() -> None:
         ("outer_wgrad", 4, torch.tensor([[5, 4, 3]])),
         ("outer_wgrad", 5, torch.tensor([0, 2, 0])),
         ("lookup_wgrad", 0, torch.full((10,), 7)),
-        ("product_sums", 2, torch.rand(9)),
+        ("segment_scale_grad", 2, torch.rand(9)),
         ("segment_sum", 2, torch.empty(3, 5)),
         ("segment_std", 1, torch.full((10,), -1)),
     ],

@@ -201,7 +201,7 @@ def test_a_kernel_that_cannot_run_says_what_where_and_what_to_do(reason, monkeyp
     segments, ids = Segments.equal(2, 2), torch.tensor([0, 1, 1, 0])
     rows, sums = torch.ones(4, 2, dtype=torch.float16), torch.ones(2, 2)
     arguments = {
-        **dict.fromkeys(("outer_sqnorm", "outer_wgrad", "product_sums"), (rows, rows, segments)),
+        **dict.fromkeys(("outer_sqnorm", "outer_wgrad", "segment_scale_grad"), (rows, rows, segments)),
         **dict.fromkeys(("lookup_sqnorm", "lookup_wgrad"), (ids, rows, 2, segments)),
         **dict.fromkeys(("per_sample_sqnorm", "per_sample_wgrad"), (sums, segments)),
         "segment_sum": (rows, segments),
@@ -270,9 +270,9 @@ class TestOnGpu:
         given = {"shift": shift, "scale": scale, "backend": "native"}
         size = g.double().abs() * (x.double().abs() + shift.double().abs()[:, None]) * scale.double()[:, None]
         check(
-            ops.product_sums(x, g, segments, **given),
+            ops.segment_scale_grad(x, g, segments, **given),
             (normalised(x.double(), g.double()), normalised(accumulated(x), accumulated(g)), size),
-            lambda: ops.product_wgrad(x, g, segments, weight=weight, **given),
+            lambda: ops.scale_wgrad(x, g, segments, weight=weight, **given),
         )
         check(
             ops.segment_sum(g, segments, backend="native"),

@@ -279,7 +279,7 @@ def test_product_and_sum(backend, lengths, dtype):
 
     given = {"shift": shift, "scale": scale, "backend": backend}
     check(
-        (ops.product_sums(x, g, segments, **given), lambda w: ops.product_wgrad(x, g, segments, weight=w, **given)),
+        (ops.segment_scale_grad(x, g, segments, **given), lambda w: ops.scale_wgrad(x, g, segments, weight=w, **given)),
         per_segment(accumulated(x), accumulated(g), shift, scale),
         per_segment(x.double(), g.double(), shift.double(), scale.double()),
         per_segment(x.double().abs(), g.double().abs(), -shift.double().abs(), scale.double()),

@@ -228,9 +228,9 @@ def test_product_and_sum(lengths, dtype):
     given = {"shift": shift, "scale": scale, "backend": "triton"}
     size = g.double().abs() * (x.double().abs() + shift.double().abs()[:, None]) * scale.double()[:, None]
     check(
-        ops.product_sums(x, g, segments, **given),
+        ops.segment_scale_grad(x, g, segments, **given),
         (normalised(x.double(), g.double()), normalised(accumulated(x), accumulated(g)), size),
-        lambda weight: ops.product_wgrad(x, g, segments, weight=weight, **given),
+        lambda weight: ops.scale_wgrad(x, g, segments, weight=weight, **given),
     )
     check(
         ops.segment_sum(g, segments, backend="triton"),
@@ -272,7 +272,7 @@ def test_nan_stays_in_its_segment(method):
     ids = torch.zeros(15, dtype=torch.long, device=DEVICE)
     for found in (
         ops.bias_sqnorm(g, segments, backend="triton"),
-        ops.product_sqnorm(g, g, segments, backend="triton"),
+        ops.scale_sqnorm(g, g, segments, backend="triton"),
         ops.lookup_sqnorm(ids, g, 3, segments, backend="triton"),
     ):
         assert found[:3].isnan().tolist() == [False, True, False]
@@ -310,7 +310,7 @@ def test_nothing_gives_zeros():
         x, g = torch.empty(0, 5, device=DEVICE), torch.empty(0, 3, device=DEVICE)
         ids = torch.empty(0, dtype=torch.long, device=DEVICE)
         calls = {
-            "outer_wgrad": (x, g), "lookup_wgrad": (ids, g, 4), "product_wgrad": (g, g), "bias_wgrad": (g,)
+            "outer_wgrad": (x, g), "lookup_wgrad": (ids, g, 4), "scale_wgrad": (g, g), "bias_wgrad": (g,)
         }  # fmt: skip
         for name, arguments in calls.items():
             dw, sqnorm = getattr(ops, name)(*arguments, segments, backend="triton")
@@ -370,7 +370,7 @@ def call_each(offsets, groups, x, g, ids, weight):
         *triton_kernels.outer_wgrad(x, g, segments, weight=weight),
         triton_kernels.outer_gram(x, g, segments),
         *triton_kernels.lookup_wgrad(ids, g, 3, segments, padding_idx=1),
-        *triton_kernels.per_sample_wgrad(triton_kernels.product_sums(g, g, segments), segments),
+        *triton_kernels.per_sample_wgrad(triton_kernels.segment_scale_grad(g, g, segments), segments),
         triton_kernels.segment_sum(g, segments),
         *triton_kernels.segment_std(g[:, 0], ids, 3, ddof=1),
         *triton_kernels.logit_scores(g, ids, ignore_index=2),
@@ -392,7 +392,7 @@ def test_a_compiled_graph_keeps_each_operation_as_one_call_for_every_length():
         "outer_wgrad",
         "outer_gram",
         "lookup_wgrad",
-        "product_sums",
+        "segment_scale_grad",
         "per_sample_wgrad",
         "segment_sum",
         "segment_std",

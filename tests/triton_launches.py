@@ -114,7 +114,7 @@ def everything(scale: int) -> None:
         segments = Segments.equal(4, rows, groups)
         g, ids = torch.zeros(4 * rows, 256, dtype=torch.bfloat16), torch.arange(4 * rows) % 7
         triton_kernels.segment_sum(g, segments)
-        triton_kernels.product_sums(g, g, segments, shift=g[:, 0], scale=g[:, 0])
+        triton_kernels.segment_scale_grad(g, g, segments, shift=g[:, 0], scale=g[:, 0])
     triton_kernels.lookup_wgrad(ids, g, 7, segments, weight=weight)
     triton_kernels.outer_gram(g, g, segments)
     triton_kernels.per_sample_wgrad(torch.zeros(4, 256), segments, weight=weight)

@@ -15,8 +15,8 @@ from gradnorm_ext.triton_kernels.lookup_wgrad import lookup_sqnorm, lookup_wgrad
 from gradnorm_ext.triton_kernels.outer_gram import outer_gram
 from gradnorm_ext.triton_kernels.outer_wgrad import outer_sqnorm, outer_wgrad
 from gradnorm_ext.triton_kernels.per_sample_wgrad import per_sample_sqnorm, per_sample_wgrad
-from gradnorm_ext.triton_kernels.product_sums import product_sums
 from gradnorm_ext.triton_kernels.registration import DEVICES
+from gradnorm_ext.triton_kernels.segment_scale_grad import segment_scale_grad
 from gradnorm_ext.triton_kernels.segment_std import segment_std
 from gradnorm_ext.triton_kernels.segment_sum import segment_sum
 
@@ -31,7 +31,7 @@ __all__ = [
     "outer_wgrad",
     "per_sample_sqnorm",
     "per_sample_wgrad",
-    "product_sums",
+    "segment_scale_grad",
     "segment_std",
     "segment_sum",
 ]

@@ -1,4 +1,4 @@
-"""Sums of rows per segment, ``out[s] = Σ_{r in s} g[r]``, or of products of rows (`product_sums`), in one launch."""
+"""Sums of rows per segment, ``out[s] = Σ_{r in s} g[r]``, or of products of rows (`segment_scale_grad`), in one launch."""
 
 import torch
 import triton

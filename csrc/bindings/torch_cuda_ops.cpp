@@ -14,7 +14,7 @@
 #include "kernels/lookup_wgrad.h"
 #include "kernels/outer_wgrad.h"
 #include "kernels/per_sample_wgrad.h"
-#include "kernels/product_sums.h"
+#include "kernels/segment_scale_grad.h"
 #include "kernels/segment_std.h"
 #include "kernels/segment_sum.h"
 #include "kernels/segments.h"
@@ -68,8 +68,9 @@ gradnorm::Segments segments_of(const Tensor& walk, const Tensor& columns,
   return segments;
 }
 
-void product_sums_cuda(const Tensor& x, const Tensor& g, const std::optional<Tensor>& shift,
-                       const std::optional<Tensor>& scale, const Tensor& offsets, Tensor& out) {
+void segment_scale_grad_cuda(const Tensor& x, const Tensor& g, const std::optional<Tensor>& shift,
+                             const std::optional<Tensor>& scale, const Tensor& offsets,
+                             Tensor& out) {
   const OnDevice device(x);
   for_row_type(x, [&](auto zero) {
     using T = decltype(zero);
@@ -78,9 +79,9 @@ void product_sums_cuda(const Tensor& x, const Tensor& g, const std::optional<Ten
     STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == width, "gradnorm: x and g of another width");
     const T *x_rows = rows_of<T>(x, rows), *g_rows = rows_of<T>(g, rows);
     Workspace<A> workspace(
-        out, gradnorm::product_sums_workspace(x_rows, x.stride(0), g_rows, g.stride(0), rows, width,
-                                              segments));
-    gradnorm::product_sums_cuda(
+        out, gradnorm::segment_scale_grad_workspace(x_rows, x.stride(0), g_rows, g.stride(0), rows,
+                                                    width, segments));
+    gradnorm::segment_scale_grad_cuda(
         x_rows, x.stride(0), g_rows, g.stride(0), rows, width, vector_of<A>(shift, rows, kType<A>),
         vector_of<A>(scale, rows, kType<A>), integers_of(offsets, segments + 1), segments,
         out_of<A>(out, segments * width), workspace.data(), device.stream());
@@ -230,7 +231,7 @@ void segment_std_sorted_cuda(const Tensor& values, const Tensor& order, const Te
 
 STABLE_TORCH_LIBRARY_IMPL(gradnorm, CUDA, m) {
   m.impl("outer_fused", TORCH_BOX(&outer_fused_cuda));
-  m.impl("product_sums", TORCH_BOX(&product_sums_cuda));
+  m.impl("segment_scale_grad", TORCH_BOX(&segment_scale_grad_cuda));
   m.impl("segment_sum", TORCH_BOX(&segment_sum_cuda));
   m.impl("per_sample_wgrad", TORCH_BOX(&per_sample_wgrad_cuda));
   m.impl("lookup_wgrad_sorted", TORCH_BOX(&lookup_wgrad_sorted_cuda));

@@ -18,7 +18,7 @@
 #include "kernels/outer_sqnorm.h"
 #include "kernels/outer_wgrad.h"
 #include "kernels/per_sample_wgrad.h"
-#include "kernels/product_sums.h"
+#include "kernels/segment_scale_grad.h"
 #include "kernels/segment_std.h"
 #include "kernels/segment_sum.h"
 #include "kernels/segments.h"
@@ -183,16 +183,17 @@ void lookup_wgrad_cpu(const Tensor& ids, const Tensor& g, const Tensor& offsets,
   });
 }
 
-void product_sums_cpu(const Tensor& x, const Tensor& g, const std::optional<Tensor>& shift,
-                      const std::optional<Tensor>& scale, const Tensor& offsets, Tensor& out) {
+void segment_scale_grad_cpu(const Tensor& x, const Tensor& g, const std::optional<Tensor>& shift,
+                            const std::optional<Tensor>& scale, const Tensor& offsets,
+                            Tensor& out) {
   for_type(x, [&](auto zero) {
     using T = decltype(zero);
     const int64_t rows = x.size(0), width = x.size(1), segments = offsets.numel() - 1;
     STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == width, "gradnorm: x and g of another width");
-    gradnorm::product_sums_cpu(rows_of<T>(x, rows), x.stride(0), rows_of<T>(g, rows), g.stride(0),
-                               width, vector_of<T>(shift, rows, kType<T>),
-                               vector_of<T>(scale, rows, kType<T>), offsets_of(offsets, rows),
-                               segments, out_of<T>(out, segments * width), torch_host<T>());
+    gradnorm::segment_scale_grad_cpu(rows_of<T>(x, rows), x.stride(0), rows_of<T>(g, rows),
+                                     g.stride(0), width, vector_of<T>(shift, rows, kType<T>),
+                                     vector_of<T>(scale, rows, kType<T>), offsets_of(offsets, rows),
+                                     segments, out_of<T>(out, segments * width), torch_host<T>());
   });
 }
 
@@ -274,7 +275,7 @@ STABLE_TORCH_LIBRARY_IMPL(gradnorm, CPU, m) {
   m.impl("outer_wgrad", TORCH_BOX(&outer_wgrad_cpu));
   m.impl("windows_wgrad", TORCH_BOX(&windows_wgrad_cpu));
   m.impl("lookup_wgrad", TORCH_BOX(&lookup_wgrad_cpu));
-  m.impl("product_sums", TORCH_BOX(&product_sums_cpu));
+  m.impl("segment_scale_grad", TORCH_BOX(&segment_scale_grad_cpu));
   m.impl("segment_sum", TORCH_BOX(&segment_sum_cpu));
   m.impl("per_sample_wgrad", TORCH_BOX(&per_sample_wgrad_cpu));
   m.impl("segment_std", TORCH_BOX(&segment_std_cpu));

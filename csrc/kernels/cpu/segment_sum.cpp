@@ -1,4 +1,4 @@
-// As product_sums.cpp, without the product.
+// As segment_scale_grad.cpp, without the product.
 #include "kernels/segment_sum.h"
 
 #include <algorithm>
