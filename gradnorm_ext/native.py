@@ -13,10 +13,10 @@ from torch import Tensor
 
 import gradnorm_ext._C as _C  # importing it registers the kernels; where it is absent the error names it
 from gradnorm_ext import native_cuda, reference
+from gradnorm_ext.im2col import Im2col
 from gradnorm_ext.operations import OPERATIONS, kernel_name
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
-from gradnorm_ext.windows import Windows
 
 DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
 DEVICE_MODULES = {"cuda": native_cuda}  # whose functions run there; the others' are here
@@ -127,14 +127,14 @@ def _sum(x: Tensor, g: Tensor, segments: Segments, weight: Tensor | None, out: T
     return out
 
 
-def windows_sqnorm(images: Tensor, windows: Windows, g: Tensor, segments: Segments) -> Tensor:
+def im2col_sqnorm(images: Tensor, windows: Im2col, g: Tensor, segments: Segments) -> Tensor:
     """:func:`outer_sqnorm` of the rows that windows see."""
     return _windows(images, windows, _rows(g), segments, None, None, None)
 
 
-def windows_wgrad(
+def im2col_wgrad(
     images: Tensor,
-    windows: Windows,
+    windows: Im2col,
     g: Tensor,
     segments: Segments,
     *,
@@ -152,7 +152,7 @@ def windows_wgrad(
 
 def _windows(
     images: Tensor,
-    windows: Windows,
+    windows: Im2col,
     g: Tensor,
     segments: Segments,
     weight: Tensor | None,
@@ -166,7 +166,7 @@ def _windows(
     _clear_absent(dw, outputs, segments)
     weight, packed = _vector(weight, images.dtype), windows.packed(images)
     offsets, walk, columns = segments.offsets, groups.walk, groups.columns
-    _kernels.windows_wgrad(images, packed, g, offsets, walk, columns, outputs, weight, dw, sqnorm)
+    _kernels.im2col_wgrad(images, packed, g, offsets, walk, columns, outputs, weight, dw, sqnorm)
     return sqnorm
 
 

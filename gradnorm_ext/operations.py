@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from gradnorm_ext.im2col import Im2col
 from gradnorm_ext.segments import Groups, Segments
-from gradnorm_ext.windows import Windows
 
 Arguments = dict[str, Any]
 
@@ -97,7 +97,7 @@ def _outer(device: str, wider: int = 1) -> Arguments:
 
 def _windows(device: str) -> Arguments:
     images, g = _random(device, 2, 7, 3), _random(device, _ROWS, _OUT)
-    windows = Windows.of(images, positions=(5,), stride=(1,), kernel=(3,), dilation=(1,))
+    windows = Im2col.of(images, positions=(5,), stride=(1,), kernel=(3,), dilation=(1,))
     return {"images": images, "windows": windows, "g": g, "segments": _segments(device)}
 
 
@@ -164,18 +164,18 @@ for _row in (
         examples=lambda device: (_outer(device),),
     ),
     Operation(
-        "windows_sqnorm",
+        "im2col_sqnorm",
         "as `outer_sqnorm`, of the rows that a convolution's windows see",
         serves=("ConvGrad",),
         examples=lambda device: (_windows(device),),
     ),
     Operation(
-        "windows_wgrad",
+        "im2col_wgrad",
         "as `outer_wgrad`, of the rows that a convolution's windows see",
         serves=("ConvGrad",),
         examples=lambda device: _weighted_or_by_group(device, _windows(device)),
         kernels=(
-            """windows_wgrad(Tensor images, Tensor windows, Tensor g, Tensor offsets, Tensor walk, Tensor columns,
+            """im2col_wgrad(Tensor images, Tensor windows, Tensor g, Tensor offsets, Tensor walk, Tensor columns,
     Tensor? outputs, Tensor? weight, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()""",
         ),
     ),

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 
 from gradnorm_ext import backends, native, ops
+from gradnorm_ext.im2col import Im2col
 from gradnorm_ext.segments import Groups, Segments
-from gradnorm_ext.windows import Windows
 
 BACKENDS = ("reference", "native")
 LENGTHS = {
@@ -149,7 +149,7 @@ def test_outer_sum(backend, rows, dtype):
 def test_which_backends_serve_an_operation():
     assert backends.serves("outer_sum", "cpu", "native") and backends.serves("outer_sum", "cuda", "auto")
     assert not backends.serves("outer_sum", "cpu", "triton")
-    assert backends.serves("windows_wgrad", "cpu", "auto") and not backends.serves("windows_wgrad", "cpu", "reference")
+    assert backends.serves("im2col_wgrad", "cpu", "auto") and not backends.serves("im2col_wgrad", "cpu", "reference")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -171,29 +171,29 @@ def test_windows(sizes, kernel, stride, dilation, channels, out, dtype):
     g = torch.randn(len(rows), out, generator=generator).to(dtype)
     fine, coarse = torch.arange(3) % 2, torch.tensor([1, 0])[torch.arange(3) % 2]
     segments = Segments.equal(3, len(rows) // 3, Groups.of(3, [(fine, 2), (coarse, 2)]))  # two images each
-    windows = Windows.of(x, positions, stride, kernel, dilation)
+    windows = Im2col.of(x, positions, stride, kernel, dilation)
 
     exact = outer_per_segment(rows.double(), g.double(), segments)
     plain = outer_per_segment(rows, g, segments)
     size = outer_per_segment(rows.double().abs(), g.double().abs(), segments)
     norms = [truth(tensor, segments) for tensor in (plain, exact, size)]
-    assert_as_good_as_plain(native.windows_sqnorm(x, windows, g, segments), *norms)
+    assert_as_good_as_plain(native.im2col_sqnorm(x, windows, g, segments), *norms)
     for weight in (None, torch.tensor([2.0, -1.0, 0.5], dtype=dtype)):
         of = torch.ones(3) if weight is None else weight
-        dw, sqnorm = native.windows_wgrad(x, windows, g, segments, weight=weight)
+        dw, sqnorm = native.im2col_wgrad(x, windows, g, segments, weight=weight)
         assert_as_good_as_plain(sqnorm, *norms)
         assert_as_good_as_plain(dw, *(torch.tensordot(of.to(t), t, 1) for t in (plain, exact)), size.sum(0) * 2)
     by_group = plain.new_empty(2, *plain.shape[1:])
-    dw, sqnorm = native.windows_wgrad(x, windows, g, segments, outputs=coarse, n_outputs=2, out=by_group)
+    dw, sqnorm = native.im2col_wgrad(x, windows, g, segments, outputs=coarse, n_outputs=2, out=by_group)
     expected = (t.new_zeros(2, *t.shape[1:]).index_add_(0, coarse, t) for t in (plain, exact, size))
     assert_as_good_as_plain(by_group, *expected)
 
 
 def test_windows_beyond_their_image_are_refused():
     x, g = torch.randn(2, 5, 3), torch.randn(8, 2)
-    windows = Windows.of(x, (4,), (1,), (3,), (1,))
+    windows = Im2col.of(x, (4,), (1,), (3,), (1,))
     with pytest.raises(RuntimeError, match="windows must lie inside of their image"):
-        native.windows_wgrad(x, windows, g, Segments.equal(2, 4))
+        native.im2col_wgrad(x, windows, g, Segments.equal(2, 4))
 
 
 @pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)

@@ -132,17 +132,17 @@ void outer_wgrad_cpu(const Tensor& x, const Tensor& g, const Tensor& offsets, co
 }
 
 // windows: image, channels, then positions, step, kernel and spread, three of each.
-void windows_wgrad_cpu(const Tensor& images, const Tensor& windows, const Tensor& g,
-                       const Tensor& offsets, const Tensor& walk, const Tensor& columns,
-                       const std::optional<Tensor>& outputs, const std::optional<Tensor>& weight,
-                       std::optional<Tensor> dw, Tensor& sqnorm) {
+void im2col_wgrad_cpu(const Tensor& images, const Tensor& windows, const Tensor& g,
+                      const Tensor& offsets, const Tensor& walk, const Tensor& columns,
+                      const std::optional<Tensor>& outputs, const std::optional<Tensor>& weight,
+                      std::optional<Tensor> dw, Tensor& sqnorm) {
   for_type(images, [&](auto zero) {
     using T = decltype(zero);
-    gradnorm::Windows seen;
+    gradnorm::Im2col seen;
     const int64_t* sizes = vector_of<int64_t>(windows, 14, ScalarType::Long);
     seen.image = sizes[0];
     seen.channels = sizes[1];
-    for (int i = 0; i < gradnorm::Windows::kDimensions; ++i) {
+    for (int i = 0; i < gradnorm::Im2col::kDimensions; ++i) {
       seen.positions[i] = sizes[2 + i];
       seen.step[i] = sizes[5 + i];
       seen.kernel[i] = sizes[8 + i];
@@ -154,11 +154,11 @@ void windows_wgrad_cpu(const Tensor& images, const Tensor& windows, const Tensor
     const auto segments =
         segments_of(offsets, walk, columns, outputs, rows, sqnorm.numel(), n_outputs);
     STD_TORCH_CHECK(!dw || outputs || n_outputs >= 1, "gradnorm: dw must be [outputs, d, p]");
-    gradnorm::windows_wgrad_cpu(vector_of<T>(images, images.numel(), kType<T>), seen,
-                                rows_of<T>(g, rows), g.stride(0), d, segments,
-                                vector_of<T>(weight, segments.count, kType<T>),
-                                dw ? out_of<T>(*dw, n_outputs * d * seen.columns()) : nullptr,
-                                out_of<T>(sqnorm, sqnorm.numel()), true, torch_host<T>());
+    gradnorm::im2col_wgrad_cpu(vector_of<T>(images, images.numel(), kType<T>), seen,
+                               rows_of<T>(g, rows), g.stride(0), d, segments,
+                               vector_of<T>(weight, segments.count, kType<T>),
+                               dw ? out_of<T>(*dw, n_outputs * d * seen.columns()) : nullptr,
+                               out_of<T>(sqnorm, sqnorm.numel()), true, torch_host<T>());
   });
 }
 
@@ -273,7 +273,7 @@ void logit_gradient_rates_cpu(const Tensor& logits, const Tensor& labels, int64_
 STABLE_TORCH_LIBRARY_IMPL(gradnorm, CPU, m) {
   m.impl("outer_sqnorm", TORCH_BOX(&outer_sqnorm_cpu));
   m.impl("outer_wgrad", TORCH_BOX(&outer_wgrad_cpu));
-  m.impl("windows_wgrad", TORCH_BOX(&windows_wgrad_cpu));
+  m.impl("im2col_wgrad", TORCH_BOX(&im2col_wgrad_cpu));
   m.impl("lookup_wgrad", TORCH_BOX(&lookup_wgrad_cpu));
   m.impl("segment_scale_grad", TORCH_BOX(&segment_scale_grad_cpu));
   m.impl("segment_sum", TORCH_BOX(&segment_sum_cpu));
