@@ -119,7 +119,7 @@ class Use:
         if hasattr(parameter, "device_mesh"):
             return None
         is_view = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
-        if not is_view or value.dtype != parameter.dtype:
+        if not is_view or value.dtype != parameter.dtype or _overlaps_itself(value):
             return None
         return Place(int(value.storage_offset()), tuple(value.shape), value.stride())
 
@@ -225,6 +225,16 @@ def _memory_of(tensor: Tensor) -> int | None:
         return tensor.untyped_storage().data_ptr()
     except RuntimeError:  # torch's, of wrappers without a storage
         return None
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two entries may lie in one place of memory, as those of expanded and unfolded tensors do."""
+    end = 0  # of what smaller strides reach
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= end:
+            return True
+        end += stride * (size - 1)
+    return False
 
 
 def _sum_over(group: Any, tensor: Tensor) -> Tensor:
