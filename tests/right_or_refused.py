@@ -29,9 +29,17 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def refusal_of(
-    model: nn.Module, losses: Callable[[], Tensor], mode: str = "Meter", on: str = "error", blocks: int = 2
+    model: nn.Module,
+    losses: Callable[[], Tensor],
+    mode: str = "Meter",
+    on: str = "error",
+    blocks: int = 2,
+    narrow: torch.dtype = torch.float64,
 ) -> str | None:
-    """None if every figure and gradient of some blocks is right; the message if one is refused; else an AssertionError."""
+    """None if every figure and gradient of some blocks is right; the message if one is refused; else an AssertionError.
+
+    ``narrow``: the narrowest dtype that the model computes in.
+    """
     truth = contributions(model, losses)
     norms = torch.stack([torch.cat([g.flatten() for g in one]).norm() for one in truth])
     tasks = torch.tensor([i % 2 for i in range(len(truth))])
@@ -55,10 +63,12 @@ def refusal_of(
             return str(error)
         plain = mode == "Meter" or (mode == "next_step" and block == 0)
         weights = [1.0 if plain else float(WEIGHTS[task]) for task in tasks]
-        assert_close(meter.stats.example_norm, norms, "norms")
+        assert_close(meter.stats.example_norm, norms, "norms", narrow)
         for (name, p), *of_examples in zip(named(model), *truth, strict=True):
             gradient = torch.zeros_like(p) if p.grad is None else p.grad
-            assert_close(gradient, sum(w * g for w, g in zip(weights, of_examples, strict=True)), f".grad of {name}")
+            assert_close(
+                gradient, sum(w * g for w, g in zip(weights, of_examples, strict=True)), f".grad of {name}", narrow
+            )
         if mode != "Meter":
             meter.step()
     return None
@@ -68,6 +78,7 @@ def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def assert_close(found: Tensor, expected: Tensor, what: str) -> None:
+def assert_close(found: Tensor, expected: Tensor, what: str, narrow: torch.dtype) -> None:
+    eps = max(torch.finfo(found.dtype).eps * 1e4, torch.finfo(narrow).eps * 8)
     error = (found.double() - expected.double()).norm()
-    assert error <= 1e4 * torch.finfo(found.dtype).eps * expected.double().norm(), f"{what}: {found} for {expected}"
+    assert error <= eps * expected.double().norm(), f"{what}: {found} for {expected}"

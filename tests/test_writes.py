@@ -135,7 +135,7 @@ def test_writes_that_a_rule_knows_are_measured(write, mode, on):
 def test_others_are_differentiated_or_refused_by_name(name, mode, on):
     refused = outcome(OTHERS[name], mode, on)
     if refused is not None and refused.startswith(("Meter", "Reweighted")):
-        assert re.search(r"no rule for \w+( \(in place\))? of p \[5\].*called at .*test_writes.py", refused), refused
+        assert re.search(r"no rule for \w+( \(in place\))? of p .*called at .*test_writes.py", refused), refused
 
 
 @pytest.mark.parametrize("on", ["error", "vmap"])
