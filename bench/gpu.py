@@ -108,7 +108,9 @@ class Machine:
     def native(self) -> Any:
         """The CUDA kernels, where this build has them and a GPU is there to run them; else None."""
         module = backends.load("native")
-        return None if self.interpret or isinstance(module, str) or not module.SERVES["cuda"] else module.ON["cuda"]
+        if self.interpret or isinstance(module, str) or "cuda" not in module.DEVICES:
+            return None
+        return module.DEVICE_MODULES["cuda"]
 
     @property
     def native_methods(self) -> tuple[str, ...]:

@@ -13,51 +13,31 @@ from torch import Tensor
 
 import gradnorm_ext._C as _C  # importing it registers the kernels; where it is absent the error names it
 from gradnorm_ext import native_cuda, reference
+from gradnorm_ext.operations import OPERATIONS, kernel_name
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 from gradnorm_ext.windows import Windows
 
-SERVES = {
-    "cpu": (
-        *("outer_sqnorm", "outer_wgrad", "outer_sum", "windows_sqnorm", "windows_wgrad"),
-        *("lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
-        *("sums_sqnorm", "sums_wgrad", "segment_std", "logit_scores", "logit_gradient_rates"),
-    ),
-    "cuda": native_cuda.SERVES if _C.with_cuda else (),
-}
-ON = {"cuda": native_cuda}  # whose functions these are; the others' are here
+DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
+DEVICE_MODULES = {"cuda": native_cuda}  # whose functions run there; the others' are here
 
-_SCHEMAS = """
-outer_sqnorm(Tensor x, Tensor g, Tensor offsets, Tensor(a!) sqnorm) -> ()
-outer_wgrad(Tensor x, Tensor g, Tensor offsets, Tensor walk, Tensor columns, Tensor? outputs, Tensor? weight,
-    Tensor(a!)? dw, Tensor(b!) sqnorm, bool segment_norms) -> ()
-windows_wgrad(Tensor images, Tensor windows, Tensor g, Tensor offsets, Tensor walk, Tensor columns, Tensor? outputs,
-    Tensor? weight, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
-lookup_wgrad(Tensor ids, Tensor g, Tensor offsets, Tensor walk, Tensor columns, Tensor? outputs, Tensor? weight,
-    int padding_idx, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
-lookup_wgrad_sorted(Tensor ids, Tensor place, Tensor? row, Tensor segment, Tensor offsets, Tensor g, Tensor walk,
-    Tensor columns, Tensor? outputs, Tensor? weight, int padding_idx, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
-outer_fused(Tensor x, Tensor g, Tensor begin, Tensor end, Tensor unit, Tensor inner, Tensor? outer, Tensor? output,
-    Tensor? weight, int p, int d, int units, int kernel, Tensor(a!)? dw, Tensor(b!) norms) -> ()
-product_sums(Tensor x, Tensor g, Tensor? shift, Tensor? scale, Tensor offsets, Tensor(a!) out) -> ()
-sum_sums(Tensor g, Tensor offsets, Tensor(a!) out) -> ()
-sums_wgrad(Tensor sums, Tensor offsets, Tensor walk, Tensor columns, Tensor? weight, Tensor(a!)? dw,
-    Tensor(b!) sqnorm) -> ()
-segment_std(Tensor values, Tensor ids, int ddof, Tensor(a!) mean, Tensor(b!) std, Tensor(c!) count, Tensor(d!) low,
-    Tensor(e!) high) -> ()
-segment_std_sorted(Tensor values, Tensor order, Tensor offsets, int ddof, Tensor(a!) mean, Tensor(b!) std,
-    Tensor(c!) count, Tensor(d!) low, Tensor(e!) high) -> ()
-logit_scores(Tensor logits, Tensor labels, int ignored, Tensor(a!) log_probability, Tensor(b!) w) -> ()
-logit_gradient_rates(Tensor logits, Tensor labels, int ignored, Tensor(a!) count, Tensor(b!) up, Tensor(c!) down) -> ()
-"""
 _MANY = 32  # rows: a product of our own over so many is nearly as fast as over more
 _CONVERTED = 1 << 22  # logits of half precision held in float32 at once
 
 _library = torch.library.Library("gradnorm", "DEF")
-for _schema in _SCHEMAS.replace("\n    ", " ").strip().splitlines():
-    _library.define(_schema)
-    # Nothing to describe: operations write into tensors their caller made.
-    torch.library.register_fake("gradnorm::" + _schema.partition("(")[0], lambda *_: None, lib=_library)
+
+
+def define(schema: str) -> None:
+    """Make torch know an operator of ours, whose kernels write into tensors that their caller made."""
+    _library.define(" ".join(schema.split()))
+    torch.library.register_fake(
+        f"gradnorm::{kernel_name(schema)}", lambda *_: None, lib=_library
+    )  # nothing to describe
+
+
+for _operation in OPERATIONS.values():
+    for _schema in _operation.kernels:
+        define(_schema)
 
 _kernels = torch.ops.gradnorm
 

@@ -18,10 +18,6 @@ import gradnorm_ext._C as _C
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
-SERVES = (
-    *("outer_sqnorm", "outer_wgrad", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
-    *("sums_sqnorm", "sums_wgrad", "segment_std"),
-)
 METHODS = ("mma", "wgmma", "wgmma_wide")  # of the fused product (OuterKernel): from sm_80 on; on Hopper, in two tiles
 
 _LOOKS = 1 << 24  # ids that are looked at, segments x values, before sorting them pays; not measured

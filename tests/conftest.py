@@ -3,7 +3,9 @@
 import os
 
 import hypothesis
+import pytest
 import torch
+import torch.nn.functional as F
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
@@ -14,3 +16,14 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; torch would give all of them to each
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Parts that models compute in float32 whatever they are given, in float64."""
+
+    def softmax(input, dim=None, _stacklevel=3, dtype=None, plain=F.softmax):
+        return plain(input, dim, _stacklevel, torch.float64 if dtype == torch.float32 else dtype)
+
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(F, "softmax", softmax)

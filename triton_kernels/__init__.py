@@ -21,6 +21,7 @@ from gradnorm_ext.triton_kernels.sum_sums import sum_sums
 from gradnorm_ext.triton_kernels.sums_wgrad import sums_sqnorm, sums_wgrad
 
 __all__ = [
+    "DEVICES",
     "logit_gradient_rates",
     "logit_scores",
     "lookup_sqnorm",
@@ -34,5 +35,3 @@ __all__ = [
     "sums_sqnorm",
     "sums_wgrad",
 ]
-
-SERVES = dict.fromkeys(DEVICES, tuple(__all__))  # on the CPU under TRITON_INTERPRET=1 alone

@@ -1,5 +1,5 @@
 // The CPU kernels as torch operators, through its stable ABI. Schemas live in
-// gradnorm_ext/native.py, checks on what users pass in gradnorm_ext/ops.py; those here only keep
+// gradnorm_ext/operations.py, checks on what users pass in gradnorm_ext/ops.py; those here only keep
 // the kernels inside their memory.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradnorm_ext.gradients import Outer
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
@@ -18,7 +19,6 @@ from gradnorm_ext.layers.calls import (
     summed,
     tapped_call,
 )
-from gradnorm_ext.layers.contributions import Outer
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation
 from gradnorm_ext.layers.taps import Tap
