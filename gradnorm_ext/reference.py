@@ -45,7 +45,7 @@ def outer_sum(x: Tensor, g: Tensor, segments: Segments, *, weight: Tensor | None
     """Σ_s weight[s] Σ_{r in s} g[r] x[r]ᵀ ``[d, p]`` in the rows' dtype: a weight gradient without any norm."""
     if weight is None:
         return g.t() @ x
-    of_row = segments.per_row(weight.to(g.dtype))[:, None]
+    of_row = segments.per_row(weight.to(g.dtype), len(g))[:, None]
     return g.t() @ (x * of_row) if x.shape[1] < g.shape[1] else (g * of_row).t() @ x  # scale the narrower side
 
 

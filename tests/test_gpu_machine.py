@@ -21,4 +21,4 @@ def test_what_needs_a_gpu_is_collected_without_what_is_optional():
     done = subprocess.run([sys.executable, "-P", "-c", COLLECT], capture_output=True, text=True, cwd=TESTS.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {line.partition("::")[0].removeprefix("tests/") for line in done.stdout.splitlines() if "::" in line}
-    assert found == {"test_compile.py", "test_native_cuda.py", "test_triton_gpu.py"}
+    assert found == {"test_compile.py", "test_native_cuda.py", "test_product.py", "test_triton_gpu.py"}

@@ -22,6 +22,7 @@ from gradnorm_ext.gradients import (
     combined_gram,
     combined_sqnorm,
     compress_tied_head,
+    tied,
 )
 from gradnorm_ext.segments import Groups, Segments
 
@@ -239,6 +240,16 @@ def test_any_two_forms_have_the_norms_and_inner_products_of_their_sum(first, sec
     close(combined_gram(placed), of_tasks @ of_tasks.t())
 
 
+@pytest.fixture(params=["on the CPU", "where numbers are not looked at"])
+def looks(request, monkeypatch):
+    """How the compressed head goes about it: on a GPU, by sizes alone, in parts of few entries."""
+    if request.param != "on the CPU":
+        monkeypatch.setattr(tied, "_may_look_at", lambda tensor: False)
+        monkeypatch.setattr(tied, "_HELD", 7)
+        monkeypatch.setattr(tied, "_SHORT", 5)
+
+
+@pytest.mark.usefixtures("looks")
 @pytest.mark.parametrize("head", [outer, transposed, in_columns], ids=lambda form: form.__name__)
 def test_a_compressed_head_meets_lookups_as_its_rows_do(head, segments):
     term, gradient = head(segments, "native")
@@ -249,6 +260,22 @@ def test_a_compressed_head_meets_lookups_as_its_rows_do(head, segments):
     each = each_of(segments, gradient)
     each = (each.mT if turned else each) + sum(each_of(segments, one) for _, one in lookups)
     close(combined_sqnorm([head, *(ViewedTerm(one, (), itself) for one, _ in lookups)]), norms_of(each))
+
+
+@pytest.mark.usefixtures("looks")
+@pytest.mark.parametrize("wrong", ["x", "g of the head", "g of the lookup"])
+def test_a_compressed_head_keeps_what_is_not_finite_to_its_groups(wrong, segments):
+    torch.manual_seed(0)
+    rows, row = sum(segments.lengths), 0  # of the first segment
+    x, g, of_lookup = (torch.randn(rows, width, dtype=torch.float64) for width in (3, 5, 3))
+    {"x": x, "g of the head": g, "g of the lookup": of_lookup}[wrong][row, 1] = torch.nan
+    ids = torch.arange(rows) % 5
+    head = compress_tied_head(ViewedTerm(Outer(x, g, segments, "native"), (), itself), [(ids, segments)])
+    found = combined_sqnorm([head, ViewedTerm(Lookup(ids, of_lookup, 5, None, segments, "native"), (), itself)])
+    wanted = [True] + [False] * (segments.count - 1)
+    for level, count in zip(segments.groups.levels, segments.groups.counts, strict=True):
+        wanted += [group == int(level[0]) for group in range(count)]
+    assert found.isnan().tolist() == wanted
 
 
 @pytest.mark.parametrize("form", [lookup, formed, convolved, routed, pulled], ids=lambda form: form.__name__)

@@ -139,7 +139,7 @@ class ConvGrad(GradientTerm):
     def grad(self, weight: Tensor | None = None) -> Tensor:
         g = self.g
         if weight is not None:
-            g = g * self.segments.per_row(weight.to(g.dtype)).view(-1, *[1] * (g.dim() - 1))
+            g = g * self.segments.per_row(weight.to(g.dtype), len(g)).view(-1, *[1] * (g.dim() - 1))
         unused, mask = g.new_empty(()).expand(self.shape), [False, True, False]
         gradients = torch.ops.aten.convolution_backward(g, self.x, unused, None, *self.geometry, mask)
         return gradients[1]  # type: ignore[no-any-return]

@@ -44,7 +44,7 @@ class Lookup(GradientTerm):
     def grad(self, weight: Tensor | None = None) -> Tensor:
         g = self.live_g
         if weight is not None:
-            g = g * self.segments.per_row(weight.to(g.dtype))[:, None]
+            g = g * self.segments.per_row(weight.to(g.dtype), len(g))[:, None]
         return g.new_zeros(self.shape).index_add_(0, self.ids, g)
 
     def gram(self) -> Tensor:

@@ -65,11 +65,11 @@ class Outer(GradientTerm):
         rows = rows_of(members, self.segments)
         return self.g[rows].t() @ self.x[rows]
 
-    def _entries(self, rows: Tensor, ids: Tensor) -> Tensor:
-        return self.g[rows][:, ids].t() @ self.x[rows]
+    def _columns(self, ids: Tensor, rows: slice | Tensor) -> Tensor:
+        return self.g[rows].index_select(1, ids) if isinstance(rows, slice) else self.g[rows[:, None], ids]
 
-    def compress_for(self, ids: Sequence[tuple[Tensor, Segments]]) -> TiedHead:
-        return TiedHead.of(self.sqnorm(), self._entries, self.segments, ids)
+    def compress_for(self, lookups: Sequence[tuple[Tensor, Segments]]) -> TiedHead:
+        return TiedHead.of(self.sqnorm(), self.x, self.g.shape[1], self._columns, self.segments, lookups)
 
     def without_views(self, views: Sequence[str], adjoint: Callable[[Tensor], Tensor]) -> Outer | None:
         """Transposes exchange the sides."""
@@ -156,11 +156,11 @@ class ChunkedOuter(GradientTerm):
     def grad_of_segments(self, members: Tensor) -> Tensor:
         return torch.cat([outer.grad_of_segments(members) for _, outer in self._outers()])
 
-    def _entries(self, rows: Tensor, ids: Tensor) -> Tensor:
-        return self.g.columns(ids)[rows].t() @ self.x[rows]
+    def compress_for(self, lookups: Sequence[tuple[Tensor, Segments]]) -> TiedHead:
+        def columns(ids: Tensor, rows: slice | Tensor) -> Tensor:
+            return self.g.columns(ids)[rows]
 
-    def compress_for(self, ids: Sequence[tuple[Tensor, Segments]]) -> TiedHead:
-        return TiedHead.of(self.sqnorm(), self._entries, self.segments, ids)
+        return TiedHead.of(self.sqnorm(), self.x, self.out, columns, self.segments, lookups)
 
     def bias_grads(self) -> PerSampleGrads:
         """Each segment's gradient of a bias."""

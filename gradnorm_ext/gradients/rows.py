@@ -17,6 +17,12 @@ def rows_of(members: Tensor, segments: Segments) -> Tensor:
     return torch.isin(of_row, members).nonzero()[:, 0]
 
 
+def groups_of_segments(segments: Segments) -> list[tuple[Tensor, int]]:
+    """Of the segments themselves and of each level: every segment's group ``[S]``, and how many groups there are."""
+    each = torch.arange(segments.count, device=segments.offsets.device)
+    return [(each, segments.count), *zip(segments.groups.levels, segments.groups.counts, strict=True)]
+
+
 def group_members(segments: Segments) -> list[Tensor]:
     """Of every entry of a sqnorm vector: its segments."""
     device = segments.offsets.device
@@ -24,11 +30,6 @@ def group_members(segments: Segments) -> list[Tensor]:
     for ids, count in zip(segments.groups.levels, segments.groups.counts, strict=True):
         columns += [(ids == group).nonzero()[:, 0] for group in range(count)]
     return columns
-
-
-def columns(segments: Segments) -> list[tuple[Tensor, Tensor]]:
-    """Of every entry of a sqnorm vector: its segments and its rows."""
-    return [(members, rows_of(members, segments)) for members in group_members(segments)]
 
 
 def one_hot_mask(members: Tensor, segments: Segments) -> Tensor:

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradnorm_ext.backends import find
 from gradnorm_ext.gradients.conv import ConvGrad
 from gradnorm_ext.gradients.lookup import Lookup
 from gradnorm_ext.gradients.outer import ChunkedOuter, Outer
 from gradnorm_ext.gradients.per_sample import PerSampleGrads
-from gradnorm_ext.gradients.rows import columns, gram_of, group_members
+from gradnorm_ext.gradients.rows import gram_of, group_members, groups_of_segments
 from gradnorm_ext.gradients.term import GradientTerm
 from gradnorm_ext.gradients.tied import TiedHead
 from gradnorm_ext.segments import Segments
@@ -160,12 +161,19 @@ _CLOSED_FORMS: dict[frozenset[type], Callable[[_ByForm], Tensor | None]] = {
 
 def tied_sqnorm(head: TiedHead, lookup: Lookup) -> Tensor:
     """``‖G_head + G_embedding‖² = ‖G_head‖² + ‖G_embedding‖² + 2⟨G_head, G_embedding⟩``, per column."""
-    g, cross = lookup.live_g, []
-    for (looked_up, of_head), (_, rows) in zip(head.entries, columns(lookup.segments), strict=True):
-        where = torch.searchsorted(looked_up, lookup.ids[rows])
-        of_embedding = of_head.new_zeros(of_head.shape).index_add_(0, where, g[rows].to(of_head.dtype))
-        cross.append((of_head * of_embedding).sum())
-    return head.norms + lookup.sqnorm() + 2 * torch.stack(cross).to(head.norms.dtype)
+    g, segments = lookup.live_g, lookup.segments
+    cross: list[Tensor] = []
+    of_row = segments.of_rows(len(g))
+    sums = find("sum_sums", g.device.type, lookup.backend)
+    for (of_segment, count), (keys, of_head) in zip(groups_of_segments(segments), head.levels, strict=True):
+        key = of_segment[of_row] * head.vocabulary + lookup.ids
+        products = torch.linalg.vecdot(of_head[torch.searchsorted(keys, key)], g.to(of_head.dtype))
+        of_segments = sums(products[:, None], segments)[:, 0]
+        if cross:  # sums over a group's segments; where there is none of another group, nothing of it is added
+            is_member = of_segment == torch.arange(count, device=g.device)[:, None]
+            of_segments = of_segments.where(is_member, 0).sum(1)
+        cross.append(of_segments)
+    return head.norms + lookup.sqnorm() + 2 * torch.cat(cross).to(head.norms.dtype)
 
 
 def _dense_sqnorm(uses: Sequence[ViewedTerm]) -> Tensor:

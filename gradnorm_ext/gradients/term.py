@@ -87,7 +87,7 @@ class GradientTerm(Protocol):
         """The term as one of the parameter that ``views`` lead from; None where that is not cheap."""
         return None
 
-    def compress_for(self, ids: Sequence[tuple[Tensor, Segments]]) -> TiedHead | None:
+    def compress_for(self, lookups: Sequence[tuple[Tensor, Segments]]) -> TiedHead | None:
         """What the cross term with lookups of the same entries needs of this term; None where rows are needed."""
         return None
 
