@@ -50,7 +50,6 @@ def expand(input: Tap, *size: Any, **named: Any) -> Any:
     else:
         return _expand_to_packed(tap, own, shape, batch)
     use = tap.use("expand", layout, sums=True)
-    use.needs_proof = True  # that size may be the batch's by accident: channels, heads
     call = Call(tap.observation, layout, use)
     return _Expand.apply(call, use.operand, shape, *call.probes)
 
@@ -64,7 +63,6 @@ def _expand_to_packed(tap: Tap, own: Sequence[int], shape: torch.Size, batch: Ex
     moved = tap.viewed(lambda value: value.view(own).movedim(places[0], 0), "permute")
     layout = Layout("packed", (shape[places[0]],), batch)
     use = moved.use("expand", layout, sums=True)
-    use.needs_proof = True
     rest = [size for i, size in enumerate(shape) if i != places[0]]
     given = _Expand.apply(
         *(Call(tap.observation, layout, use), use.operand, torch.Size([*layout.shape, *rest])),
