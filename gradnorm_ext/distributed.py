@@ -247,12 +247,14 @@ def _sums(stats: Stats, exact: bool) -> Tensor:
         task_of_unit.scatter_(0, stats.prompts, stats.tasks)
     square = torch.zeros_like(n).index_add(0, task_of_unit, units.double().square())
     whole = square if exact or stats.task_norm is None else stats.task_norm.double().square()
-    spread = torch.where(n > 1, square - whole / n, 0)
+    # Below two units both are 0 but for rounding, which is all that would be left where no rank has two.
+    apart, spread = (torch.where(n > 1, figure, 0) for figure in (whole - square, square - whole / n))
     bad = (~stats.finite).to(n).expand_as(n)
-    sums = torch.stack([n, count, square, whole - square, n * (n - 1), spread, (n - 1).clamp(min=0), bad])
+    sums = torch.stack([n, count, square, apart, n * (n - 1), spread, (n - 1).clamp(min=0), bad])
     if stats.task_gram is None or exact:
         return sums
-    return torch.cat([sums, stats.task_gram.double(), n * n[:, None]])
+    both = n * n[:, None]
+    return torch.cat([sums, torch.where(both > 0, stats.task_gram.double(), 0), both])
 
 
 def _whole(stats: Stats, sums: Tensor, exact: bool) -> Stats:

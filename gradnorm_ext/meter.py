@@ -8,7 +8,7 @@ import fnmatch
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -47,16 +47,18 @@ from gradnorm_ext.segments import Groups
 from gradnorm_ext.stats import Stats
 
 Ids = Tensor | Sequence[int]
+TaskIds = Tensor | Sequence[int] | Sequence[str]
 
 
 class Given(TypedDict, total=False):
     """What `Meter.observe` may be told of a batch."""
 
-    tasks: Ids | None
+    tasks: TaskIds | None
     prompts: Ids | None
     rewards: Tensor | Sequence[float] | None
     cu_seqlens: Ids | None
-    example_ids: Ids | None
+    example_ids: Ids | Sequence[Tensor] | Mapping[str, Ids] | None
+    rows_of: Mapping[str, Ids] | None
     batch_dim: int
     backwards: int
     loss_scale: float
@@ -73,6 +75,8 @@ class _Batch:
     n_prompts: int
     reward: RewardStats | None
     packing: Packing | None
+    kinds: dict[str, Tensor]
+    rows_of: dict[str, Tensor]
 
 
 class Block:
@@ -199,11 +203,12 @@ class Meter:
     def observe(
         self,
         *,
-        tasks: Ids | None = None,
+        tasks: TaskIds | None = None,
         prompts: Ids | None = None,
         rewards: Tensor | Sequence[float] | None = None,
         cu_seqlens: Ids | None = None,
-        example_ids: Ids | None = None,
+        example_ids: Ids | Sequence[Tensor] | Mapping[str, Ids] | None = None,
+        rows_of: Mapping[str, Ids] | None = None,
         batch_dim: int = 0,
         backwards: int = 1,
         loss_scale: float = 1.0,
@@ -211,14 +216,20 @@ class Meter:
         """A context manager around the forward and the backward of one batch.
 
         Args:
-            tasks: one integer per example, in ``[0, K)``; needed where the Meter has more than one task. On the CPU
-                (checked at once, no waiting for the device) or on the model's device.
+            tasks: one integer per example, in ``[0, K)``, or one of the Meter's task names; needed where the Meter has more
+                than one task. On the CPU (checked at once, no waiting for the device) or on the model's device.
             prompts: one integer per example, equal for the samples of one prompt; each prompt lies in one task.
-            rewards: one number per example, for ``stats.reward``; needs ``prompts``.
+            rewards: one number per example, for ``stats.reward``; needs ``prompts``. With NaN among them, what was measured
+                is not finite.
             cu_seqlens: ``[B + 1]``, of a packed batch: example b has the rows ``cu_seqlens[b]`` to
                 ``cu_seqlens[b + 1]``, at least one. Tensors then have ``[R, ...]`` or ``[1, R, ...]`` rows. What collators
                 call ``cu_seq_lens_q``; :func:`gradnorm_ext.cu_seqlens` makes it of ``position_ids``.
-            example_ids: the same for rows in any order: each row's example, ``R`` integers of any shape.
+            example_ids: the same for rows in any order: each row's example, ``R`` integers of any shape. Of several kinds of
+                rows beside a batch that is not packed (images beside tokens, nodes and edges): a list of such tensors, told
+                apart by their lengths, or a dict of them by the model's arguments that have these rows. An example may
+                have no row of a kind.
+            rows_of: for parameters or modules, by name, of whose rows nothing else says whose they are (a scale that only
+                the loss sees): each row's example, one integer a row.
             batch_dim: where the model's inputs have the examples: 0, or 1 (sequence-first).
             backwards: how many backward passes the block has at most. With more than one (a loss each for chosen and
                 rejected, ``retain_graph``), what the layers' backward needs is kept until the block closes.
@@ -235,6 +246,7 @@ class Meter:
             "rewards": rewards,
             "cu_seqlens": cu_seqlens,
             "example_ids": example_ids,
+            "rows_of": rows_of,
             "batch_dim": batch_dim,
             "backwards": backwards,
             "loss_scale": loss_scale,
@@ -268,6 +280,8 @@ class Meter:
         at_once = plan.passes == 1 and plan.layer_weights is None and given.get("backwards", 1) == 1
         summed = self.exact_tasks or self.ranks == "exact"  # tasks' gradients, to be summed over blocks or ranks
         if not (at_once and self.memory.verified) or summed or self.modules is not None:
+            return None
+        if given.get("rows_of") or _is_several(given.get("example_ids")):
             return None
         backend = None if self.memory.unobservable else whole_graph_backend(callbacks)
         return None if backend is None else Graphs.of(backend)
@@ -317,13 +331,17 @@ class Meter:
                     f"{loss_scale}; change it between steps"
                 )
         _refuse_coupled_examples(who, modules)
-        device = _device_of(parameters[0][1])
+        device = _device_of(who, parameters)
         batch = self._batch(who, device, given, ranks)
 
         def start(examples: int) -> None:
             tasks = self._tasks_of(batch, examples, device)
             groups = self._groups(batch, tasks, plan)
-            observation.begin(Examples(examples, groups, batch_dim, batch.packing), tasks)
+            named = isinstance(given.get("example_ids"), Mapping)
+            kinds = tuple(_kind(who, name, ids, examples, named) for name, ids in batch.kinds.items())
+            for name, ids in batch.rows_of.items():
+                _kind(who, f"rows_of[{name!r}]", ids, examples, True)
+            observation.begin(Examples(examples, groups, batch_dim, batch.packing, kinds), tasks)
 
         observation = Observation(
             who,
@@ -339,6 +357,7 @@ class Meter:
             constants=functools.partial(_constants, modules),
             verify=verify,
             graphs=graphs is not None,
+            rows_of=batch.rows_of,
             **engine,
         )
         names = [name for name, _ in parameters]
@@ -454,24 +473,30 @@ class Meter:
                 f"{who}: tasks must be given, one integer per example, since the meter has {n_tasks} tasks, got None; "
                 "pass observe(tasks=...)"
             )
-        task_ids = None if tasks is None else _checked_ids(who, "tasks", tasks, device)
+        task_ids = None
+        if tasks is not None:
+            task_ids = _checked_ids(who, "tasks", _numbered(who, tasks, self.task_names), device)
         prompt_ids = None if prompts is None else _checked_ids(who, "prompts", prompts, device)
         given = {"tasks": task_ids, "prompts": prompt_ids}
         reward_values = None
         if rewards is not None:
-            reward_values = torch.as_tensor(rewards)
-            given["rewards"] = reward_values
+            reward_values = given["rewards"] = _checked_rewards(who, rewards)
         lengths = {name: len(ids) for name, ids in given.items() if ids is not None}
         packing = None
-        if batch.get("cu_seqlens") is not None or batch.get("example_ids") is not None:
+        several = _is_several(batch.get("example_ids"))
+        kinds = _kinds(who, device, batch) if several else {}
+        rows_of = {
+            name: _checked_ids(who, f"rows_of[{name!r}]", torch.as_tensor(ids).reshape(-1), device).to(device)
+            for name, ids in (batch.get("rows_of") or {}).items()
+        }
+        self._check_names(who, rows_of)
+        if batch.get("cu_seqlens") is not None or (batch.get("example_ids") is not None and not several):
             packing = _packing(who, device, batch, next(iter(lengths.values()), None))
             lengths["cu_seqlens" if batch.get("cu_seqlens") is not None else "example_ids"] = len(packing.offsets) - 1
         if len(set(lengths.values())) > 1:
             got = ", ".join(f"{name} of {length}" for name, length in lengths.items())
             raise ValueError(f"{who}: tasks, prompts and rewards must have one entry per example, got {got}")
         examples = next(iter(lengths.values()), None)
-        if examples == 0 and ranks is None:
-            raise ValueError(f"{who}: a batch must have at least one example, got none; skip empty batches")
         if task_ids is not None and len(task_ids) and task_ids.device.type == "cpu":
             _check_range(who, task_ids, n_tasks)
         prompt_index, task_of_prompt, n_prompts = None, None, 0
@@ -488,9 +513,17 @@ class Meter:
                 reward = empty_rewards(reward_values.cpu(), n_tasks)
             else:
                 reward = reward_stats(reward_values.cpu(), prompt_ids.cpu(), of_task, n_tasks=n_tasks)
-        tasks_there = None if task_ids is None else task_ids.to(device)
-        there = [None if ids is None else ids.to(device) for ids in (prompt_index, task_of_prompt)]
-        return _Batch(examples, tasks_there, there[0], there[1], n_prompts, reward, packing)
+        there = [None if ids is None else _moved(ids, device) for ids in (task_ids, prompt_index, task_of_prompt)]
+        return _Batch(examples, there[0], there[1], there[2], n_prompts, reward, packing, kinds, rows_of)
+
+    def _check_names(self, who: str, rows_of: Mapping[str, Tensor]) -> None:
+        names = [name for name, _ in self.model.named_parameters()] if rows_of else []
+        for key in rows_of:
+            if not any(name == key or name.startswith(f"{key}.") for name in names):
+                raise ValueError(
+                    f"{who}: rows_of must name parameters or modules of the model, got {key!r}, which names none of "
+                    f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+                )
 
     def _has_tasks(self, plan: Plan) -> bool:
         # A single task's norm is that of the whole gradient, which is formed anyway unless weights per example come first.
@@ -678,10 +711,34 @@ class _Compilation:
             return taken.pop_all()
 
 
-def _device_of(parameter: nn.Parameter) -> torch.device:
-    """Where a parameter is computed with: a shard may wait elsewhere."""
-    mesh = getattr(parameter, "device_mesh", None)
-    return parameter.device if mesh is None else torch.device(mesh.device_type)
+def _device_of(who: str, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.device:
+    """Where the parameters are computed with: a shard may wait elsewhere."""
+    devices: dict[torch.device, str] = {}
+    for name, parameter in parameters:
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is None:
+            device = parameter.device
+        elif mesh.device_type == "cpu":
+            device = torch.device("cpu")
+        else:
+            device = torch.device(mesh.device_type, torch.accelerator.current_device_index())
+        if device not in devices:
+            devices[device] = name
+    if len(devices) > 1:
+        raise ValueError(
+            f"{who}: trainable parameters must lie on one device, got "
+            f"{' and '.join(f'{name} on {device}' for device, name in devices.items())}; move the model to one device, or "
+            "freeze what lies on the others"
+        )
+    return next(iter(devices))
+
+
+def _moved(ids: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it.
+
+    What is copied is a copy in pageable memory, which has been read when `to` returns: the caller may write to the ids.
+    """
+    return ids if ids.device == device else ids.clone().to(device, non_blocking=True)
 
 
 def _refuse_coupled_examples(who: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
@@ -693,8 +750,47 @@ def _refuse_coupled_examples(who: str, modules: Sequence[tuple[str, nn.Module]])
             )
 
 
+def _numbered(who: str, tasks: TaskIds, names: Sequence[str]) -> Ids:
+    """Names of tasks as their numbers; numbers as they are."""
+    named = not isinstance(tasks, Tensor) and isinstance(tasks, Iterable) and any(isinstance(one, str) for one in tasks)
+    if not named:
+        return tasks  # type: ignore[return-value]
+    numbers = {name: k for k, name in enumerate(names)}
+    if isinstance(tasks, str) or not set(tasks) <= numbers.keys():
+        unknown = tasks if isinstance(tasks, str) else next(task for task in tasks if task not in numbers)
+        expected = "a sequence of names" if isinstance(tasks, str) else f"among {', '.join(map(repr, names))}"
+        raise ValueError(
+            f"{who}: tasks must be {expected}, got {unknown!r}; give one name or one number per example, and the meter "
+            "all names, as tasks=..."
+        )
+    return [numbers[task] for task in tasks]  # type: ignore[index]
+
+
+def _checked_rewards(who: str, rewards: Tensor | Sequence[float]) -> Tensor:
+    try:
+        values = torch.as_tensor(rewards)
+    except (RuntimeError, TypeError, ValueError):
+        entries = rewards if isinstance(rewards, Iterable) else [rewards]
+        found = next((repr(one) for one in entries if not isinstance(one, (int, float))), type(rewards).__name__)
+        raise TypeError(
+            f"{who}: rewards must be one number per example, got {found}; leave examples without a reward out of "
+            "prompts and rewards, or pass float('nan'), which skips the step"
+        ) from None
+    if values.dim() != 1 or values.is_complex():
+        raise ValueError(
+            f"{who}: rewards must be one real number per example, got {values.dtype} of shape {list(values.shape)}; "
+            "add up the reward functions"
+        )
+    return values
+
+
 def _checked_ids(who: str, name: str, ids: Ids, device: torch.device) -> Tensor:
-    tensor = torch.as_tensor(ids)
+    try:
+        tensor = torch.as_tensor(ids)
+    except (RuntimeError, TypeError, ValueError):
+        entries = ids if isinstance(ids, Iterable) else [ids]
+        found = next((repr(one) for one in entries if not isinstance(one, int)), type(ids).__name__)
+        raise TypeError(f"{who}: {name} must be integers, got {found}; pass int64 ids") from None
     if tensor.dim() != 1:
         raise ValueError(f"{who}: {name} must be one integer per example, got shape {list(tensor.shape)}; flatten it")
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
@@ -704,6 +800,41 @@ def _checked_ids(who: str, name: str, ids: Ids, device: torch.device) -> Tensor:
             f"{who}: {name} must be on the CPU or on the model's device {device}, got {tensor.device}; move them"
         )
     return tensor.long()
+
+
+def _is_several(example_ids: Any) -> bool:
+    """Whether ``example_ids`` speak of several kinds of rows."""
+    if isinstance(example_ids, Mapping):
+        return True
+    return isinstance(example_ids, (list, tuple)) and any(
+        isinstance(one, Tensor) and one.dim() > 0 for one in example_ids
+    )
+
+
+def _kinds(who: str, device: torch.device, batch: Given) -> dict[str, Tensor]:
+    """Each kind's example ids, by the caller's name for it."""
+    given: Any = batch["example_ids"]
+    named = given.items() if isinstance(given, Mapping) else ((str(i), ids) for i, ids in enumerate(given))
+    found = {}
+    for name, ids in named:
+        flat = torch.as_tensor(ids).reshape(-1)
+        found[name] = _checked_ids(who, f"example_ids[{name!r}]", flat, device).to(device)
+    lengths = [len(ids) for ids in found.values()]
+    if not isinstance(given, Mapping) and len(set(lengths)) < len(lengths):
+        raise ValueError(
+            f"{who}: kinds of rows are told apart by their numbers, got {lengths}; name the model's arguments that have them: "
+            "example_ids={...}"
+        )
+    return found
+
+
+def _kind(who: str, name: str, ids: Tensor, examples: int, named: bool) -> Packing:
+    if ids.device.type == "cpu" and len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < examples):
+        raise ValueError(
+            f"{who}: example ids must lie in [0, {examples}), got {_some(ids.unique())} for {name}; number the examples of the "
+            "batch from 0"
+        )
+    return Packing.of_ids(ids, examples, name, named)
 
 
 def _packing(who: str, device: torch.device, batch: Given, examples: int | None) -> Packing:
@@ -718,7 +849,7 @@ def _packing(who: str, device: torch.device, batch: Given, examples: int | None)
                 f"{who}: cu_seqlens must rise from 0, every example having a row, got {_some(starts)}; drop examples "
                 "without rows from tasks, prompts, rewards and cu_seqlens"
             )
-        return Packing.of_lengths(starts.to(device), int(starts[-1]))
+        return Packing.of_lengths(_moved(starts, device), int(starts[-1]))
     assert ids is not None
     of_row = _checked_ids(who, "example_ids", torch.as_tensor(ids).reshape(-1), device).cpu()
     count = examples if examples is not None else int(of_row.max()) + 1 if len(of_row) else 0
@@ -730,7 +861,7 @@ def _packing(who: str, device: torch.device, batch: Given, examples: int | None)
             f"{who}: example_ids must name each of the {count} examples at least once and no other, got "
             f"{_some(of_row.unique())}; number the examples of the batch from 0"
         )
-    return Packing.of_ids(of_row.to(device), count)
+    return Packing.of_ids(_moved(of_row, device), count)
 
 
 def _some(values: Tensor) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -214,16 +215,76 @@ class Reweighted(torch.optim.Optimizer):
         """The wrapped optimizer's step along what the observe blocks since the last one left in ``.grad``.
 
         Args:
-            closure: runs an observed forward and backward and returns the loss; called once.
+            closure: clears gradients, runs an observed forward and backward and returns the loss; the wrapped optimizer
+                calls it, as often as it needs to (LBFGS: several times, at several points, each weighed anew). Where one of
+                its evaluations is not finite, parameters and state go back to where the step began, which costs a copy
+                of both with optimizers that may move before they call it.
+
+        Returns:
+            What the wrapped optimizer's step returns; with a closure and a skipped step, its last loss.
 
         Raises:
             RuntimeError: nothing was observed since the last step; the policy's weights were not finite, though what was
                 measured was.
         """
-        loss = None
         if closure is not None:
+            return self._step_with(closure)
+        if self._may_step():
+            return self.optimizer.step()
+        self.skipped_steps += 1
+        return None
+
+    def _step_with(self, closure: Callable[[], Any]) -> Any:
+        loss, evaluations = None, 0
+
+        def evaluate() -> Any:
+            nonlocal loss, evaluations
+            evaluations += 1
             with torch.enable_grad():
                 loss = closure()
+            if not self._may_step():
+                raise _NotFiniteError
+            return loss
+
+        restore = self._remember()
+        try:
+            result = self.optimizer.step(evaluate)
+            if not evaluations:
+                raise RuntimeError(
+                    f"Reweighted: the wrapped optimizer must call the closure, got {type(self.optimizer).__name__}, which "
+                    "did not; run the observe block first, and step() without a closure"
+                )
+            return result
+        except _NotFiniteError:
+            restore()
+            self.skipped_steps += 1
+            return loss
+        except BaseException:
+            restore()
+            raise
+
+    def _remember(self) -> Callable[[], None]:
+        """A function that brings parameters and state back to where they are now.
+
+        Torch's optimizers call a closure before they touch either, all but LBFGS.
+        """
+        optimizer = self.optimizer
+        if type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, torch.optim.LBFGS):
+            return lambda: None
+        parameters = [(p, p.detach().clone()) for group in self.param_groups for p in group["params"]]
+        state = {p: copy.deepcopy(of_parameter) for p, of_parameter in self.state.items()}
+
+        def restore() -> None:
+            with torch.no_grad():
+                for parameter, value in parameters:
+                    parameter.copy_(value)
+            self.state.clear()
+            self.state.update(state)
+
+        return restore
+
+    def _may_step(self) -> bool:
+        """Whether all that was observed since the last step, which begins anew, was finite."""
         if not self._observed and self.unobserved == "error" and not self._makes_state():
             raise RuntimeError(
                 "Reweighted: step needs an observe block since the last step, got none, so nothing was measured; wrap "
@@ -236,11 +297,7 @@ class Reweighted(torch.optim.Optimizer):
                 f"Reweighted: the policy must return finite weights for finite statistics, got others from {self.policy!r}; "
                 "no step was taken: have it return 1 where it divides by a norm of 0"
             )
-        if all(finite for finite, _ in blocks):
-            self.optimizer.step()
-        else:
-            self.skipped_steps += 1
-        return loss
+        return all(finite for finite, _ in blocks)
 
     @property
     def stats(self) -> Stats:
@@ -443,6 +500,10 @@ def _to_bytes(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
+
+
+class _NotFiniteError(Exception):
+    """What a closure observed was not finite: the step is left."""
 
 
 class _Grad(NamedTuple):

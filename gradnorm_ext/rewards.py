@@ -162,6 +162,8 @@ class RewardStats(Generic[Array]):
                         f"RewardStats.merged: a prompt's examples must lie in one block, got prompt {prompt} in blocks "
                         f"{first_seen[prompt]} and {block}; keep groups together, or number prompts across blocks"
                     )
+        if not first_seen:  # no examples at all: nothing to form anew
+            return blocks[0]
         join = np.concatenate if isinstance(blocks[0].rewards, np.ndarray) else torch.cat
         return reward_stats(
             join([stats.rewards for stats in blocks]),

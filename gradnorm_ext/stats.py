@@ -77,7 +77,7 @@ class Stats:
     def task_norm_ratio(self) -> Tensor | None:
         """The largest task norm over the smallest, of the tasks that are present: a scalar; None without task norms.
 
-        Infinite where a task that is present has no gradient, NaN where none is present or a norm is NaN.
+        Infinite where a task that is present has no gradient; NaN where none has one, or a norm is NaN.
         """
         if self.task_norm is None:
             return None
@@ -126,7 +126,7 @@ class Stats:
         norms = sqnorms.sqrt()
         finite = torch.isfinite(norms).all()
         if reward is not None:
-            finite = finite & torch.isfinite(torch.as_tensor(reward.mean, device=sqnorms.device)).all()
+            finite = finite & torch.isfinite(torch.as_tensor(reward.mean)).all().to(sqnorms.device, non_blocking=True)
         return Stats(
             example_norm=norms[: len(tasks)],
             prompt_norm=norms[len(tasks) : len(tasks) + n_prompts] if prompts is not None else None,
@@ -317,7 +317,9 @@ class Stats:
             >>> meter.stats.log_dict()["gradnorm/example_norm/max"]
             5.0
         """
-        scalars = {"example_norm/mean": self.example_norm.mean(), "example_norm/max": self.example_norm.max()}
+        scalars = {}
+        if len(self.example_norm):
+            scalars = {"example_norm/mean": self.example_norm.mean(), "example_norm/max": self.example_norm.max()}
         if self.task_norm_ratio is not None and len(self.task_names) > 1:
             scalars["task_norm_ratio"] = self.task_norm_ratio
         of_tasks: dict[str, Tensor | None] = {

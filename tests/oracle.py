@@ -25,6 +25,9 @@ class Case:
         y = self.y.to(dtype) if self.y.is_floating_point() else self.y
         return Case(copy.deepcopy(self.model).to(dtype), x, y, self.loss)
 
+    def on(self, device: torch.device | str) -> Case:
+        return Case(copy.deepcopy(self.model).to(device), self.x.to(device), self.y.to(device), self.loss)
+
     def run(self) -> Tensor:
         return self.loss(self.model(self.x), self.y)
 
@@ -112,7 +115,7 @@ class Transformer(nn.Module):
             self.head.weight = self.tokens.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        h = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+        h = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             h = block(h)
         h = self.norm(h)
@@ -244,8 +247,8 @@ class Attending(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x))
         seen = torch.tanh(self.widen(x[:, : self.other[0]])) if self.widen is not None and self.other else h
-        mask = torch.ones(len(h[0]), len(seen[0]), dtype=torch.bool).triu(1) if self.causal else None
-        padding = (torch.arange(len(seen[0])) > 1) & (x[:, :1, 0] > 0) if self.causal else None
+        mask = h.new_ones(len(h[0]), len(seen[0]), dtype=torch.bool).triu(1) if self.causal else None
+        padding = (torch.arange(len(seen[0]), device=x.device) > 1) & (x[:, :1, 0] > 0) if self.causal else None
         if not self.attention.batch_first:
             h, seen = h.transpose(0, 1), h.transpose(0, 1) if seen is h else seen.transpose(0, 1)
         seen = h if self.other is None else seen
@@ -335,7 +338,7 @@ class Bags(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights = x.to(self.head.weight.dtype).cos() if self.weighted else None
         if self.tied:  # the same ids as one row of flat bags
-            h = self.bags(x.flatten(), torch.arange(0, x.numel(), x.shape[1]))
+            h = self.bags(x.flatten(), torch.arange(0, x.numel(), x.shape[1], device=x.device))
             return self.head(torch.tanh(h)) + F.linear(h, self.bags.weight)[:, :2]
         return self.head(torch.tanh(self.bags(x, per_sample_weights=weights)))
 
@@ -421,7 +424,7 @@ class PairBias(nn.Module):
         self.places, self.heads = nn.Parameter(torch.randn(9, width)), heads
 
     def forward(self, x: Tensor) -> Tensor:
-        position = torch.arange(x.shape[1])
+        position = torch.arange(x.shape[1], device=x.device)
         bias = self.bias((position[:, None] - position).clamp(-3, 3) + 3).permute(2, 0, 1)[None]
         h = torch.tanh(self.lift(x)) + self.places[(position + 1)[None]]
         q, k, v = self.split(self.first(h))

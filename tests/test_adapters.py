@@ -11,13 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradnorm_ext import InverseNorm, Meter, Reweighted, check
 
+pytestmark = pytest.mark.usefixtures("in_float64")
 EXACT = 1e3 * torch.finfo(torch.float64).eps
 LAYERS = ["q_proj", "v_proj", "down_proj"]
-
-
-@pytest.fixture(autouse=True)
-def in_float64(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 def lora(**options):

@@ -1,16 +1,18 @@
 """IMTLG and Gramian against TorchJD, and against LibMTL's formulas derived anew from the gradients themselves."""
 
+import dataclasses
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torchjd.aggregation as torchjd
 from gradients import stats_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gradnorm_ext.policies import IMTLG, Gramian
+
+torchjd = pytest.importorskip("torchjd.aggregation")  # optional
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -79,6 +81,15 @@ def test_gramian_leaves_absent_tasks_out_of_the_matrix():
     torch.testing.assert_close(seen[0], (gram / gram.trace()).double())
     minimum_norm = Gramian(torchjd.MGDAWeighting())(measured(rows, absent=1))  # would put all weight on the absent one
     assert minimum_norm[:2].sum() == pytest.approx(1)
+
+
+def test_gramian_gives_a_symmetric_matrix_whatever_rounding_did():
+    rows = torch.tensor([[3.0, 0.0], [1.0, 1.0], [0.5, 2.0]], dtype=torch.float64)
+    stats = measured(rows)
+    lopsided = stats.task_gram * (1 + EPS * torch.arange(9, dtype=torch.float64).view(3, 3))
+    seen = []
+    Gramian(lambda gram: seen.append(gram) or gram.diagonal())(dataclasses.replace(stats, task_gram=lopsided))
+    assert not lopsided.equal(lopsided.t()) and seen[0].equal(seen[0].t())
 
 
 @pytest.mark.parametrize("gradient", [0.0, torch.nan, torch.inf])

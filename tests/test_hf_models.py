@@ -13,12 +13,6 @@ from gradnorm_ext import ClipExamples, InverseNorm, Meter, Reweighted, check
 EXACT = 1e3 * torch.finfo(torch.float64).eps
 
 
-@pytest.fixture
-def in_float64(monkeypatch):
-    """Parts that models compute in float32 whatever they are given, in float64."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
 def agrees(stats, gradients):
     norms = oracle.group_norms(gradients, torch.arange(EXAMPLES), EXAMPLES)
     assert oracle.relative(stats.example_norm, norms) < EXACT

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import oracle
@@ -24,7 +25,7 @@ from gradnorm_ext import (
     RewardStd,
     Reweighted,
 )
-from gradnorm_ext.layers.contributions import Outer, Sums
+from gradnorm_ext.gradients import Outer, PerSampleGrads
 
 K = 3
 
@@ -121,8 +122,8 @@ def test_two_passes_keep_what_checkpointing_saves_and_form_no_weight_gradient_tw
     case = oracle.Case(Checkpointed(), case.x, case.y, case.loss).to(torch.float64)
     optimizer = wrap(case, by_task, passes=2)
     formed = []
-    for form in (Outer, Sums):
-        for name in ("wgrad", "total", "sqnorm"):
+    for form in (Outer, PerSampleGrads):
+        for name in ("wgrad", "grad", "sqnorm"):
             method = getattr(form, name)
 
             def counted(self, *args, name=name, method=method):
@@ -135,7 +136,7 @@ def test_two_passes_keep_what_checkpointing_saves_and_form_no_weight_gradient_tw
         optimizer.zero_grad()
         with optimizer.observe(tasks=ids(case)):
             optimizer.backward(case.run())
-        assert formed == ["sqnorm"] * 6 + ["total"] * 6
+        assert formed == ["sqnorm"] * 6 + ["grad"] * 6
     assert_close(gradients(case), weighted(case, by_task(optimizer.stats)[ids(case)]))
 
 
@@ -472,6 +473,125 @@ def test_closure_runs_the_observed_forward_and_backward():
         return block(optimizer, case)
 
     assert float(optimizer.step(closure).detach()) > 0
+
+
+class Ascending(torch.optim.Optimizer):
+    """Moves up the gradient before it calls the closure, and steps from where it was by what it finds there, as SAM does."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            before = [p.clone() for p in group["params"]]
+            for p in group["params"]:
+                p += group["lr"] * p.grad
+                self.state[p]["steps"] = self.state[p].get("steps", 0) + 1
+            loss = torch.enable_grad()(closure)()
+            for p, start in zip(group["params"], before, strict=True):
+                p.copy_(start - group["lr"] * p.grad)
+        return loss
+
+
+def by_lbfgs(parameters, lr):
+    return torch.optim.LBFGS(parameters, lr, max_iter=5)
+
+
+def by_line_search(parameters, lr):
+    return torch.optim.LBFGS(parameters, lr, max_iter=5, line_search_fn="strong_wolfe")
+
+
+@pytest.mark.parametrize("apply", [{}, {"apply": "next_step"}, {"passes": 2}], ids=str)
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adagrad, by_lbfgs, by_line_search, Ascending])
+def test_the_wrapped_optimizer_gets_the_closure_and_calls_it_as_often_as_it_needs(make, apply):
+    case = oracle.make("mlp").to(torch.float64)
+    plain = case.to(torch.float64)
+    ours, theirs = wrap(case, by_task, 0.01, make, **apply), make(plain.model.parameters(), 0.01)
+    calls = {"ours": 0, "theirs": 0}
+
+    def observed():
+        calls["ours"] += 1
+        ours.zero_grad()
+        with ours.observe(tasks=ids(case)):
+            loss = weighted_loss(case, torch.ones(len(case.x)))
+            ours.backward(loss)
+        return weighted_loss(case, ours.weights[ids(case)]).detach()
+
+    def naive():
+        first, calls["theirs"] = calls["theirs"] == 0, calls["theirs"] + 1
+        theirs.zero_grad()
+        weights = (
+            torch.ones(K) if first and "apply" in apply else by_task(SimpleNamespace(tasks=[], example_norm=plain.x))
+        )
+        loss = weighted_loss(plain, weights[ids(plain)])
+        loss.backward()
+        return loss.detach()
+
+    if make is Ascending:
+        observed(), naive()
+    for _ in range(2):
+        assert torch.allclose(ours.step(observed), theirs.step(naive))
+    assert calls["ours"] == calls["theirs"]
+    for a, b in zip(case.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def weighted_loss(case, weights):
+    outputs = case.model(case.x)
+    return sum(w * case.loss(o[None], y[None]) for w, o, y in zip(weights, outputs, case.y, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "fails_at"),
+    [
+        (torch.optim.Adagrad, 0),
+        (Ascending, 0),
+        *((by_lbfgs, n) for n in (0, 1, 3)),
+        *((by_line_search, n) for n in (0, 1)),
+    ],
+)
+def test_a_step_whose_closure_meets_what_is_not_finite_is_undone(make, fails_at):
+    case = oracle.make("mlp").to(torch.float64)
+    optimizer = wrap(case, InverseNorm(), 0.01, make)
+    calls = 0
+
+    def closure(bad=float("nan"), error=None):
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        with optimizer.observe(tasks=ids(case)):
+            loss = case.run() * (bad if calls > fails_at else 1)
+            loss.backward()
+        if error is not None and calls > fails_at:
+            raise error
+        return loss.detach()
+
+    closure(1)
+    optimizer.step(lambda: closure(1))
+    for error in (None, KeyboardInterrupt(), ZeroDivisionError()):
+        before, state = copy.deepcopy(case.model.state_dict()), copy.deepcopy(optimizer.optimizer.state_dict())
+        skipped, calls = optimizer.skipped_steps, 0
+        with nullcontext() if error is None else pytest.raises(type(error)):
+            optimizer.step(lambda error=error: closure(float("nan") if error is None else 1, error))
+        assert optimizer.skipped_steps == skipped + (error is None)
+        after = optimizer.optimizer.state_dict()
+        assert str(after) == str(state)
+        assert all(a.equal(b) for a, b in zip(before.values(), case.model.state_dict().values(), strict=True))
+
+
+def test_an_optimizer_that_never_calls_its_closure_is_refused():
+    class Deaf(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step()
+
+    case = oracle.make("mlp")
+    optimizer = wrap(case, Equal(), optimizer=Deaf)
+    block(optimizer, case)
+    before = [p.clone() for p in case.model.parameters()]
+    with pytest.raises(RuntimeError, match="the wrapped optimizer must call the closure, got Deaf, which did not"):
+        optimizer.step(lambda: block(optimizer, case))
+    assert all(a.equal(b) for a, b in zip(before, case.model.parameters(), strict=True))
 
 
 def test_step_without_observe_is_an_error_unless_told_otherwise():

@@ -10,6 +10,7 @@ from transformers import DataCollatorWithFlattening
 
 from gradnorm_ext import InverseNorm, Meter, Reweighted, check, cu_seqlens
 
+pytestmark = pytest.mark.usefixtures("in_float64")
 EXACT = 1e3 * torch.finfo(torch.float64).eps
 LENGTHS, TASKS = [3, 6, 2, 4], torch.tensor([0, 1, 1, 0])
 
@@ -42,11 +43,6 @@ def gradients_of(model, features):
 def built(name, attention, checkpointing=False):
     experts = {"experts_implementation": "eager"} if name in architectures.MIXTURES else {}
     return architectures.build(name, attention, checkpointing, **experts)
-
-
-@pytest.fixture(autouse=True)
-def in_float64(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 @pytest.mark.parametrize("checkpointing", (False, True))

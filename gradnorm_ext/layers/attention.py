@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradnorm_ext.layers.elementwise import given_to_batch
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.linears import multiply_rows
 from gradnorm_ext.layers.taps import Tap
@@ -55,3 +56,14 @@ def _with(function: Any, **replaced: Any) -> Callable[..., Any]:
     """The same function, with other functions behind some of the names that it calls."""
     scope = {**function.__globals__, **replaced}
     return types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+
+
+def scaled_dot_product_attention(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **options: Any
+) -> Any:
+    """With a bias per pair of positions."""
+    batched = isinstance(attn_mask, Tap) and query.shape[0] == attn_mask.observation.examples
+    mask = given_to_batch(attn_mask) if batched else NotImplemented
+    if mask is NotImplemented or any(isinstance(one, Tap) for one in (query, key, value)):
+        return NotImplemented
+    return F.scaled_dot_product_attention(query, key, value, mask, *args, **options)

@@ -98,6 +98,7 @@ class Gramian:
         if len(present) == 0 or not bool(gram.isfinite().all()):
             return weights
         among = gram[present][:, present]
+        among = (among + among.t()) / 2  # as it is but for rounding, which may differ between an entry and its mirror
         found = torch.as_tensor(self.weighting(among / among.trace()))
         if found.shape != present.shape:
             raise ValueError(
