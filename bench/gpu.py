@@ -292,7 +292,7 @@ TINY = {"lookup": (Size("gpu", "tiny", 2, 3, 5, 7),), "vector": (Size("gpu", "ti
 TINY["rewards"] = (Size("gpu", "tiny", 2, 3, 1, 1),)
 KINDS = {  # of the operations that Triton has, and that move more than they compute
     **dict.fromkeys(("lookup_sqnorm", "lookup_wgrad"), "lookup"),
-    **dict.fromkeys(("product_wgrad", "sum_wgrad"), "vector"),
+    **dict.fromkeys(("scale_wgrad", "bias_wgrad"), "vector"),
     "segment_std": "rewards",
 }
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import gradnorm_ext._C as _C  # importing it registers the kernels; where it is absent the error names it
 from gradnorm_ext import native_cuda, reference
+from gradnorm_ext.im2col import Im2col
 from gradnorm_ext.operations import OPERATIONS, kernel_name
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
-from gradnorm_ext.windows import Windows
 
 DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
 DEVICE_MODULES = {"cuda": native_cuda}  # whose functions run there; the others' are here
@@ -127,14 +127,14 @@ def _sum(x: Tensor, g: Tensor, segments: Segments, weight: Tensor | None, out: T
     return out
 
 
-def windows_sqnorm(images: Tensor, windows: Windows, g: Tensor, segments: Segments) -> Tensor:
+def im2col_sqnorm(images: Tensor, windows: Im2col, g: Tensor, segments: Segments) -> Tensor:
     """:func:`outer_sqnorm` of the rows that windows see."""
     return _windows(images, windows, _rows(g), segments, None, None, None)
 
 
-def windows_wgrad(
+def im2col_wgrad(
     images: Tensor,
-    windows: Windows,
+    windows: Im2col,
     g: Tensor,
     segments: Segments,
     *,
@@ -152,7 +152,7 @@ def windows_wgrad(
 
 def _windows(
     images: Tensor,
-    windows: Windows,
+    windows: Im2col,
     g: Tensor,
     segments: Segments,
     weight: Tensor | None,
@@ -166,7 +166,7 @@ def _windows(
     _clear_absent(dw, outputs, segments)
     weight, packed = _vector(weight, images.dtype), windows.packed(images)
     offsets, walk, columns = segments.offsets, groups.walk, groups.columns
-    _kernels.windows_wgrad(images, packed, g, offsets, walk, columns, outputs, weight, dw, sqnorm)
+    _kernels.im2col_wgrad(images, packed, g, offsets, walk, columns, outputs, weight, dw, sqnorm)
     return sqnorm
 
 
@@ -212,41 +212,41 @@ def lookup_wgrad(
     return dw if outputs is not None else dw[0], sqnorm
 
 
-def product_sums(
+def segment_scale_grad(
     x: Tensor, g: Tensor, segments: Segments, *, shift: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
-    """See :func:`gradnorm_ext.ops.product_sums`."""
+    """See :func:`gradnorm_ext.ops.segment_scale_grad`."""
     x, g = _rows(x), _rows(g)
     out = g.new_empty(segments.count, g.shape[1])
-    _kernels.product_sums(x, g, _vector(shift, x.dtype), _vector(scale, x.dtype), segments.offsets, out)
+    _kernels.segment_scale_grad(x, g, _vector(shift, x.dtype), _vector(scale, x.dtype), segments.offsets, out)
     return out
 
 
-def sum_sums(g: Tensor, segments: Segments) -> Tensor:
-    """See :func:`gradnorm_ext.ops.sum_sums`."""
+def segment_sum(g: Tensor, segments: Segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.segment_sum`."""
     g = _rows(g)
     if segments.length == 1:
         return g
     out = g.new_empty(segments.count, g.shape[1])
-    _kernels.sum_sums(g, segments.offsets, out)
+    _kernels.segment_sum(g, segments.offsets, out)
     return out
 
 
-def sums_sqnorm(sums: Tensor, segments: Segments) -> Tensor:
-    """See :func:`gradnorm_ext.ops.sums_sqnorm`."""
-    return _sums(sums, segments, None, None)
+def per_sample_sqnorm(grads: Tensor, segments: Segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.per_sample_sqnorm`."""
+    return _per_sample(grads, segments, None, None)
 
 
-def sums_wgrad(sums: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See :func:`gradnorm_ext.ops.sums_wgrad`."""
-    dw = sums.new_empty(sums.shape[1])
-    return dw, _sums(sums, segments, weight, dw)
+def per_sample_wgrad(grads: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`gradnorm_ext.ops.per_sample_wgrad`."""
+    dw = grads.new_empty(grads.shape[1])
+    return dw, _per_sample(grads, segments, weight, dw)
 
 
-def _sums(sums: Tensor, segments: Segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
-    sqnorm, groups = sums.new_empty(segments.columns), segments.groups
-    weight = _vector(weight, sums.dtype)
-    _kernels.sums_wgrad(sums.contiguous(), segments.offsets, groups.walk, groups.columns, weight, dw, sqnorm)
+def _per_sample(grads: Tensor, segments: Segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
+    sqnorm, groups = grads.new_empty(segments.columns), segments.groups
+    weight = _vector(weight, grads.dtype)
+    _kernels.per_sample_wgrad(grads.contiguous(), segments.offsets, groups.walk, groups.columns, weight, dw, sqnorm)
     return sqnorm
 
 
@@ -439,7 +439,7 @@ def _outer(
     if left == 1 and dw is not None and outputs is None and changes < 0 and not _fuses_all(x):
         # One group of all rows: its gradient is dW, and a pass over dW costs less than multiplying tile by tile.
         torch.mm(g.t(), x, out=dw[0])
-        return sqnorm.index_fill_(0, walk.onwards[n_gram], _sums(dw.view(1, -1), _WHOLE, None, None)[0])
+        return sqnorm.index_fill_(0, walk.onwards[n_gram], _per_sample(dw.view(1, -1), _WHOLE, None, None)[0])
     if changes < left:
         _kernels.outer_wgrad(x, g, walk.offsets, order, columns, outputs, weight, dw, sqnorm, False)
         return sqnorm

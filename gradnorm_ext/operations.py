@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from gradnorm_ext.im2col import Im2col
 from gradnorm_ext.segments import Groups, Segments
-from gradnorm_ext.windows import Windows
 
 Arguments = dict[str, Any]
 
@@ -97,7 +97,7 @@ def _outer(device: str, wider: int = 1) -> Arguments:
 
 def _windows(device: str) -> Arguments:
     images, g = _random(device, 2, 7, 3), _random(device, _ROWS, _OUT)
-    windows = Windows.of(images, positions=(5,), stride=(1,), kernel=(3,), dilation=(1,))
+    windows = Im2col.of(images, positions=(5,), stride=(1,), kernel=(3,), dilation=(1,))
     return {"images": images, "windows": windows, "g": g, "segments": _segments(device)}
 
 
@@ -116,8 +116,8 @@ def _sum(device: str) -> tuple[Arguments, ...]:
     return ({"g": _random(device, _ROWS, _OUT), "segments": _segments(device)},)
 
 
-def _sums(device: str) -> Arguments:
-    return {"sums": _random(device, _SEGMENTS, _OUT), "segments": _segments(device)}
+def _grads(device: str) -> Arguments:
+    return {"grads": _random(device, _SEGMENTS, _OUT), "segments": _segments(device)}
 
 
 def _values(device: str) -> tuple[Arguments, ...]:
@@ -164,18 +164,18 @@ for _row in (
         examples=lambda device: (_outer(device),),
     ),
     Operation(
-        "windows_sqnorm",
+        "im2col_sqnorm",
         "as `outer_sqnorm`, of the rows that a convolution's windows see",
         serves=("ConvGrad",),
         examples=lambda device: (_windows(device),),
     ),
     Operation(
-        "windows_wgrad",
+        "im2col_wgrad",
         "as `outer_wgrad`, of the rows that a convolution's windows see",
         serves=("ConvGrad",),
         examples=lambda device: _weighted_or_by_group(device, _windows(device)),
         kernels=(
-            """windows_wgrad(Tensor images, Tensor windows, Tensor g, Tensor offsets, Tensor walk, Tensor columns,
+            """im2col_wgrad(Tensor images, Tensor windows, Tensor g, Tensor offsets, Tensor walk, Tensor columns,
     Tensor? outputs, Tensor? weight, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()""",
         ),
     ),
@@ -199,34 +199,34 @@ for _row in (
         ),
     ),
     Operation(
-        "product_sums",
+        "segment_scale_grad",
         "each segment's gradient of a scale",
         serves=("PerSampleGrads",),
         examples=_product,
         kernels=(
-            "product_sums(Tensor x, Tensor g, Tensor? shift, Tensor? scale, Tensor offsets, Tensor(a!) out) -> ()",
+            "segment_scale_grad(Tensor x, Tensor g, Tensor? shift, Tensor? scale, Tensor offsets, Tensor(a!) out) -> ()",
         ),
     ),
     Operation(
-        "sum_sums",
+        "segment_sum",
         "each segment's gradient of a bias",
         serves=("PerSampleGrads", "ConvGrad", "ChunkedOuter"),
         examples=_sum,
-        kernels=("sum_sums(Tensor g, Tensor offsets, Tensor(a!) out) -> ()",),
+        kernels=("segment_sum(Tensor g, Tensor offsets, Tensor(a!) out) -> ()",),
     ),
     Operation(
-        "sums_sqnorm",
+        "per_sample_sqnorm",
         "norms of gradients given per segment",
         serves=("PerSampleGrads", "ConvGrad"),
-        examples=lambda device: (_sums(device),),
+        examples=lambda device: (_grads(device),),
     ),
     Operation(
-        "sums_wgrad",
+        "per_sample_wgrad",
         "sum of gradients given per segment, weighted, and their norms",
         serves=("PerSampleGrads", "ConvGrad"),
-        examples=lambda device: ({**_sums(device), "weight": _random(device, _SEGMENTS)}, _sums(device)),
+        examples=lambda device: ({**_grads(device), "weight": _random(device, _SEGMENTS)}, _grads(device)),
         kernels=(
-            """sums_wgrad(Tensor sums, Tensor offsets, Tensor walk, Tensor columns, Tensor? weight, Tensor(a!)? dw,
+            """per_sample_wgrad(Tensor grads, Tensor offsets, Tensor walk, Tensor columns, Tensor? weight, Tensor(a!)? dw,
     Tensor(b!) sqnorm) -> ()""",
         ),
     ),

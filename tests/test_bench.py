@@ -73,17 +73,17 @@ def test_step_prints_a_row_for_every_variant(bench: ModuleType) -> None:
 def test_a_wrong_operation_is_refused(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = ops.sum_wgrad
+    right = ops.bias_wgrad
 
     def wrong(*args: Any, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
         dw, sqnorm = right(*args, backend="reference", **options)
         return dw, sqnorm * (1.00001 if backend == "native" else 1)
 
-    monkeypatch.setattr(ops, "sum_wgrad", wrong)
+    monkeypatch.setattr(ops, "bias_wgrad", wrong)
     assert main(bench, monkeypatch, "ops", "--quick", "--backend", "native") == 1
     out, err = capsys.readouterr()
-    assert "REFUSED, not timed: sum_wgrad, tiny, native: output 1 is off by" in err
-    rows = [line.split()[2:] for line in out.splitlines() if line.startswith("sum_wgrad")]
+    assert "REFUSED, not timed: bias_wgrad, tiny, native: output 1 is off by" in err
+    rows = [line.split()[2:] for line in out.splitlines() if line.startswith("bias_wgrad")]
     assert ["native", "REFUSED"] in rows
     assert sorted(row[0] for row in rows) == ["copy", "native", "reference"]
 
@@ -147,7 +147,7 @@ GPU_CASES = {
     },
     "tests": set(),
     "rest": {
-        *("outer_wgrad", "outer_sqnorm", "lookup_sqnorm", "lookup_wgrad", "product_wgrad", "sum_wgrad"),
+        *("outer_wgrad", "outer_sqnorm", "lookup_sqnorm", "lookup_wgrad", "scale_wgrad", "bias_wgrad"),
         "segment_std",
     },
     "sanitizers": set(),

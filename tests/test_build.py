@@ -131,8 +131,8 @@ def test_short_segments_go_by_the_gram_method_and_long_ones_do_not() -> None:
         ("outer_wgrad", 4, torch.tensor([[5, 4, 3]])),
         ("outer_wgrad", 5, torch.tensor([0, 2, 0])),
         ("lookup_wgrad", 0, torch.full((10,), 7)),
-        ("product_sums", 2, torch.rand(9)),
-        ("sum_sums", 2, torch.empty(3, 5)),
+        ("segment_scale_grad", 2, torch.rand(9)),
+        ("segment_sum", 2, torch.empty(3, 5)),
         ("segment_std", 1, torch.full((10,), -1)),
     ],
 )
@@ -243,11 +243,11 @@ def configure(sources: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 @needs_sources
 def test_a_kernel_that_includes_torch_does_not_configure(sources: Path) -> None:
-    kernel = sources / "csrc" / "kernels" / "cpu" / "sum_sums.cpp"
+    kernel = sources / "csrc" / "kernels" / "cpu" / "segment_sum.cpp"
     kernel.write_text("#include <torch/torch.h>\n" + kernel.read_text())
     done = configure(sources, "-DGRADNORM_CUDA=OFF")
     assert done.returncode != 0
-    assert "sum_sums.cpp: a kernel must not include" in " ".join(done.stderr.split())
+    assert "segment_sum.cpp: a kernel must not include" in " ".join(done.stderr.split())
 
 
 @needs_sources

@@ -21,7 +21,7 @@ def definition(name, arguments):
     if "windows" in arguments:
         images, windows = arguments["images"], arguments["windows"]
         others = {key: one for key, one in arguments.items() if key not in ("images", "windows")}
-        return getattr(reference, name.replace("windows", "outer"))(windows.rows(images), **others)
+        return getattr(reference, name.replace("im2col", "outer"))(windows.rows(images), **others)
     return getattr(reference, name)(**arguments)
 
 
@@ -58,7 +58,7 @@ def test_the_examples_reach_every_operator():
 
 def test_every_operation_has_a_meaning_or_is_for_gradients_alone():
     public = {name for name in OPERATIONS if hasattr(ops, name)}
-    assert OPERATIONS.keys() - public == {"outer_sum", "windows_sqnorm", "windows_wgrad"}
+    assert OPERATIONS.keys() - public == {"outer_sum", "im2col_sqnorm", "im2col_wgrad"}
     for name in public:
         assert getattr(ops, name).__doc__
 
@@ -84,9 +84,7 @@ def test_cmake_builds_the_kernels_of_operations():
     assert stems == sorted(stems)
     assert set(stems) <= OPERATIONS.keys() | {"reward_stats"}  # that one takes NumPy's arrays
     for schema in (schema for operation in OPERATIONS.values() for schema in operation.kernels):
-        assert (
-            kernel_name(schema).removesuffix("_sorted").replace("fused", "wgrad").replace("windows", "outer") in stems
-        )
+        assert kernel_name(schema).removesuffix("_sorted").replace("fused", "wgrad").replace("im2col", "outer") in stems
 
 
 def test_a_name_is_given_once_and_one_without_a_row_is_refused():

@@ -123,7 +123,7 @@ def test_two_passes_keep_what_checkpointing_saves_and_form_no_weight_gradient_tw
     optimizer = wrap(case, by_task, passes=2)
     formed = []
     for form in (Outer, PerSampleGrads):
-        for name in ("wgrad", "total", "sqnorm"):
+        for name in ("wgrad", "grad", "sqnorm"):
             method = getattr(form, name)
 
             def counted(self, *args, name=name, method=method):
@@ -136,7 +136,7 @@ def test_two_passes_keep_what_checkpointing_saves_and_form_no_weight_gradient_tw
         optimizer.zero_grad()
         with optimizer.observe(tasks=ids(case)):
             optimizer.backward(case.run())
-        assert formed == ["sqnorm"] * 6 + ["total"] * 6
+        assert formed == ["sqnorm"] * 6 + ["grad"] * 6
     assert_close(gradients(case), weighted(case, by_task(optimizer.stats)[ids(case)]))
 
 

@@ -1,5 +1,7 @@
 """What follows from the measurements of a block, and of several: estimates without bias, merging, reweighting, logs."""
 
+import dataclasses
+import math
 import re
 
 import pytest
@@ -8,6 +10,7 @@ from gradients import NAMES, stats_of
 from torch import nn
 
 from gradnorm_ext import Meter
+from gradnorm_ext.distributed import _sums, _whole
 from gradnorm_ext.rewards import reward_stats
 from gradnorm_ext.stats import Stats
 
@@ -213,3 +216,32 @@ ONE = stats_of([[1.0]], [0])
 def test_says_what_is_wrong_and_what_to_do(call, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+def over_ranks(of_ranks, exact=False):
+    """The statistics of all ranks as the first has them."""
+    return _whole(of_ranks[0], torch.stack([_sums(stats, exact) for stats in of_ranks]).sum(0), exact)
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 0), (0, 0), (2, 1), (1, 1, 1), (0, 3)], ids=str)
+def test_over_ranks_a_figure_is_known_where_a_rank_has_two_units_and_nan_elsewhere(sizes, prompts):
+    """Whatever rounding left of the norms: a rank's examples and its task are summed in different orders."""
+    generator, rank = torch.Generator().manual_seed(0), []
+    for size in sizes:
+        units = torch.randn(size, 5, generator=generator, dtype=torch.float64) * 1e3
+        examples = units.repeat_interleave(2, 0) / 2 if prompts else units
+        of_prompts = torch.arange(size).repeat_interleave(2) if prompts else None
+        stats = stats_of(examples, torch.ones(len(examples)).long(), of_prompts if size else None, gram=True)
+        noise = 1 + torch.finfo(torch.float64).eps * torch.tensor([0.0, 3.0], dtype=torch.float64)
+        gram = stats.task_gram + torch.tensor(
+            [[0.0, torch.nan if size else 0.0], [0.0, 0.0]]
+        )  # no product of one present
+        rank.append(dataclasses.replace(stats, task_norm=stats.task_norm * noise, task_gram=gram))
+    whole, known = over_ranks(rank), max(sizes) > 1
+    for figure in (whole.task_sqnorm_unbiased, whole.task_variance, whole.noise_scale):
+        assert figure[0].isnan() and bool(figure[1].isnan()) >= (not known) and not figure.isinf().any()
+    assert known == bool(whole.task_variance[1].isfinite()) and whole.task_units.tolist() == [0, sum(sizes)]
+    assert whole.task_norm[0] == 0 and bool(whole.task_norm[1].isfinite()) == (known or sum(sizes) < 2)
+    assert whole.task_gram[0].tolist() == [0, 0] and not whole.task_gram.isinf().any()
+    assert not any(math.isinf(figure) for figure in whole.log_dict().values() if figure is not None)

@@ -14,15 +14,15 @@ import gradnorm_ext
 PACKAGE = Path(gradnorm_ext.__file__).parent
 MAY_IMPORT = {
     "segments": set(),
-    "windows": set(),
-    "operations": {"segments", "windows"},
+    "im2col": set(),
+    "operations": {"segments", "im2col"},
     "backends": {"operations"},
     "reference": {"segments"},
-    "native": {"native_cuda", "operations", "reference", "segments", "windows", "_C"},
+    "native": {"native_cuda", "operations", "reference", "segments", "im2col", "_C"},
     "native_cuda": {"reference", "segments", "_C"},
     "ops": {"backends", "reference", "segments"},
     "rewards": {"_C", "backends", "ops"},
-    "gradients": {"backends", "gradients", "reference", "segments", "windows"},
+    "gradients": {"backends", "gradients", "reference", "segments", "im2col"},
     "layers": {"backends", "gradients", "layers", "reference", "segments"},
     "stats": {"rewards"},
     "policies": {"ops", "policies", "stats"},  # stats for types only

@@ -228,14 +228,14 @@ def test_product_and_sum(lengths, dtype):
     given = {"shift": shift, "scale": scale, "backend": "triton"}
     size = g.double().abs() * (x.double().abs() + shift.double().abs()[:, None]) * scale.double()[:, None]
     check(
-        ops.product_sums(x, g, segments, **given),
+        ops.segment_scale_grad(x, g, segments, **given),
         (normalised(x.double(), g.double()), normalised(accumulated(x), accumulated(g)), size),
-        lambda weight: ops.product_wgrad(x, g, segments, weight=weight, **given),
+        lambda weight: ops.scale_wgrad(x, g, segments, weight=weight, **given),
     )
     check(
-        ops.sum_sums(g, segments, backend="triton"),
+        ops.segment_sum(g, segments, backend="triton"),
         (g.double(), accumulated(g), g.double().abs()),
-        lambda weight: ops.sum_wgrad(g, segments, weight=weight, backend="triton"),
+        lambda weight: ops.bias_wgrad(g, segments, weight=weight, backend="triton"),
     )
 
 
@@ -271,8 +271,8 @@ def test_nan_stays_in_its_segment(method):
     g[5] = torch.nan
     ids = torch.zeros(15, dtype=torch.long, device=DEVICE)
     for found in (
-        ops.sum_sqnorm(g, segments, backend="triton"),
-        ops.product_sqnorm(g, g, segments, backend="triton"),
+        ops.bias_sqnorm(g, segments, backend="triton"),
+        ops.scale_sqnorm(g, g, segments, backend="triton"),
         ops.lookup_sqnorm(ids, g, 3, segments, backend="triton"),
     ):
         assert found[:3].isnan().tolist() == [False, True, False]
@@ -286,7 +286,7 @@ def test_rows_may_be_strided():
             found = triton_kernels.outer_wgrad(x, g, segments, method=method)
             torch.testing.assert_close(found, ops.outer_wgrad(x, g, segments, backend="reference"))
         for found, expected in (
-            (ops.sum_sums(g, segments, backend=backend) for backend in ("triton", "reference")),
+            (ops.segment_sum(g, segments, backend=backend) for backend in ("triton", "reference")),
             (
                 ops.lookup_sqnorm(torch.arange(15, device=DEVICE) % 3, g, 3, segments, backend=b)
                 for b in ("triton", "reference")
@@ -310,7 +310,7 @@ def test_nothing_gives_zeros():
         x, g = torch.empty(0, 5, device=DEVICE), torch.empty(0, 3, device=DEVICE)
         ids = torch.empty(0, dtype=torch.long, device=DEVICE)
         calls = {
-            "outer_wgrad": (x, g), "lookup_wgrad": (ids, g, 4), "product_wgrad": (g, g), "sum_wgrad": (g,)
+            "outer_wgrad": (x, g), "lookup_wgrad": (ids, g, 4), "scale_wgrad": (g, g), "bias_wgrad": (g,)
         }  # fmt: skip
         for name, arguments in calls.items():
             dw, sqnorm = getattr(ops, name)(*arguments, segments, backend="triton")
@@ -336,9 +336,9 @@ def test_the_backend_is_the_default_on_a_gpu_for_all_that_it_has():
 
 def test_it_serves_the_cpu_in_the_interpreter_alone():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = "from gradnorm_ext import backends; backends.find('sum_sums', 'cpu', 'triton')"
+    code = "from gradnorm_ext import backends; backends.find('segment_sum', 'cpu', 'triton')"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert "sum_sums: no backend runs it on cpu, looked at triton (has no sum_sums for cpu)" in done.stderr
+    assert "segment_sum: no backend runs it on cpu, looked at triton (has no segment_sum for cpu)" in done.stderr
 
 
 def test_a_meter_measures_with_it():
@@ -370,8 +370,8 @@ def call_each(offsets, groups, x, g, ids, weight):
         *triton_kernels.outer_wgrad(x, g, segments, weight=weight),
         triton_kernels.outer_gram(x, g, segments),
         *triton_kernels.lookup_wgrad(ids, g, 3, segments, padding_idx=1),
-        *triton_kernels.sums_wgrad(triton_kernels.product_sums(g, g, segments), segments),
-        triton_kernels.sum_sums(g, segments),
+        *triton_kernels.per_sample_wgrad(triton_kernels.segment_scale_grad(g, g, segments), segments),
+        triton_kernels.segment_sum(g, segments),
         *triton_kernels.segment_std(g[:, 0], ids, 3, ddof=1),
         *triton_kernels.logit_scores(g, ids, ignore_index=2),
         *triton_kernels.logit_gradient_rates(g, ids, ignore_index=2),
@@ -388,5 +388,13 @@ def test_a_compiled_graph_keeps_each_operation_as_one_call_for_every_length():
         torch.testing.assert_close(compiled(*arguments), call_each(*arguments))
     assert counter.frame_count == 2  # one for the first length, one for any
     called = [str(node.target) for node in counter.graphs[-1].graph.nodes if "gradnorm_triton" in str(node.target)]
-    names = ("outer_wgrad", "outer_gram", "lookup_wgrad", "product_sums", "sums_wgrad", "sum_sums", "segment_std")
+    names = (
+        "outer_wgrad",
+        "outer_gram",
+        "lookup_wgrad",
+        "segment_scale_grad",
+        "per_sample_wgrad",
+        "segment_sum",
+        "segment_std",
+    )
     assert called == [f"gradnorm_triton.{name}" for name in (*names, "logit_scores", "logit_gradient_rates")]

@@ -51,8 +51,8 @@ def wrong_with(kernel, capability):
 def test_kernels_fit_the_chip_and_use_its_matrix_units_and_serve_every_length(capability):
     found = launched(capability)
     assert {kernel["name"] for kernel in found["kernels"]} == {
-        *("_fused_kernel", "_pairs_kernel", "_split_kernel", "_inner_products_kernel", "_segment_sums_kernel"),
-        *("_sums_wgrad_kernel", "_sum_runs_kernel", "_segment_std_kernel"),
+        *("_fused_kernel", "_pairs_kernel", "_split_kernel", "_inner_products_kernel", "_scaled_segment_sum_kernel"),
+        *("_per_sample_wgrad_kernel", "_sum_runs_kernel", "_segment_std_kernel"),
         *("_logit_scores_kernel", "_row_sums_kernel", "_class_sums_kernel"),
     }
     wrong = [(kernel, reason) for kernel in found["kernels"] for reason in wrong_with(kernel, capability)]

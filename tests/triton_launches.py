@@ -113,11 +113,11 @@ def everything(scale: int) -> None:
     for rows in (1, 8 + scale, length):
         segments = Segments.equal(4, rows, groups)
         g, ids = torch.zeros(4 * rows, 256, dtype=torch.bfloat16), torch.arange(4 * rows) % 7
-        triton_kernels.sum_sums(g, segments)
-        triton_kernels.product_sums(g, g, segments, shift=g[:, 0], scale=g[:, 0])
+        triton_kernels.segment_sum(g, segments)
+        triton_kernels.segment_scale_grad(g, g, segments, shift=g[:, 0], scale=g[:, 0])
     triton_kernels.lookup_wgrad(ids, g, 7, segments, weight=weight)
     triton_kernels.outer_gram(g, g, segments)
-    triton_kernels.sums_wgrad(torch.zeros(4, 256), segments, weight=weight)
+    triton_kernels.per_sample_wgrad(torch.zeros(4, 256), segments, weight=weight)
     for dtype, vocabulary in ((torch.bfloat16, 1 << 17), (torch.float32, 50257), (torch.float64, 100)):
         logits, labels = torch.zeros(70 * scale, vocabulary, dtype=dtype), torch.arange(70 * scale) % 7
         triton_kernels.logit_scores(logits, labels, ignore_index=-100)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradnorm_ext.triton_kernels.registration import constexpr_of, is_aligned, is_hopper, uses_tf32
-from gradnorm_ext.triton_kernels.sum_sums import segment_sums
+from gradnorm_ext.triton_kernels.segment_sum import scaled_segment_sum
 from gradnorm_ext.triton_kernels.walk import Entries
 
 
@@ -73,7 +73,7 @@ def pairs(x: Tensor, g: Tensor, entries: Entries, norms: Tensor, mean_rows: floa
         **shape.options,
     )
     sums = norms.new_empty(count, partners)
-    segment_sums(None, partial, None, None, first, sums, block_rows=8)
+    scaled_segment_sum(None, partial, None, None, first, sums, block_rows=8)
     columns = index[:-1] if entries.columns is None else entries.columns[0]
     norms[entries.first + columns] = sums.sum(1)
 

@@ -15,9 +15,9 @@ from gradnorm_ext.gradients.outer import Outer
 from gradnorm_ext.gradients.per_sample import PerSampleGrads
 from gradnorm_ext.gradients.rows import one_hot_mask, row_abs_sums
 from gradnorm_ext.gradients.term import GradientTerm
+from gradnorm_ext.im2col import Im2col
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
-from gradnorm_ext.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,21 @@ class Im2colOuter:
     """An `Outer` whose ``x`` is what windows see of images, ``[images, *sizes, channels]``."""
 
     images: Tensor
-    windows: Windows
+    windows: Im2col
     g: Tensor
     segments: Segments
     backend: str
 
     def sqnorm(self) -> Tensor:
-        run = find("windows_sqnorm", self.images.device.type, self.backend)
+        run = find("im2col_sqnorm", self.images.device.type, self.backend)
         return run(self.images, self.windows, self.g, self.segments)  # type: ignore[no-any-return]
 
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        run = find("windows_wgrad", self.images.device.type, self.backend)
+        run = find("im2col_wgrad", self.images.device.type, self.backend)
         return run(self.images, self.windows, self.g, self.segments, weight=weight)  # type: ignore[no-any-return]
 
     def per_group(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        run = find("windows_wgrad", self.images.device.type, self.backend)
+        run = find("im2col_wgrad", self.images.device.type, self.backend)
         tasks, count = self.segments.groups.levels[-1], self.segments.groups.counts[-1]
         of_rows = self.images, self.windows, self.g, self.segments
         return out, run(*of_rows, outputs=tasks, n_outputs=count, out=out)[1]
@@ -108,7 +108,7 @@ class ConvGrad(GradientTerm):
         unused, mask = x.new_empty(images * self.shape[0], *self.shape[1:]), [False, True, False]
         sums = torch.ops.aten.convolution_backward(g, x, unused, None, *geometry, mask)[1].view(images, -1)
         if self.segments.length != 1:
-            sums = find("sum_sums", sums.device.type, self.backend)(sums, self.segments)
+            sums = find("segment_sum", sums.device.type, self.backend)(sums, self.segments)
         return PerSampleGrads(sums, self.segments, self.backend).shaped(self.shape)
 
     def sqnorm(self) -> Tensor:
@@ -179,7 +179,7 @@ class ConvGrad(GradientTerm):
         seen, seeing = self._sides
         positions, device = seeing[0, 0].numel(), seen.device.type
         looks_through = self.in_cache >= positions * self.shape[1:].numel() and serves(
-            "windows_wgrad", device, self.backend
+            "im2col_wgrad", device, self.backend
         )
         unfolded_are_smaller = positions < self.shape[0]
         if self.geometry.groups > 1 or not (looks_through or unfolded_are_smaller):
@@ -189,7 +189,7 @@ class ConvGrad(GradientTerm):
         if not looks_through:
             return Outer(self._windows(images, 0).flatten(0, 1), rows, segments, self.backend)
         dtype, images = accumulator(seen.dtype), images[:, 0].contiguous()
-        windows = Windows.of(images, seeing.shape[2:], self.geometry.stride, self.shape[2:], self.geometry.dilation)
+        windows = Im2col.of(images, seeing.shape[2:], self.geometry.stride, self.shape[2:], self.geometry.dilation)
         return Im2colOuter(images.to(dtype), windows, rows.to(dtype), segments, self.backend)
 
     def _channels_last(self, images: Tensor, groups: int) -> Tensor:
@@ -255,5 +255,5 @@ class ConvGrad(GradientTerm):
                 torch.bmm(seeing[some], lines[:, met].flatten(1, 2), out=gradients[some, :, k])
         sums = gradients.view(len(seen), -1)
         if self.segments.length != 1:
-            sums = find("sum_sums", sums.device.type, self.backend)(sums, self.segments)
+            sums = find("segment_sum", sums.device.type, self.backend)(sums, self.segments)
         return PerSampleGrads(sums.view(examples, -1, entries), self.segments, self.backend)

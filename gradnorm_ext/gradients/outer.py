@@ -164,7 +164,7 @@ class ChunkedOuter(GradientTerm):
 
     def bias_grads(self) -> PerSampleGrads:
         """Each segment's gradient of a bias."""
-        run = find("sum_sums", self.x.device.type, self.backend)
+        run = find("segment_sum", self.x.device.type, self.backend)
         return PerSampleGrads(
             torch.cat([run(g, self.segments) for _, g in self.g.parts()], 1), self.segments, self.backend
         )

@@ -40,11 +40,11 @@ class PerSampleGrads(GradientTerm):
         return self.grads if self.grads.dim() == 2 else self.grads.reshape(self.segments.count, -1)
 
     def sqnorm(self) -> Tensor:
-        run = find("sums_sqnorm", self.grads.device.type, self.backend)
+        run = find("per_sample_sqnorm", self.grads.device.type, self.backend)
         return run(self.flat, self.segments)  # type: ignore[no-any-return]
 
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        run = find("sums_wgrad", self.grads.device.type, self.backend)
+        run = find("per_sample_wgrad", self.grads.device.type, self.backend)
         total, sqnorm = run(self.flat, self.segments, weight=weight)
         return total if self.grads.dim() == 2 else total.view(self.shape), sqnorm
 

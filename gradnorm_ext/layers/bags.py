@@ -96,8 +96,9 @@ def embedding_bag(
     if padding_idx is not None and padding_idx < 0:
         padding_idx += len(weight)
     use = weight.use("embedding_bag", layout)
-    ids, segments = input.reshape(-1), Segments(ends[layout.segments.offsets], None, layout.segments.groups)
+    ends = ends.long()
+    ids, segments = input.reshape(-1).long(), Segments(ends[layout.segments.offsets], None, layout.segments.groups)
     use.lookup_ids, use.lookup_dim = (ids, segments), input.dim()
     call = Call(observation, layout, use)
     scale = None if per_sample_weights is None else per_sample_weights.reshape(-1)
-    return _EmbeddingBag.apply(call, ids, ends.long(), scale, use.operand, mode, padding_idx, *call.probes)
+    return _EmbeddingBag.apply(call, ids, ends, scale, use.operand, mode, padding_idx, *call.probes)

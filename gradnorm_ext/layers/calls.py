@@ -192,14 +192,14 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def summed(g_rows: Tensor, segments: Segments, backend: str) -> PerSampleGrads:
-    return PerSampleGrads(find("sum_sums", g_rows.device.type, backend)(g_rows, segments), segments, backend)
+    return PerSampleGrads(find("segment_sum", g_rows.device.type, backend)(g_rows, segments), segments, backend)
 
 
 def normalised_product(x: Tensor, g: Tensor, call: Call, shift: Tensor | None, scale: Tensor | None) -> PerSampleGrads:
     x, g = (call.layout.rows_of(t) for t in (x.to(g.dtype), g))
     shift, scale = (None if t is None else call.layout.rows_of(t).squeeze(1).to(g.dtype) for t in (shift, scale))
     backend = call.observation.backend
-    sums = find("product_sums", g.device.type, backend)(x, g, call.segments, shift=shift, scale=scale)
+    sums = find("segment_scale_grad", g.device.type, backend)(x, g, call.segments, shift=shift, scale=scale)
     return PerSampleGrads(sums, call.segments, backend)
 
 

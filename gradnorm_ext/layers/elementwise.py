@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def _shared_lookup(per_example: Tensor, looked_up: LookedUp, vocabulary: int, ca
 def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
     """The call of an elementwise function of a parameter and a batched tensor, or None where they do not meet so."""
     observation = tap.observation
-    if not isinstance(other, Tensor) or isinstance(other, Tap) or observation.is_constant(other):
+    if tap.is_unmeasurable or not isinstance(other, Tensor) or isinstance(other, Tap) or observation.is_constant(other):
         return None
     if tap.is_met_by_constant(other):
         return None
@@ -116,14 +117,16 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
     return Call(observation, layout, use), use
 
 
-def multiply(first: Any, second: Any) -> Any:
-    tap, other = (first, second) if isinstance(first, Tap) else (second, first)
+def multiply(input: Any, other: Any) -> Any:
+    tap, factor = (input, other) if isinstance(input, Tap) else (other, input)
     if tap.looked_up is not None:
         return NotImplemented
-    if (meeting := _meet(tap, other, "mul")) is None:
-        return _curved(tap, other, lambda value: value * other)
+    if type(factor) in (int, float) and factor == 0:
+        return tap.value * factor  # to nobody's gradient: a parameter that all ranks have to use
+    if (meeting := _meet(tap, factor, "mul")) is None:
+        return _curved(tap, factor, lambda value: value * factor)
     call, use = meeting
-    return _Product.apply(call, other, use.operand, *call.probes)
+    return _Product.apply(call, factor, use.operand, *call.probes)
 
 
 class _Curve(torch.autograd.Function):
@@ -158,40 +161,46 @@ def _curved(tap: Any, others: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def curve_rule(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of each entry by itself: ``exp``, ``softplus``."""
 
-    def curve(tap: Any, *args: Any, **kwargs: Any) -> Any:
-        return _curved(tap, (args, kwargs), lambda value: function(value, *args, **kwargs))
+    def curve(input: Any, *args: Any, **kwargs: Any) -> Any:
+        return _curved(input, (args, kwargs), lambda value: function(value, *args, **kwargs))
 
     return curve
 
 
-def add(first: Any, second: Any, *, alpha: float = 1) -> Any:
-    tap, other = (first, second) if isinstance(first, Tap) else (second, first)
+def add(input: Any, other: Any, *, alpha: float = 1) -> Any:
     if alpha != 1:
-        return NotImplemented
-    if not isinstance(other, Tensor):  # 1 + w: its gradient is the parameter's
-        return NotImplemented if tap.looked_up else tap.viewed(lambda value: value + other, "add")
-    if (meeting := _meet(tap, other, "add")) is None:
+        other = multiply(other, alpha) if isinstance(other, Tap) else other * alpha
+        if other is NotImplemented:
+            return NotImplemented
+    tap, addend = (input, other) if isinstance(input, Tap) else (other, input)
+    if not isinstance(tap, Tap):  # what was scaled by zero
+        return input + other
+    if not isinstance(addend, Tensor):  # 1 + w: its gradient is the parameter's
+        return NotImplemented if tap.looked_up else tap.viewed(lambda value: value + addend, "add")
+    if (meeting := _meet(tap, addend, "add")) is None:
         return NotImplemented
     call, use = meeting
-    return _Sum.apply(call, other, use.operand, tap.looked_up, *call.probes)
+    return _Sum.apply(call, addend, use.operand, tap.looked_up, *call.probes)
 
 
-def negative(tap: Tap) -> Any:
-    return NotImplemented if tap.looked_up is not None else tap.viewed(torch.neg, "negative")
+def negative(input: Tap) -> Any:
+    return NotImplemented if input.looked_up is not None else input.viewed(torch.neg, "negative")
 
 
-def subtract(first: Any, second: Any, *, alpha: float = 1) -> Any:
+def subtract(input: Any, other: Any, *, alpha: float = 1) -> Any:
     """``x - w`` and ``w - x``: sums with what is negative."""
-    if alpha != 1 or (isinstance(first, Tap) and isinstance(second, Tap)):
+    if isinstance(input, Tap) and isinstance(other, Tap):
         return NotImplemented
-    if isinstance(first, Tap):
-        return add(first, -second)
-    minus = negative(second)
-    return NotImplemented if minus is NotImplemented else add(first, minus)
+    if alpha != 1:
+        return add(input, other, alpha=-alpha)
+    if isinstance(input, Tap):
+        return add(input, -other)
+    minus = negative(other)
+    return NotImplemented if minus is NotImplemented else add(input, minus)
 
 
-def subtract_from(first: Any, second: Any) -> Any:
-    return subtract(second, first)
+def subtract_from(input: Any, other: Any, *, alpha: float = 1) -> Any:
+    return subtract(other, input, alpha=alpha)
 
 
 class _Quotient(Observed):
@@ -218,18 +227,15 @@ class _Quotient(Observed):
         return None, dx, dw, of_weight
 
 
-def divide(first: Any, second: Any, **rounding: Any) -> Any:
-    if isinstance(first, Tap) and not rounding:
-        return _curved(first, second, lambda value: value / second)
-    if (
-        rounding
-        or isinstance(first, Tap)
-        or second.looked_up is not None
-        or (meeting := _meet(second, first, "div")) is None
-    ):
+def divide(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None:
+        return NotImplemented
+    if isinstance(input, Tap):
+        return _curved(input, other, lambda value: value / other)
+    if other.looked_up is not None or (meeting := _meet(other, input, "div")) is None:
         return NotImplemented
     call, use = meeting
-    return _Quotient.apply(call, first, use.operand, *call.probes)
+    return _Quotient.apply(call, input, use.operand, *call.probes)
 
 
 def prelu(input: Any, weight: Any) -> Any:
@@ -243,14 +249,106 @@ def prelu(input: Any, weight: Any) -> Any:
     return NotImplemented if negative_part is NotImplemented else F.relu(input) + negative_part
 
 
+class _Choice(Observed):
+    """``y = w where mask else x``, broadcast."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Tensor, weight: Tensor, mask: Tensor, probe: Tensor) -> Tensor:
+        ctx.call, ctx.x_shape, ctx.x_dtype, ctx.weight_shape = call, x.shape, x.dtype, weight.shape
+        ctx.save_for_backward(mask)
+        return torch.where(mask, weight, x)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        (mask,) = ctx.saved_tensors
+        call: Call = ctx.call
+        with no_autocast(g.device):
+            run = Backward(ctx, call)
+            dx = None
+            if ctx.needs_input_grad[1]:
+                dx = g.masked_fill(mask, 0).sum_to_size(ctx.x_shape).to(ctx.x_dtype)
+                run.tag(dx)
+            dw, of_weight = run.deliver(0, 2, lambda: spread(g.masked_fill(~mask, 0), ctx.weight_shape, call))
+        return None, dx, dw, None, of_weight
+
+
+def _chosen(mask: Any, tap: Tap, other: Any) -> Any:
+    """The parameter where a mask is set, else an activation: a mask token."""
+    if not isinstance(mask, Tensor) or isinstance(mask, Tap) or mask.dtype != torch.bool or tap.looked_up is not None:
+        return NotImplemented
+    if not isinstance(other, Tensor):
+        other = tap.value.detach().new_full(torch.broadcast_shapes(mask.shape, tap.shape), other)
+    shape = torch.broadcast_shapes(tap.shape, other.shape)
+    if torch.broadcast_shapes(shape, mask.shape) != shape or (meeting := _meet(tap, other, "where")) is None:
+        return NotImplemented
+    call, use = meeting
+    return _Choice.apply(call, other, use.operand, mask, *call.probes)
+
+
+def where(condition: Any, input: Any, other: Any) -> Any:
+    """Of a parameter and an activation, or of a bias per pair of positions and a mask."""
+    if isinstance(condition, Tap) or (isinstance(input, Tap) and isinstance(other, Tap)):
+        return NotImplemented
+    tap = input if isinstance(input, Tap) else other
+    if tap.looked_up is None:
+        return _chosen(condition, tap, other) if tap is input else _chosen(~condition, tap, input)
+    given = given_to_batch(tap)
+    if given is NotImplemented:
+        return NotImplemented
+    return torch.where(condition, given, other) if tap is input else torch.where(condition, input, given)
+
+
+def where_method(input: Any, condition: Any, other: Any) -> Any:
+    return where(condition, input, other)
+
+
+def masked_fill(input: Any, mask: Any, value: Any) -> Any:
+    return _chosen(mask, value, input) if isinstance(value, Tap) and not isinstance(input, Tap) else NotImplemented
+
+
+def copy_(input: Any, other: Any, non_blocking: bool = False) -> Any:
+    """A parameter written over an activation, broadcast."""
+    if isinstance(input, Tap) or torch.broadcast_shapes(input.shape, other.shape) != input.shape:
+        return NotImplemented
+    written = add(torch.zeros_like(input, dtype=other.dtype), other)
+    return NotImplemented if written is NotImplemented else input.copy_(written)
+
+
+def fill_(input: Any, value: Any) -> Any:
+    return copy_(input, value) if isinstance(value, Tap) and value.dim() == 0 else NotImplemented
+
+
+def set_item(input: Any, index: Any, value: Any) -> Any:
+    """``x[index] = w``: of a mask, or of a part of x."""
+    if not isinstance(value, Tap) or isinstance(input, Tap):
+        return NotImplemented
+    if is_view_index(index):
+        return copy_(input[index], value)
+    if not isinstance(index, Tensor) or index.dtype != torch.bool or value.dim() > input.dim() - index.dim():
+        return NotImplemented
+    mask = index.view(*index.shape, *[1] * (input.dim() - index.dim()))
+    chosen = _chosen(mask, value, input.clone())
+    return NotImplemented if chosen is NotImplemented else input.copy_(chosen)
+
+
+def is_view_index(index: Any) -> bool:
+    """Whether ``x[index]`` is a view of x, none of whose entries is there twice."""
+    if isinstance(index, tuple):
+        return all(is_view_index(one) for one in index)
+    if isinstance(index, Tensor):
+        return index.dim() == 0 and index.dtype != torch.bool
+    return index is None or index is ... or isinstance(index, (Integral, slice, torch.SymInt))
+
+
 def in_place(rule: Callable[..., Any]) -> Callable[..., Any]:
     """The rule of a function that writes its result into its first argument, an activation."""
 
-    def write(x: Any, other: Any, **options: Any) -> Any:
-        if isinstance(x, Tap):
+    def write(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(input, Tap):
             return NotImplemented
-        result = rule(x.clone(), other, **options)  # a backward may need what x was
-        return result if result is NotImplemented else x.copy_(result)
+        result = rule(input.clone(), *args, **kwargs)  # a backward may need what it was
+        return result if result is NotImplemented else input.copy_(result)
 
     return write
 
@@ -265,14 +363,6 @@ def given_to_batch(tap: Tap) -> Any:
         return NotImplemented
     call, use = meeting
     return _Sum.apply(call, zeros, use.operand, tap.looked_up, *call.probes)
-
-
-def where(condition: Any, first: Any, second: Any) -> Any:
-    """Of a bias per pair of positions and a mask."""
-    given = [given_to_batch(one) if isinstance(one, Tap) else one for one in (first, second)]
-    if isinstance(condition, Tap) or any(one is NotImplemented for one in given):
-        return NotImplemented
-    return torch.where(condition, *given)
 
 
 _T = Tensor

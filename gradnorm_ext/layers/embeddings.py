@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,9 +54,12 @@ def embedding(
     if padding_idx is not None and padding_idx < 0:
         padding_idx += len(weight)
     observation = weight.observation
-    if _is_shared(observation, weight, input):
+    shared = _is_shared(observation, weight, input)
+    layout = None if shared else observation.layout(input, 0, weight.slot.name, "embedding")
+    if input.dtype != torch.int64:
+        input = input.long()
+    if layout is None:
         return weight.looked_up_rows(F.embedding(input, weight.value, padding_idx), input, padding_idx)
-    layout = observation.layout(input, 0, weight.slot.name, "embedding")
     use = weight.use("embedding", layout)
     input = observation.look_up(use, input)
     call = Call(observation, layout, use)

@@ -61,7 +61,7 @@ class _Experts(torch.autograd.Function):
                 return GroupedOuter(x.detach(), g, routing, call.segments, run.backend)
 
             def bias_gradient() -> PerSampleGrads:
-                sums = find("sum_sums", g.device.type, run.backend)(g, routing.segments)
+                sums = find("segment_sum", g.device.type, run.backend)(g, routing.segments)
                 by_example = sums.view(routing.experts, call.segments.count, -1).transpose(0, 1)
                 return PerSampleGrads(by_example, call.segments, run.backend)
 

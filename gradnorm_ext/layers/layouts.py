@@ -309,7 +309,7 @@ class Layout:
             rows = by_row.reshape(packing.rows, -1)
             if packing.order is not None:
                 rows = rows.index_select(0, packing.order)
-            sums: Tensor = find("sum_sums", rows.device.type, backend)(rows, self._packed_segments)
+            sums: Tensor = find("segment_sum", rows.device.type, backend)(rows, self._packed_segments)
             return sums.view(count, *shape)
         if self.kind == "second":
             by_example = gradient.movedim(1, 0).unsqueeze(2)

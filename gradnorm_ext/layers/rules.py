@@ -20,18 +20,23 @@ from gradnorm_ext.layers.convolutions import convolution, transposed_convolution
 from gradnorm_ext.layers.elementwise import (
     CURVES,
     add,
+    copy_,
     curve_rule,
     divide,
+    fill_,
     in_place,
+    masked_fill,
     multiply,
     negative,
     prelu,
+    set_item,
     subtract,
     subtract_from,
     where,
+    where_method,
 )
 from gradnorm_ext.layers.embeddings import embedding
-from gradnorm_ext.layers.linears import addmm, bilinear, linear, linear_module, matmul
+from gradnorm_ext.layers.linears import addmm, bilinear, linear, linear_module, matmul, mm
 from gradnorm_ext.layers.normalizations import (
     batch_norm,
     group_norm,
@@ -47,7 +52,8 @@ _T = Tensor
 _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: linear,
     torch.addmm: addmm,
-    **dict.fromkeys((torch.matmul, torch.mm, _T.matmul, _T.mm, _T.__matmul__), matmul),
+    **dict.fromkeys((torch.matmul, _T.matmul, _T.__matmul__), matmul),
+    **dict.fromkeys((torch.mm, _T.mm), mm),
     **{function: convolution(n) for n, function in enumerate((F.conv1d, F.conv2d, F.conv3d), 1)},
     **{
         function: transposed_convolution(n)
@@ -73,7 +79,13 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((torch.div, _T.div, _T.__truediv__, torch.true_divide), divide),
     **dict.fromkeys((_T.div_, _T.__itruediv__), in_place(divide)),
     F.prelu: prelu,
-    **dict.fromkeys((torch.where, _T.where), where),
+    torch.where: where,
+    _T.where: where_method,
+    **dict.fromkeys((torch.masked_fill, _T.masked_fill), masked_fill),
+    _T.masked_fill_: in_place(masked_fill),
+    _T.copy_: copy_,
+    _T.fill_: fill_,
+    _T.__setitem__: set_item,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     **{function: curve_rule(function) for function in CURVES},
     _T.expand: expand,

@@ -193,11 +193,16 @@ class Tap(Tensor):
             shape = list(self.slot.parameter.shape)
             which = f"{self.derived_by} of {self.slot.name} {shape}, which is trainable, in {function}{others}"
         return RuntimeError(
-            f"{self.observation.who}: no rule for {which}{call_site()}; "
-            'make the Meter with on_unsupported="vmap" to have such uses differentiated one example at a time, freeze it '
-            "with requires_grad_(False), or write the layer with linear, embedding, layer_norm, rms_norm, addmm, matmul, "
-            "mul, add or expand of the parameter and a tensor whose first dimension is the batch"
+            f"{self.observation.who}: no rule for {which}{call_site()}; {self._advice}freeze it with requires_grad_(False), or "
+            "write the layer with linear, embedding, layer_norm, rms_norm, addmm, matmul, mul, add or expand of the parameter "
+            "and a tensor whose first dimension is the batch"
         )
+
+    @property
+    def _advice(self) -> str:
+        if self.observation.derives:
+            return ""
+        return 'make the Meter with on_unsupported="vmap" to have such uses differentiated one example at a time, '
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -208,29 +213,33 @@ class Tap(Tensor):
                 result = _called_if_it_fits(rule, args, kwargs)
             if result is not NotImplemented:
                 return result
+        name = getattr(func, "__name__", str(func))
+        if not torch.is_grad_enabled():
+            return _called_plainly(func, args, kwargs)
+        if roots := _roots(func, args, kwargs):
+            raise roots[0].refusal(name)
+        if _is_in_place(name) and isinstance(args[0], Tensor) and not isinstance(args[0], Tap):
+            return _write(func, name, args, kwargs)
+        return cls.unlisted(func, name, args, kwargs)
+
+    @classmethod
+    def unlisted(cls, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """What a function gives that no rule knows."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         taps = [leaf for leaf in leaves if isinstance(leaf, Tap)]
         met = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Tap)]
-        values = [leaf.value if isinstance(leaf, Tap) else leaf for leaf in leaves]
-        plain_args, plain_kwargs = pytree.tree_unflatten(values, spec)
-        name = getattr(func, "__name__", str(func))
-        derives, has_gradients = taps[0].observation.derives, torch.is_grad_enabled()
-        if has_gradients and (roots := _roots(func, args, kwargs)):
-            raise roots[0].refusal(name)
-        before = _Before(values) if has_gradients else None
-        graph = saving_themselves() if derives else contextlib.nullcontext()
-        with torch._C.DisableTorchFunctionSubclass(), graph:
-            result = func(*plain_args, **plain_kwargs)
-            if before is None:
-                return result
-            written, follows = before.written(), before.follows(result, [tap.value for tap in taps])
-            if written:
-                raise taps[0].refusal(f"{name} (in place)", *met)
-            if not follows:
-                return _same_taps(result, taps)
-            if any(tap.looked_up is not None for tap in taps) or (met and not derives):
-                raise taps[0].refusal(name, *met)
-            # Of parameters alone: perhaps not for a gradient (DoRA, a norm that is logged), and refused where it is used.
+        derives = taps[0].observation.derives
+        before = _Before([leaf.value if isinstance(leaf, Tap) else leaf for leaf in leaves])
+        with saving_themselves() if derives else contextlib.nullcontext():
+            result = _called_plainly(func, args, kwargs)
+        if before.written():
+            raise taps[0].refusal(f"{name} (in place)", *met)
+        if not before.follows(result, [tap.value for tap in taps]):
+            return _same_taps(result, taps)
+        if any(tap.looked_up is not None for tap in taps) or (met and not derives):
+            raise taps[0].refusal(name, *met)
+        # Of parameters alone: perhaps not for a gradient (DoRA, a norm that is logged), and refused where it is used.
+        with torch._C.DisableTorchFunctionSubclass():
             return cls.unruled(func, name, leaves, spec, result)
 
     @property  # type: ignore[misc]
@@ -272,6 +281,36 @@ def _roots(func: Any, args: Any, kwargs: Any) -> list[Tap]:
     if func not in _ROOTS:
         return []
     return [leaf for leaf in pytree.tree_leaves(args[0] if args else kwargs[_ROOTS[func]]) if isinstance(leaf, Tap)]
+
+
+def _called_plainly(func: Any, args: Any, kwargs: Any) -> Any:
+    """The function of values, in place of taps."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    args, kwargs = pytree.tree_unflatten([leaf.value if isinstance(leaf, Tap) else leaf for leaf in leaves], spec)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _is_in_place(name: str) -> bool:
+    """Whether a function of this name writes to its first argument: ``lerp_``, ``__iadd__``, ``__setitem__``."""
+    is_augmented = name.startswith("__i") and name[3:-2] in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+    return (name.endswith("_") and not name.endswith("__")) or is_augmented or name == "__setitem__"
+
+
+def _write(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """What a function writes into an activation that no rule knows: what it gives of a copy, written over it."""
+
+    def of_a_copy(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = x.clone()
+        func(x, *args, **kwargs)
+        return x
+
+    written = Tap.unlisted(of_a_copy, name, args, kwargs)
+    if isinstance(written, Tap):
+        raise written.refusal(f"{name} (in place)", args[0])
+    with torch._C.DisableTorchFunctionSubclass():
+        args[0].copy_(written)
+    return None if name == "__setitem__" else args[0]
 
 
 class _Before:
@@ -448,6 +487,12 @@ def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Obser
             raise RuntimeError(
                 f"{observation.who}: a model is observed by one block at a time, got {name or type(module).__name__}, "
                 "which another open observe block observes; close that one first, or use one Meter for both"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            release_modules(modules, observation)
+            raise RuntimeError(
+                f"{observation.who}: modules must be Python, got {name or 'the model'}, which torch.jit has compiled: it reads "
+                "its parameters where no block sees it; observe the module that it was made of"
             )
         if index == 0 or observation.verify or any(one is not None for one in module._parameters.values()):
             module.__dict__[_SESSION] = observation

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_ext.layers.calls import Backward, Call, Observed, first_order, spread
-from gradnorm_ext.layers.elementwise import given_to_batch
+from gradnorm_ext.layers.elementwise import given_to_batch, is_view_index
 from gradnorm_ext.layers.embeddings import embedding
 from gradnorm_ext.layers.layouts import Examples, Layout
 from gradnorm_ext.layers.taps import Tap
@@ -33,9 +33,10 @@ class _Expand(Observed):
         return None, dw, None, of_weight
 
 
-def expand(tap: Tap, *sizes: Any) -> Any:
+def expand(input: Tap, *size: Any, **named: Any) -> Any:
     """``w.expand(B, ...)``: from here on every example has its own copy, whose gradient arrives by itself."""
-    shape, batch = tap.value.expand(*sizes).shape, tap.observation.batch
+    tap = input
+    shape, batch = tap.value.expand(*size, **named).shape, tap.observation.batch
     own = (1,) * (len(shape) - tap.dim()) + tap.shape
     assert batch is not None
     if tap.looked_up is not None and shape == (batch.count, *tap.shape[1:]):
@@ -70,9 +71,9 @@ def _expand_to_packed(tap: Tap, own: Sequence[int], shape: torch.Size, batch: Ex
     return given.movedim(0, places[0])
 
 
-def repeat(tap: Tap, *sizes: Any) -> Any:
+def repeat(input: Tap, *size: Any, **named: Any) -> Any:
     """`expand` and a copy, where only dimensions of size one are repeated."""
-    times = _flat(sizes)
+    tap, times = input, tuple(flattened((*size, *named.values())))
     own = (1,) * (len(times) - tap.dim()) + tap.shape
     if any(size != 1 and count != 1 for size, count in zip(own, times, strict=True)):
         return NotImplemented
@@ -80,18 +81,33 @@ def repeat(tap: Tap, *sizes: Any) -> Any:
     return expanded if expanded is NotImplemented else expanded.contiguous()
 
 
+_FIRST = ("input", "tensor", "self")  # how torch's functions call it
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """A function's first argument, wherever it was given, and the others."""
+    name = next((name for name in _FIRST if name in kwargs), None)
+    if args or name is None:
+        return args[0], args[1:], kwargs
+    return kwargs[name], (), {other: value for other, value in kwargs.items() if other != name}
+
+
 def view_rule(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """A function that only rearranges or casts: what comes out is as much the parameter as what went in."""
 
-    def view(tap: Any, *args: Any, **kwargs: Any) -> Any:
+    def view(*args: Any, **kwargs: Any) -> Any:
+        tap, rest, named = _first(args, kwargs)
         if not isinstance(tap, Tap):
             return NotImplemented
-        if name == "slice" and any(isinstance(a, list) or (isinstance(a, Tensor) and a.dim()) for a in _flat(args)):
-            return _gathered(tap, *args)
-        how = functools.partial(_called, function, args, kwargs)
+        if function is Tensor.__getitem__ and not is_view_index(rest[0]):
+            return _gathered(tap, *rest)
+        how = functools.partial(_called, function, rest, named)
+        value = how(tap.value)
+        if not value.requires_grad:  # integers, or bits
+            return value
         if tap.looked_up is not None and name != "cast":
-            return tap.rearranged(how(tap.value), how)
-        return tap.viewed(how, name)
+            return tap.rearranged(value, how)
+        return tap.viewed(how, name, value)
 
     return view
 
@@ -101,23 +117,21 @@ def _called(function: Callable[..., Any], args: Any, kwargs: Any, value: Tensor)
     return result
 
 
-def _gathered(tap: Tap, *index: Any) -> Any:
+def _gathered(tap: Tap, ids: Any) -> Any:
     """``table[ids]``: a lookup."""
-    ids = index[0]
-    is_lookup = len(index) == 1 and isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool
+    is_lookup = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool
     return embedding(ids, tap) if is_lookup and tap.looked_up is None and tap.dim() == 2 else NotImplemented
 
 
 def slices_rule(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that cuts a tensor in pieces: each of them is a slice of the parameter."""
 
-    def slices(tap: Any, *args: Any, **kwargs: Any) -> Any:
+    def slices(*args: Any, **kwargs: Any) -> Any:
+        tap, rest, named = _first(args, kwargs)
         if not isinstance(tap, Tap) or tap.looked_up is not None:
             return NotImplemented
-        pieces = enumerate(function(tap.value, *args, **kwargs))
-        return tuple(
-            tap.viewed(functools.partial(_piece, function, args, kwargs, i), "slice", one) for i, one in pieces
-        )
+        pieces = enumerate(function(tap.value, *rest, **named))
+        return tuple(tap.viewed(functools.partial(_piece, function, rest, named, i), "slice", one) for i, one in pieces)
 
     return slices
 
@@ -127,8 +141,8 @@ def _piece(function: Callable[..., Any], args: Any, kwargs: Any, which: int, val
     return result
 
 
-def _flat(args: Any) -> list[Any]:
-    return [leaf for arg in args for leaf in (arg if isinstance(arg, tuple) else (arg,))]
+def flattened(args: Any) -> list[Any]:
+    return [leaf for arg in args for leaf in (arg if isinstance(arg, (tuple, list)) else (arg,))]
 
 
 _T = Tensor

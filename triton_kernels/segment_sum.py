@@ -1,4 +1,4 @@
-"""Sums of rows per segment, ``out[s] = Σ_{r in s} g[r]``, or of products of rows (`product_sums`), in one launch."""
+"""Sums of rows per segment, ``out[s] = Σ_{r in s} g[r]``, or of products of rows (`segment_scale_grad`), in one launch."""
 
 import torch
 import triton
@@ -10,19 +10,19 @@ from gradnorm_ext.triton_kernels.registration import FILLS_A_GPU, accumulator, c
 _TILE = 4096  # entries of a tile: 32 for each thread of 4 warps, 64 bytes in flight in bfloat16
 
 
-def sum_sums(g: Tensor, segments) -> Tensor:
-    """See :func:`gradnorm_ext.ops.sum_sums`."""
+def segment_sum(g: Tensor, segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.segment_sum`."""
     out = g.new_empty(len(segments.offsets) - 1, g.shape[1], dtype=accumulator(g.dtype))
-    _sum_sums(g, segments.offsets, out)
+    _segment_sum(g, segments.offsets, out)
     return out
 
 
-@operation("sum_sums(Tensor g, Tensor offsets, Tensor(a!) out) -> ()")
-def _sum_sums(g: Tensor, offsets: Tensor, out: Tensor) -> None:
-    segment_sums(None, g, None, None, offsets, out)
+@operation("segment_sum(Tensor g, Tensor offsets, Tensor(a!) out) -> ()")
+def _segment_sum(g: Tensor, offsets: Tensor, out: Tensor) -> None:
+    scaled_segment_sum(None, g, None, None, offsets, out)
 
 
-def segment_sums(
+def scaled_segment_sum(
     x: Tensor | None,
     g: Tensor,
     shift: Tensor | None,
@@ -43,7 +43,7 @@ def segment_sums(
     # Where segments are few and long, several programs share one, and a second pass adds up what they found.
     chunks = max(1, min(FILLS_A_GPU // programs, int(rows) // (4 * block_rows), 1024))
     partial = out if chunks == 1 else out.new_empty(chunks, segments, width)
-    _segment_sums_kernel[segments, triton.cdiv(width, block_columns), chunks](
+    _scaled_segment_sum_kernel[segments, triton.cdiv(width, block_columns), chunks](
         *(g if x is None else x, g, g if shift is None else shift, g if scale is None else scale),
         *(offsets, partial, segments, width),
         *(*(g if x is None else x).stride(), *g.stride()),
@@ -59,7 +59,7 @@ def segment_sums(
 
 
 @triton.jit(do_not_specialize=["segments"])
-def _segment_sums_kernel(
+def _scaled_segment_sum_kernel(
     x_ptr,
     g_ptr,
     shift_ptr,

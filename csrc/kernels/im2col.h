@@ -11,7 +11,7 @@ namespace gradnorm {
 // Images lie one after the other, their channels side by side. Row r is a window of image
 // r / product(positions), the last position running fastest; its entries are those of the kernel,
 // the last dimension running fastest, and of each its channels.
-struct Windows {
+struct Im2col {
   // Those that an image lacks have one position and one entry.
   static constexpr int kDimensions = 3;
 

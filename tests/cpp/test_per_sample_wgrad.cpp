@@ -1,7 +1,7 @@
-// sums_wgrad_cpu against sums written out in double.
+// per_sample_wgrad_cpu against sums written out in double.
 #include "check.h"
 #include "groups.h"
-#include "kernels/sums_wgrad.h"
+#include "kernels/per_sample_wgrad.h"
 
 namespace {
 
@@ -16,10 +16,10 @@ void test(const check::Case& one, int64_t width) {
   const T nan = std::numeric_limits<T>::quiet_NaN();
   std::vector<T> dw(width, nan), sqnorm(grouped.column_count, nan), alone = sqnorm;
   const auto host = check::naive_host<T>();
-  gradnorm::sums_wgrad_cpu(sums.data(), width, segments, weight, dw.data(), sqnorm.data(),
-                           grouped.column_count, host);
-  gradnorm::sums_wgrad_cpu<T>(sums.data(), width, segments, weight, nullptr, alone.data(),
-                              grouped.column_count, host);
+  gradnorm::per_sample_wgrad_cpu(sums.data(), width, segments, weight, dw.data(), sqnorm.data(),
+                                 grouped.column_count, host);
+  gradnorm::per_sample_wgrad_cpu<T>(sums.data(), width, segments, weight, nullptr, alone.data(),
+                                    grouped.column_count, host);
 
   std::vector<double> expected_dw, expected;
   const auto gradient = [&](int64_t s) {

@@ -1,9 +1,10 @@
 // One launch for all norms: a warp for a segment's, a block for a group's, which is that of the
 // stretch of the walk that begins where the block is; a block where no group begins is done.
-// The total is the sum of one segment of all rows (segment_sums.h). Squares are added up in double.
+// The total is the sum of one segment of all rows (scaled_segment_sum.h). Squares are added up in
+// double.
 #include "kernels/cuda/partials.h"
-#include "kernels/cuda/segment_sums.h"
-#include "kernels/sums_wgrad.h"
+#include "kernels/cuda/scaled_segment_sum.h"
+#include "kernels/per_sample_wgrad.h"
 
 namespace gradnorm {
 namespace {
@@ -11,7 +12,7 @@ namespace {
 constexpr int kWarps = kThreads / kWarp;
 
 template <typename T>
-struct SumsNorms {
+struct PerSampleNorms {
   const T* sums;
   int64_t width, segments, levels;
   const int64_t *walk, *columns;
@@ -28,7 +29,7 @@ __device__ double squared(const T (&values)[kVector]) {
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads) sums_norms_kernel(const SumsNorms<T> given) {
+__global__ void __launch_bounds__(kThreads) per_sample_norms_kernel(const PerSampleNorms<T> given) {
   const int lane = threadIdx.x, warp = threadIdx.y;
   double total = 0;
   if (blockIdx.x < given.segment_blocks) {
@@ -81,27 +82,28 @@ __global__ void __launch_bounds__(kThreads) sums_norms_kernel(const SumsNorms<T>
 }
 
 template <typename T>
-SumsWgradPlan plan_of(const T* sums, int64_t width, const Segments& segments, int64_t columns) {
+PerSampleWgradPlan plan_of(const T* sums, int64_t width, const Segments& segments,
+                           int64_t columns) {
   const bool aligned = is_vector_aligned(sums, width * sizeof(T));
-  return plan_sums_wgrad(segments.count, segments.levels, columns, width, sizeof(T), aligned);
+  return plan_per_sample_wgrad(segments.count, segments.levels, columns, width, sizeof(T), aligned);
 }
 
 }  // namespace
 
 template <typename T>
-int64_t sums_wgrad_workspace(const T* sums, int64_t width, const Segments& segments,
-                             int64_t columns, bool with_dw) {
+int64_t per_sample_wgrad_workspace(const T* sums, int64_t width, const Segments& segments,
+                                   int64_t columns, bool with_dw) {
   const auto plan = plan_of(sums, width, segments, columns);
   return plan.workspace + (with_dw ? plan.total.workspace : 0);
 }
 
 template <typename T>
-void sums_wgrad_cuda(const T* sums, int64_t width, const Segments& segments, const T* weight, T* dw,
-                     T* sqnorm, int64_t columns, T* workspace, void* stream) {
-  const char* operation = "sums_wgrad";
+void per_sample_wgrad_cuda(const T* sums, int64_t width, const Segments& segments, const T* weight,
+                           T* dw, T* sqnorm, int64_t columns, T* workspace, void* stream) {
+  const char* operation = "per_sample_wgrad";
   const auto plan = plan_of(sums, width, segments, columns);
   if (width > 0 && segments.count > 0) {
-    SumsNorms<T> given = {
+    PerSampleNorms<T> given = {
         sums,   width,       segments.count, segments.levels,    segments.walk, segments.columns,
         sqnorm, plan.splits, plan.stretches, plan.segment_blocks};
     if (plan.splits > 1) {
@@ -110,8 +112,8 @@ void sums_wgrad_cuda(const T* sums, int64_t width, const Segments& segments, con
       check(operation, cudaMemsetAsync(workspace, 0, plan.workspace * sizeof(T),
                                        static_cast<cudaStream_t>(stream)));
     }
-    auto* kernel =
-        plan.vector == 1 ? &sums_norms_kernel<T, 1> : &sums_norms_kernel<T, 16 / sizeof(T)>;
+    auto* kernel = plan.vector == 1 ? &per_sample_norms_kernel<T, 1>
+                                    : &per_sample_norms_kernel<T, 16 / sizeof(T)>;
     const size_t shared = segments.levels ? kThreads * plan.vector * sizeof(T) : 0;
     launch(operation, kernel, plan.segment_blocks + plan.group_blocks, dim3(kWarp, kWarps), shared,
            stream, given);
@@ -123,13 +125,14 @@ void sums_wgrad_cuda(const T* sums, int64_t width, const Segments& segments, con
   if (!dw) return;
   auto total = sums_of(sums, width, segments.count, width, nullptr, 1, dw);
   total.scale = weight;
-  segment_sums(operation, total, plan.total, workspace + plan.workspace, stream);
+  scaled_segment_sum(operation, total, plan.total, workspace + plan.workspace, stream);
 }
 
-#define GRADNORM_FOR(T)                                                                           \
-  template int64_t sums_wgrad_workspace<T>(const T*, int64_t, const Segments&, int64_t, bool);    \
-  template void sums_wgrad_cuda<T>(const T*, int64_t, const Segments&, const T*, T*, T*, int64_t, \
-                                   T*, void*);
+#define GRADNORM_FOR(T)                                                                        \
+  template int64_t per_sample_wgrad_workspace<T>(const T*, int64_t, const Segments&, int64_t,  \
+                                                 bool);                                        \
+  template void per_sample_wgrad_cuda<T>(const T*, int64_t, const Segments&, const T*, T*, T*, \
+                                         int64_t, T*, void*);
 GRADNORM_FOR(float)
 GRADNORM_FOR(double)
 #undef GRADNORM_FOR

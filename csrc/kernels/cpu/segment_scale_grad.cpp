@@ -1,6 +1,6 @@
 // One pass over the rows, a block of columns at a time: runs of rows are added up in T, the runs in
 // double, so that a segment of a hundred thousand rows is as exact as a short one.
-#include "kernels/product_sums.h"
+#include "kernels/segment_scale_grad.h"
 
 #include <algorithm>
 
@@ -9,9 +9,9 @@
 namespace gradnorm {
 
 template <typename T>
-void product_sums_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t width,
-                      const T* shift, const T* scale, const int64_t* offsets, int64_t segments,
-                      T* out, const Host<T>& host) {
+void segment_scale_grad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride,
+                            int64_t width, const T* shift, const T* scale, const int64_t* offsets,
+                            int64_t segments, T* out, const Host<T>& host) {
   const int64_t blocks = (width + kColumns - 1) / kColumns;
   host.parallel(segments * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -28,11 +28,11 @@ void product_sums_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride
   });
 }
 
-template void product_sums_cpu<float>(const float*, int64_t, const float*, int64_t, int64_t,
-                                      const float*, const float*, const int64_t*, int64_t, float*,
-                                      const Host<float>&);
-template void product_sums_cpu<double>(const double*, int64_t, const double*, int64_t, int64_t,
-                                       const double*, const double*, const int64_t*, int64_t,
-                                       double*, const Host<double>&);
+template void segment_scale_grad_cpu<float>(const float*, int64_t, const float*, int64_t, int64_t,
+                                            const float*, const float*, const int64_t*, int64_t,
+                                            float*, const Host<float>&);
+template void segment_scale_grad_cpu<double>(const double*, int64_t, const double*, int64_t,
+                                             int64_t, const double*, const double*, const int64_t*,
+                                             int64_t, double*, const Host<double>&);
 
 }  // namespace gradnorm

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Windows(NamedTuple):
+class Im2col(NamedTuple):
     """What windows see of images ``[images, *sizes, channels]``: of each the rows ``[positions, kernel · channels]``.
 
     Tuples have an entry per dimension; ``step`` and ``spread`` count in elements, from one position or one entry of the
@@ -25,11 +25,11 @@ class Windows(NamedTuple):
     @staticmethod
     def of(
         images: Tensor, positions: Sequence[int], stride: Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
-    ) -> Windows:
+    ) -> Im2col:
         lines = images.stride()[1:-1]
         step = tuple(s * line for s, line in zip(stride, lines, strict=True))
         spread = tuple(d * line for d, line in zip(dilation, lines, strict=True))
-        return Windows(tuple(positions), step, tuple(kernel), spread)
+        return Im2col(tuple(positions), step, tuple(kernel), spread)
 
     def rows(self, images: Tensor) -> Tensor:
         """All of them, in memory of their own."""

@@ -1,7 +1,7 @@
-// sum_sums_cuda and product_sums_cuda on the CPU, against loops in double.
+// segment_sum_cuda and segment_scale_grad_cuda on the CPU, against loops in double.
 #include "emulated.h"
-#include "kernels/cuda/product_sums.cu"
-#include "kernels/cuda/sum_sums.cu"
+#include "kernels/cuda/segment_scale_grad.cu"
+#include "kernels/cuda/segment_sum.cu"
 
 namespace {
 
@@ -44,17 +44,17 @@ void test(const std::vector<int64_t>& lengths, int64_t width, int64_t stride, in
       emulator::launches = 0;
       if (has_x) {
         const check::Fenced<A> workspace(
-            gradnorm::product_sums_workspace(x, x_stride, g, stride, rows, width, segments));
-        gradnorm::product_sums_cuda(x, x_stride, g, stride, rows, width,
-                                    static_cast<const A*>(shift.data()),
-                                    static_cast<const A*>(scale.data()), offsets.data(), segments,
-                                    out.data(), workspace.data(), nullptr);
+            gradnorm::segment_scale_grad_workspace(x, x_stride, g, stride, rows, width, segments));
+        gradnorm::segment_scale_grad_cuda(x, x_stride, g, stride, rows, width,
+                                          static_cast<const A*>(shift.data()),
+                                          static_cast<const A*>(scale.data()), offsets.data(),
+                                          segments, out.data(), workspace.data(), nullptr);
         check::failures += emulator::launches > (workspace.size() ? 2 : 1);
       } else {
         const check::Fenced<A> workspace(
-            gradnorm::sum_sums_workspace(g, stride, rows, width, segments));
-        gradnorm::sum_sums_cuda(g, stride, rows, width, offsets.data(), segments, out.data(),
-                                workspace.data(), nullptr);
+            gradnorm::segment_sum_workspace(g, stride, rows, width, segments));
+        gradnorm::segment_sum_cuda(g, stride, rows, width, offsets.data(), segments, out.data(),
+                                   workspace.data(), nullptr);
         check::failures += emulator::launches > (workspace.size() ? 2 : 1);
       }
       return out.values();

@@ -10,31 +10,31 @@ from gradnorm_ext.triton_kernels.registration import constexpr_of, operation, sq
 _BLOCK_ROWS, _BLOCK_COLUMNS = 8, 512
 
 
-def sums_sqnorm(sums: Tensor, segments) -> Tensor:
-    """See :func:`gradnorm_ext.ops.sums_sqnorm`."""
-    return _run(sums, segments, None, None)
+def per_sample_sqnorm(grads: Tensor, segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.per_sample_sqnorm`."""
+    return _per_sample(grads, segments, None, None)
 
 
-def sums_wgrad(sums: Tensor, segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See :func:`gradnorm_ext.ops.sums_wgrad`."""
-    dw = sums.new_empty(sums.shape[1])
-    return dw, _run(sums, segments, weight, dw)
+def per_sample_wgrad(grads: Tensor, segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`gradnorm_ext.ops.per_sample_wgrad`."""
+    dw = grads.new_empty(grads.shape[1])
+    return dw, _per_sample(grads, segments, weight, dw)
 
 
-def _run(sums: Tensor, segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
-    sqnorm = sums.new_empty(sqnorm_length(segments))
+def _per_sample(grads: Tensor, segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
+    sqnorm = grads.new_empty(sqnorm_length(segments))
     weight = None if weight is None else weight.contiguous()
-    _sums_wgrad(sums, segments.groups.walk, segments.groups.columns, weight, dw, sqnorm)
+    _per_sample_wgrad(grads, segments.groups.walk, segments.groups.columns, weight, dw, sqnorm)
     return sqnorm
 
 
 @operation(
-    "sums_wgrad(Tensor sums, Tensor walk, Tensor columns, Tensor? weight, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()"
+    "per_sample_wgrad(Tensor grads, Tensor walk, Tensor columns, Tensor? weight, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()"
 )
-def _sums_wgrad(
-    sums: Tensor, walk: Tensor, columns: Tensor, weight: Tensor | None, dw: Tensor | None, sqnorm: Tensor
+def _per_sample_wgrad(
+    grads: Tensor, walk: Tensor, columns: Tensor, weight: Tensor | None, dw: Tensor | None, sqnorm: Tensor
 ) -> None:
-    segments, width = sums.shape
+    segments, width = grads.shape
     if width == 0:
         sqnorm.zero_()
         return
@@ -42,17 +42,17 @@ def _sums_wgrad(
     partial = sqnorm.new_empty(entries, blocks)
     if entries + (dw is not None):
         # One dimension of programs: there may be more entries, or more blocks, than a second one can have.
-        _sums_wgrad_kernel[((entries + (dw is not None)) * blocks,)](
+        _per_sample_wgrad_kernel[((entries + (dw is not None)) * blocks,)](
             *(
-                sums,
+                grads,
                 walk,
                 _ranges(walk, columns, entries),
-                sums if weight is None else weight,
+                grads if weight is None else weight,
                 partial if dw is None else dw,
                 partial,
             ),
-            *(segments, entries, width, blocks, *sums.stride()),
-            ACCUMULATOR=constexpr_of(sums.dtype),
+            *(segments, entries, width, blocks, *grads.stride()),
+            ACCUMULATOR=constexpr_of(grads.dtype),
             HAS_WEIGHT=weight is not None,
             BLOCK_ROWS=_BLOCK_ROWS,
             BLOCK_COLUMNS=_BLOCK_COLUMNS,
@@ -72,7 +72,7 @@ def _ranges(walk: Tensor, columns: Tensor, entries: int) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["segments", "entries"])
-def _sums_wgrad_kernel(
+def _per_sample_wgrad_kernel(
     sums_ptr,
     walk_ptr,
     ranges_ptr,

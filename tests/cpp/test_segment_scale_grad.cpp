@@ -1,6 +1,6 @@
-// product_sums_cpu against a loop in double.
+// segment_scale_grad_cpu against a loop in double.
 #include "check.h"
-#include "kernels/product_sums.h"
+#include "kernels/segment_scale_grad.h"
 
 namespace {
 
@@ -13,9 +13,10 @@ void test(const std::string& what, const std::vector<int64_t>& offsets, int64_t 
              g = check::random_rows<T>(rows * stride, 2);
   const auto shift = check::random_rows<T>(rows, 3), scale = check::random_rows<T>(rows, 4);
   std::vector<T> out(segments * width, std::numeric_limits<T>::quiet_NaN());
-  gradnorm::product_sums_cpu(x.data(), stride, g.data(), stride, width,
-                             shifted ? shift.data() : nullptr, shifted ? scale.data() : nullptr,
-                             offsets.data(), segments, out.data(), check::naive_host<T>());
+  gradnorm::segment_scale_grad_cpu(x.data(), stride, g.data(), stride, width,
+                                   shifted ? shift.data() : nullptr,
+                                   shifted ? scale.data() : nullptr, offsets.data(), segments,
+                                   out.data(), check::naive_host<T>());
 
   std::vector<double> expected(segments * width);
   for (int64_t s = 0; s < segments; ++s) {

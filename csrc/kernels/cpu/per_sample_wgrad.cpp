@@ -1,6 +1,6 @@
 // One walk over the segments for each block of the width: a group's sum goes to the group around it
 // when it ends, as in outer_wgrad.cpp.
-#include "kernels/sums_wgrad.h"
+#include "kernels/per_sample_wgrad.h"
 
 #include <algorithm>
 #include <vector>
@@ -10,8 +10,8 @@
 namespace gradnorm {
 
 template <typename T>
-void sums_wgrad_cpu(const T* sums, int64_t width, const Segments& segments, const T* weight, T* dw,
-                    T* sqnorm, int64_t columns, const Host<T>& host) {
+void per_sample_wgrad_cpu(const T* sums, int64_t width, const Segments& segments, const T* weight,
+                          T* dw, T* sqnorm, int64_t columns, const Host<T>& host) {
   const int64_t blocks = (width + kColumns - 1) / kColumns;
   std::vector<double> partial(blocks * columns);
   host.parallel(blocks, [&](int64_t block_begin, int64_t block_end) {
@@ -54,9 +54,9 @@ void sums_wgrad_cpu(const T* sums, int64_t width, const Segments& segments, cons
   }
 }
 
-template void sums_wgrad_cpu<float>(const float*, int64_t, const Segments&, const float*, float*,
-                                    float*, int64_t, const Host<float>&);
-template void sums_wgrad_cpu<double>(const double*, int64_t, const Segments&, const double*,
-                                     double*, double*, int64_t, const Host<double>&);
+template void per_sample_wgrad_cpu<float>(const float*, int64_t, const Segments&, const float*,
+                                          float*, float*, int64_t, const Host<float>&);
+template void per_sample_wgrad_cpu<double>(const double*, int64_t, const Segments&, const double*,
+                                           double*, double*, int64_t, const Host<double>&);
 
 }  // namespace gradnorm

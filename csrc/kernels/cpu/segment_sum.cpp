@@ -1,5 +1,5 @@
-// As product_sums.cpp, without the product.
-#include "kernels/sum_sums.h"
+// As segment_scale_grad.cpp, without the product.
+#include "kernels/segment_sum.h"
 
 #include <algorithm>
 
@@ -8,8 +8,8 @@
 namespace gradnorm {
 
 template <typename T>
-void sum_sums_cpu(const T* g, int64_t g_stride, int64_t width, const int64_t* offsets,
-                  int64_t segments, T* out, const Host<T>& host) {
+void segment_sum_cpu(const T* g, int64_t g_stride, int64_t width, const int64_t* offsets,
+                     int64_t segments, T* out, const Host<T>& host) {
   const int64_t blocks = (width + kColumns - 1) / kColumns;
   host.parallel(segments * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -25,9 +25,9 @@ void sum_sums_cpu(const T* g, int64_t g_stride, int64_t width, const int64_t* of
   });
 }
 
-template void sum_sums_cpu<float>(const float*, int64_t, int64_t, const int64_t*, int64_t, float*,
-                                  const Host<float>&);
-template void sum_sums_cpu<double>(const double*, int64_t, int64_t, const int64_t*, int64_t,
-                                   double*, const Host<double>&);
+template void segment_sum_cpu<float>(const float*, int64_t, int64_t, const int64_t*, int64_t,
+                                     float*, const Host<float>&);
+template void segment_sum_cpu<double>(const double*, int64_t, int64_t, const int64_t*, int64_t,
+                                      double*, const Host<double>&);
 
 }  // namespace gradnorm

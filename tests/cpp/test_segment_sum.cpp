@@ -1,6 +1,6 @@
-// sum_sums_cpu against a loop in double.
+// segment_sum_cpu against a loop in double.
 #include "check.h"
-#include "kernels/sum_sums.h"
+#include "kernels/segment_sum.h"
 
 namespace {
 
@@ -10,8 +10,8 @@ void test(const std::string& what, const std::vector<int64_t>& offsets, int64_t 
   const int64_t stride = width + 3;
   const auto g = check::random_rows<T>(rows * stride, 1);
   std::vector<T> out(segments * width, std::numeric_limits<T>::quiet_NaN());
-  gradnorm::sum_sums_cpu(g.data(), stride, width, offsets.data(), segments, out.data(),
-                         check::naive_host<T>());
+  gradnorm::segment_sum_cpu(g.data(), stride, width, offsets.data(), segments, out.data(),
+                            check::naive_host<T>());
 
   std::vector<double> expected(segments * width);
   for (int64_t s = 0; s < segments; ++s) {

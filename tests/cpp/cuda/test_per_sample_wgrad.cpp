@@ -1,7 +1,7 @@
-// sums_wgrad_cuda on the CPU, against sums written out in double.
+// per_sample_wgrad_cuda on the CPU, against sums written out in double.
 #include "../groups.h"
 #include "emulated.h"
-#include "kernels/cuda/sums_wgrad.cu"
+#include "kernels/cuda/per_sample_wgrad.cu"
 
 namespace {
 
@@ -21,11 +21,11 @@ void test(const check::Case& one, int64_t width) {
     const check::Fenced<T> out(columns + width), alone(columns);
     std::fill_n(out.data(), columns, T(0)), std::fill_n(alone.data(), columns, T(0));
     const check::Fenced<T> workspace(
-        gradnorm::sums_wgrad_workspace(sums.data(), width, segments, columns, true));
-    gradnorm::sums_wgrad_cuda(sums.data(), width, segments, weight, out.data() + columns,
-                              out.data(), columns, workspace.data(), nullptr);
-    gradnorm::sums_wgrad_cuda<T>(sums.data(), width, segments, weight, nullptr, alone.data(),
-                                 columns, workspace.data(), nullptr);
+        gradnorm::per_sample_wgrad_workspace(sums.data(), width, segments, columns, true));
+    gradnorm::per_sample_wgrad_cuda(sums.data(), width, segments, weight, out.data() + columns,
+                                    out.data(), columns, workspace.data(), nullptr);
+    gradnorm::per_sample_wgrad_cuda<T>(sums.data(), width, segments, weight, nullptr, alone.data(),
+                                       columns, workspace.data(), nullptr);
     check::failures += std::memcmp(out.data(), alone.data(), columns * sizeof(T)) != 0;
     return out.values();
   };

@@ -9,7 +9,7 @@ namespace gradnorm {
 
 // out[c][s] = sum of g[r] * (x[r] - shift[r]) * scale[r] over chunk c of segment s
 template <typename T>
-struct SegmentSums {
+struct ScaledSegmentSum {
   const T* x;  // null: ones
   int64_t x_stride;
   const T* g;
@@ -24,7 +24,8 @@ struct SegmentSums {
 // Static: files that include this are built for different architectures, and a kernel that they
 // shared would be looked for in one of them.
 template <typename T, int kVector>
-static __global__ void __launch_bounds__(kThreads) segment_sums_kernel(const SegmentSums<T> given) {
+static __global__ void __launch_bounds__(kThreads)
+    scaled_segment_sum_kernel(const ScaledSegmentSum<T> given) {
   using A = Accumulator<T>;
   constexpr int kAhead = 4;  // rows whose loads are on their way at once
   const int64_t team = int64_t(blockIdx.x) * blockDim.z + threadIdx.z;
@@ -88,9 +89,9 @@ static __global__ void __launch_bounds__(kThreads) segment_sums_kernel(const Seg
 
 // Of rows alone. `out`  [segments, width]
 template <typename T>
-SegmentSums<T> sums_of(const T* g, int64_t g_stride, int64_t rows, int64_t width,
-                       const int64_t* offsets, int64_t segments, Accumulator<T>* out) {
-  SegmentSums<T> given = {};
+ScaledSegmentSum<T> sums_of(const T* g, int64_t g_stride, int64_t rows, int64_t width,
+                            const int64_t* offsets, int64_t segments, Accumulator<T>* out) {
+  ScaledSegmentSum<T> given = {};
   given.g = g;
   given.g_stride = g_stride;
   given.rows = rows;
@@ -102,16 +103,16 @@ SegmentSums<T> sums_of(const T* g, int64_t g_stride, int64_t rows, int64_t width
 }
 
 template <typename T>
-SegmentSumsPlan plan_of(const SegmentSums<T>& given) {
+ScaledSegmentSumPlan plan_of(const ScaledSegmentSum<T>& given) {
   const bool aligned = is_vector_aligned(given.x, given.x_stride * sizeof(T)) &&
                        is_vector_aligned(given.g, given.g_stride * sizeof(T));
-  return plan_segment_sums(given.segments, given.rows, given.width, sizeof(T), aligned);
+  return plan_scaled_segment_sum(given.segments, given.rows, given.width, sizeof(T), aligned);
 }
 
 // workspace  plan.workspace entries
 template <typename T>
-void segment_sums(const char* operation, SegmentSums<T> given, const SegmentSumsPlan& plan,
-                  Accumulator<T>* workspace, void* stream) {
+void scaled_segment_sum(const char* operation, ScaledSegmentSum<T> given,
+                        const ScaledSegmentSumPlan& plan, Accumulator<T>* workspace, void* stream) {
   using A = Accumulator<T>;
   constexpr int kWide = 16 / sizeof(T);
   if (given.segments == 0 || given.width == 0) return;
@@ -121,15 +122,16 @@ void segment_sums(const char* operation, SegmentSums<T> given, const SegmentSums
   given.column_blocks = plan.column_blocks;
   const dim3 threads(plan.columns, plan.row_groups, plan.teams);
   const size_t shared = plan.row_groups > 1 ? kThreads * plan.vector * sizeof(A) : 0;
-  auto* kernel = plan.vector == 1 ? &segment_sums_kernel<T, 1> : &segment_sums_kernel<T, kWide>;
+  auto* kernel =
+      plan.vector == 1 ? &scaled_segment_sum_kernel<T, 1> : &scaled_segment_sum_kernel<T, kWide>;
   launch(operation, kernel, plan.blocks, threads, shared, stream, given);
   if (plan.chunks == 1) return;
   const int64_t width = given.segments * given.width;
   const auto parts = sums_of<A>(workspace, width, plan.chunks, width, nullptr, 1, out);
-  SegmentSumsPlan second = plan_of(parts);
+  ScaledSegmentSumPlan second = plan_of(parts);
   second.chunks = 1;
   second.blocks = (second.column_blocks + second.teams - 1) / second.teams;
-  segment_sums(operation, parts, second, static_cast<A*>(nullptr), stream);
+  scaled_segment_sum(operation, parts, second, static_cast<A*>(nullptr), stream);
 }
 
 }  // namespace gradnorm
