@@ -82,3 +82,20 @@ def assert_close(found: Tensor, expected: Tensor, what: str, narrow: torch.dtype
     eps = max(torch.finfo(found.dtype).eps * 1e4, torch.finfo(narrow).eps * 8)
     error = (found.double() - expected.double()).norm()
     assert error <= eps * expected.double().norm(), f"{what}: {found} for {expected}"
+
+
+def frozen(module: nn.Module, name: str) -> nn.Module:
+    """A module one of whose parameters is not trained."""
+    module.get_parameter(name).requires_grad_(False)
+    return module
+
+
+class Then(nn.Module):
+    """A module, and what is done to its output."""
+
+    def __init__(self, module: nn.Module, what: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.module, self.what = module, what
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.what(self.module(x))
