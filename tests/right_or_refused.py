@@ -35,6 +35,7 @@ def refusal_of(
     on: str = "error",
     blocks: int = 2,
     narrow: torch.dtype = torch.float64,
+    backend: str = "auto",
 ) -> str | None:
     """None if every figure and gradient of some blocks is right; the message if one is refused; else an AssertionError.
 
@@ -43,7 +44,7 @@ def refusal_of(
     truth = contributions(model, losses)
     norms = torch.stack([torch.cat([g.flatten() for g in one]).norm() for one in truth])
     tasks = torch.tensor([i % 2 for i in range(len(truth))])
-    options = {"on_unsupported": on, "tasks": 2}
+    options = {"on_unsupported": on, "tasks": 2, "backend": backend}
     if mode == "Meter":
         meter = observer = Meter(model, **options)
     else:
