@@ -416,6 +416,8 @@ class Observation:
         """Run a module's call. Those that come from outside of the model have the caller's order."""
         sources = self.sources
         sources.look_at_data(args)
+        if isinstance(module, nn.parallel.DistributedDataParallel):  # only the module inside belongs to the model
+            return run(module, *args, **kwargs)
         if self.inside or torch._C._current_graph_task_id() != -1:  # or a checkpoint computes it again
             if not sources.rows_per_example:
                 self._look_at_arguments(arguments_of(module, args, kwargs), of_model=False)

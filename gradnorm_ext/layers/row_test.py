@@ -114,7 +114,9 @@ class RowTest:
 
     def _watch(self, tensor: Tensor, name: str, *, returned: bool) -> None:
         batch = self.observation.batch
-        if type(tensor) is not Tensor or not tensor.requires_grad or batch is None or batch.count == 0:
+        if type(tensor) is not Tensor or not tensor.requires_grad or batch is None:
+            return
+        if batch.count == 0 and self.observation.shards is None:  # which would wait for this rank's tests
             return
         if (layout := layout_in_front(tensor, batch)) is None:
             return
@@ -143,10 +145,10 @@ class RowTest:
         return self.observation.examples == 1 and self.observation.shards is None
 
     def start_from_returned(self, anchor: Anchor, gradient: Tensor) -> None:
-        skip = anchor.reached
+        due = not (anchor.reached or anchor.failed)
         if self.observation.shards is not None:  # ranks run the same tests
-            skip = not self.observation.shards.agree(int(not skip))[0]
-        if not (self._alone or skip or anchor.failed):
+            due = bool(self.observation.shards.agree(int(due))[0])
+        if due and not self._alone:
             self._test([(anchor.edge, gradient, anchor.layout)], (), anchor)
 
     def start_from_use(self, inputs: Sequence[Input], uses: Sequence[Use]) -> None:
