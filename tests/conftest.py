@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
-hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)  # pytest --hypothesis-profile=thorough
+hypothesis.settings.register_profile(
+    "thorough", deadline=None, max_examples=2000
+)  # pytest --hypothesis-profile=thorough
 hypothesis.settings.load_profile("untimed")
 
 if not torch.cuda.is_available():

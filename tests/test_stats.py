@@ -234,7 +234,9 @@ def test_over_ranks_a_figure_is_known_where_a_rank_has_two_units_and_nan_elsewhe
         of_prompts = torch.arange(size).repeat_interleave(2) if prompts else None
         stats = stats_of(examples, torch.ones(len(examples)).long(), of_prompts if size else None, gram=True)
         noise = 1 + torch.finfo(torch.float64).eps * torch.tensor([0.0, 3.0], dtype=torch.float64)
-        gram = stats.task_gram + torch.tensor([[0.0, torch.nan if size else 0.0], [0.0, 0.0]])  # no product of one present
+        gram = stats.task_gram + torch.tensor(
+            [[0.0, torch.nan if size else 0.0], [0.0, 0.0]]
+        )  # no product of one present
         rank.append(dataclasses.replace(stats, task_norm=stats.task_norm * noise, task_gram=gram))
     whole, known = over_ranks(rank), max(sizes) > 1
     for figure in (whole.task_sqnorm_unbiased, whole.task_variance, whole.noise_scale):
