@@ -112,7 +112,7 @@ def _outer_wgrad(x, g, offsets, length, walk, columns, counts, weight, outputs, 
         return
     x, g = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (x, g))
     norms = sqnorm.new_zeros(len(sqnorm) + 1)  # the last is for those that nobody wants
-    walked = Walk(len(x), offsets, None if length < 0 else length, walk, columns, counts, weight, outputs)
+    walked = Walk.of(len(x), offsets, None if length < 0 else length, walk, columns, counts, weight, outputs)
     if dw is None or dw.dtype == sqnorm.dtype:
         _carry_out(x, g, walked, dw, norms, accumulate, method)
     else:  # sums are formed in float32, and rounded once
