@@ -482,6 +482,8 @@ class Observation:
         kind = self.batch.kind_of(shape, self.sources.rows_per_example)
         if followable and len(shape) > 1 and kind in (None, "second") and (followed := self._followed(tensor, shape)):
             return followed
+        if kind is None and 0 in shape:  # whatever they would be
+            return Layout.of_owners(torch.empty(shape, dtype=torch.int64, device=tensor.device), self.batch)
         if kind is None or (kind == "second" and self.batch_dim == 0 and not self.sources.arguments):
             raise self._unexplained(shape, name)
         layout = Layout(kind, shape, self.batch, source="")
@@ -627,6 +629,7 @@ class Observation:
             slot.uses.append(use)
         known = self.memory.verified.get(use.key)
         use.is_known = known is not None and (layout.source is None or layout.source in known) and not layout.others
+        use.is_known = use.is_known or not layout.rows
         if not use.is_known:
             if self.shards is None and not self.backward_once:
                 self.verify = self.verify or self.examples != 1

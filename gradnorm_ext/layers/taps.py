@@ -489,10 +489,13 @@ def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Obser
                 "which another open observe block observes; close that one first, or use one Meter for both"
             )
         if isinstance(module, torch.jit.ScriptModule):
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                continue
             release_modules(modules, observation)
             raise RuntimeError(
-                f"{observation.who}: modules must be Python, got {name or 'the model'}, which torch.jit has compiled: it reads "
-                "its parameters where no block sees it; observe the module that it was made of"
+                f"{observation.who}: modules with trainable parameters must be Python, got {name or 'the model'}, which "
+                "torch.jit has compiled: it reads its parameters where no block sees it; observe the module that it was "
+                "made of, or freeze it"
             )
         if index == 0 or observation.verify or any(one is not None for one in module._parameters.values()):
             module.__dict__[_SESSION] = observation
