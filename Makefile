@@ -3,6 +3,7 @@
 # make lint    ruff, clang-format, mypy
 # make format  formats Python and C++
 # make bench   the operations against plain torch
+# make oldest  builds with the oldest torch and Triton that pyproject.toml promises, and tests the core (downloads gigabytes)
 #
 # All of it runs in .venv, made on first use and again when what it is built from changes.
 
@@ -15,7 +16,7 @@ BIN := .venv/bin
 CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu')
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench
+.PHONY: demo test lint format bench oldest
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -40,6 +41,21 @@ format: .venv/built
 
 bench: .venv/built
 	$(BIN)/python bench/run.py $(or $(ARGS),ops)
+
+# An environment of its own: torch is what the index has by that version, on Linux a build for CUDA.
+OLDEST := build/oldest
+OLDEST_TORCH := $(shell sed -n 's/^dependencies = .*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLDEST_TRITON := $(shell sed -n 's/^triton = .*"triton>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+CORE := meter blocks layers layouts optimizer ops dtypes triton_compiled
+
+oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet 'torch==$(OLDEST_TORCH).*' 'triton==$(OLDEST_TRITON).*' \
+	    'setuptools>=77' wheel ninja 'cmake>=3.22' 'pybind11>=2.13' numpy pytest hypothesis transformers peft
+	$(OLDEST)/bin/pip install --quiet --no-deps 'nvidia-cutlass>=4.2'
+	PATH="$(abspath $(OLDEST))/bin:$$PATH" $(OLDEST)/bin/pip install --quiet --no-build-isolation --no-deps .
+	$(OLDEST)/bin/python -P -m gradnorm_ext
+	$(OLDEST)/bin/python -P -m pytest -q -p no:cacheprovider $(CORE:%=tests/test_%.py)
 
 # Torch comes first and alone: the native code is built against it (--no-build-isolation).
 .venv/torch: Makefile

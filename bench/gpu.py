@@ -1,7 +1,7 @@
 """The cases of ``run.py gpu``: Triton's and the native kernels against the library and a copy, and a training step.
 
-Everything is compared before it is timed, and what is wrong is refused. ``interpret``: the same code on the CPU at tiny
-sizes, to see that it runs; its times mean nothing.
+Everything is compared before it is timed, and what is wrong or raises is refused, and the next is measured.
+``interpret``: the same code on the CPU at tiny sizes, to see that it runs; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from gradnorm_ext.segments import Groups, Segments
 from gradnorm_ext.triton_kernels.outer_wgrad import outer_costs, outer_method
 
 METHODS = ("gram", "fused", "split")
+AHEAD = 4_000_000  # cycles, about 2 ms: longer than the host takes to queue a call
 
 
 @dataclass(frozen=True)
@@ -56,27 +57,29 @@ class Machine:
     def dtype(self) -> torch.dtype:
         return torch.float16 if self.interpret else torch.bfloat16  # the interpreter has bfloat16 products wrong
 
-    @property
-    def runs(self) -> int:
-        return 2 if self.interpret else 11
+    def in_turns(
+        self, calls: Mapping[str, Callable[[], object]], runs: int = 11, with_host: bool = False
+    ) -> dict[str, list[float]]:
+        """Seconds of each call in every run, in turns and alternating order, after one run that compiles.
 
-    def in_turns(self, calls: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
-        """Seconds of each call in every run, in turns and alternating order, after one run that compiles."""
+        They are the device's; ``with_host``: the host's too, where the device waits for it.
+        """
         seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for run in range(-1, runs):
+        for run in range(0 if self.interpret else -1, 1 if self.interpret else runs):
             for name in tuple(calls) if run % 2 else tuple(calls)[::-1]:
-                taken = self._seconds(calls[name])
+                taken = self._seconds(calls[name], with_host)
                 if run >= 0:
                     seconds[name].append(taken)
         return seconds
 
-    def _seconds(self, call: Callable[[], object]) -> float:
+    def _seconds(self, call: Callable[[], object], with_host: bool) -> float:
         if self.interpret:
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
-        # What the last call left in the L2 cache is gone, and the host is ahead of the device when the clock starts.
-        torch.empty(2**28, dtype=torch.uint8, device="cuda").zero_()
+        torch.empty(2**28, dtype=torch.uint8, device="cuda").zero_()  # what the last call left in the L2 cache is gone
+        if not with_host:
+            torch.cuda._sleep(AHEAD)  # the host has queued the whole call when the clock starts
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -85,22 +88,29 @@ class Machine:
         return start.elapsed_time(end) / 1e3
 
     def with_peak(self, make: Callable[[], Callable[[], object]]) -> tuple[Callable[[], object], int]:
-        """What is made, and by how much the memory grew at most while it was made and called three times."""
+        """What is made, and by how much the memory is above that before at most during its third call.
+
+        The first call of a step verifies itself, and makes the optimizer's state.
+        """
         if self.interpret:
             return make(), 0
         gc.collect()
         before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
         step = make()
-        for _ in range(3):
-            step()
+        step()
+        step()
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        step()
         return step, torch.cuda.max_memory_allocated() - before
 
     @property
     def native(self) -> Any:
         """The CUDA kernels, where this build has them and a GPU is there to run them; else None."""
         module = backends.load("native")
-        return None if self.interpret or isinstance(module, str) or not module.SERVES["cuda"] else module.ON["cuda"]
+        if self.interpret or isinstance(module, str) or "cuda" not in module.DEVICES:
+            return None
+        return module.DEVICE_MODULES["cuda"]
 
     @property
     def native_methods(self) -> tuple[str, ...]:
@@ -111,13 +121,20 @@ class Machine:
         return tuple(m for m in self.native.METHODS if m == "mma" or (hopper and self.native.has_wgmma()))
 
 
-def measure(interpret: bool, refusals: list[str]) -> Iterator[Measured]:
-    """All figures: the outer form's methods, what is bound by memory, what is bound by its launch, a training step."""
-    machine = Machine(interpret)
-    yield from outer(machine, refusals)
-    yield from memory_bound(machine, refusals)
-    yield from launch_bound(machine, refusals)
-    yield from step(machine, refusals)
+def measure(parts: Sequence[str], interpret: bool, refusals: list[str]) -> Iterator[Measured]:
+    """The figures of parts of `PARTS`."""
+    for part in parts:
+        yield from PARTS[part](Machine(interpret), refusals)
+
+
+def attempt(check: Callable[[], str | None]) -> str | None:
+    """What is wrong: what the check says, or that it raised. It goes on raising where the GPU can do nothing more."""
+    try:
+        return check()
+    except Exception as error:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 LAYERS = {
@@ -136,43 +153,59 @@ ROWS = (
     (8192, 1),
     (8192, 4),
 )  # of a segment, segments
+Case = tuple[str, tuple[int, int], int, int]  # a layer, its shape, rows of a segment, segments
+REST: tuple[Case, ...] = tuple(
+    (layer, shape, *rows)
+    for (layer, shape), rows in itertools.product(LAYERS.items(), ROWS)
+    if math.prod(shape) * math.prod(rows) <= 2**43  # more takes seconds
+)
+FIRST: tuple[Case, ...] = (
+    ("4096 x 4096", (4096, 4096), 2048, 8),
+    ("4096 x 4096", (4096, 4096), 128, 64),
+    ("2048 x 2048", (2048, 2048), 1024, 16),  # from here on as Llama 1B has them
+    ("512 x 2048", (512, 2048), 1024, 16),
+    ("8192 x 2048", (8192, 2048), 1024, 16),
+    ("128256 x 2048", (128256, 2048), 1024, 16),
+)
+TINY_OUTER: tuple[Case, ...] = (("40 x 33", (40, 33), 5, 4), ("40 x 33", (40, 33), 70, 2))
+GROUPS = (0, 1, 4)  # of the segments' one level: none, as norms of examples alone have; one task; four
 
 
-def outer(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
+def outer(machine: Machine, refusals: list[str], *, cases: Sequence[Case], groups: Sequence[int]) -> Iterator[Measured]:
     """Every method's time for dW and norms over the library's for dW alone, beside what was predicted."""
-    line = "{:14} {:10} {:>10} {:>8}   {:24} {:24} {:8} {:8} {}"
+    line = "{:14} {:10} {:>6} {:>10} {:>8}   {:24} {:24} {:8} {:8} {}"
     titles = ("gram, fused, split x plain", "predicted", "chosen", "best", "native: mma, wgmma, wide x plain")
-    print(line.format("dW", "segments", "plain µs", "TFLOP/s", *titles))
-    layers = {"40 x 33": (40, 33)} if machine.interpret else LAYERS
-    rows = ((5, 3), (70, 2)) if machine.interpret else ROWS
+    print(line.format("dW", "segments", "groups", "plain µs", "TFLOP/s", *titles))
+    cases = TINY_OUTER[-len(groups) :] if machine.interpret else cases
+    layers = {layer: shape for layer, shape, _, _ in cases}
     fused_wins: dict[str, list[int]] = {layer: [] for layer in layers}
-    for (layer, (d, p)), (length, segments) in itertools.product(layers.items(), rows):
-        if segments * length * d * p > 2**43:  # seconds
+    for (layer, (d, p), length, segments), count in itertools.product(cases, groups):
+        if count > segments:
             continue
-        name = f"{segments} x {length}"
+        name = f"{segments} x {length}" + (f", {count} groups" if count else "")
         generator = torch.Generator(machine.device).manual_seed(0)
         x, g = (
             torch.randn(segments * length, width, device=machine.device, generator=generator).to(machine.dtype)
             for width in (p, d)
         )
-        of_rows = Segments.equal(segments, length, device=machine.device)
-        calls: dict[str, Callable[[], object]] = {"plain": partial(torch.mm, g.t(), x)}
-        truth = Truth.of(x, g, length)
-        for method in METHODS:
-            call = partial(triton_kernels.outer_wgrad, x, g, of_rows, method=method)
-            if reason := truth.refutes(*call()):
+        ids = torch.arange(segments, device=machine.device) % max(1, count)
+        levels = Groups.of(segments, [(ids, count)] if count else [], machine.device)
+        of_rows = Segments.equal(segments, length, levels, machine.device)
+        calls: dict[str, Callable[[], Any]] = {"plain": partial(torch.mm, g.t(), x)}
+        truth = Truth.of(x, g, length, of_rows)
+        tried = {method: partial(triton_kernels.outer_wgrad, x, g, of_rows, method=method) for method in METHODS} | {
+            f"native {method}": partial(machine.native.outer_wgrad, x, g, of_rows, method=method)
+            for method in machine.native_methods
+        }
+        for method, call in tried.items():
+            if reason := attempt(partial(truth.refutes_call, call)):
                 refusals.append(f"outer_wgrad, {layer}, {name}, {method}: {reason}")
             else:
                 calls[method] = call
-        for method in machine.native_methods:
-            call = partial(machine.native.outer_wgrad, x, g, of_rows, method=method)
-            if reason := truth.refutes(*call()):
-                refusals.append(f"outer_wgrad, {layer}, {name}, native {method}: {reason}")
-            else:
-                calls[f"native {method}"] = call
-        calls["gram alone"] = partial(triton_kernels.outer_sqnorm, x, g, of_rows, method="gram")
+        if not count:
+            calls["gram alone"] = partial(triton_kernels.outer_sqnorm, x, g, of_rows, method="gram")
         del truth
-        seconds = machine.in_turns(calls, machine.runs)
+        seconds = machine.in_turns(calls)
         median = {call: statistics.median(samples) for call, samples in seconds.items()}
         ratios = {method: median[method] / median["plain"] for method in METHODS if method in median}
         predicted = outer_costs(length, d, p, with_dw=True, equal=True)
@@ -184,7 +217,8 @@ def outer(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
         )
         native = {call: median[call] / median["plain"] for call in median if call.startswith("native ")}
         cells += [chosen, best, ", ".join(f"{ratio:.2f}" for ratio in native.values()) or "-"]
-        print(line.format(layer, name, f"{median['plain'] * 1e6:.1f}", f"{rate:.1f}", *cells), flush=True)
+        start = (layer, f"{segments} x {length}", count or "-")
+        print(line.format(*start, f"{median['plain'] * 1e6:.1f}", f"{rate:.1f}", *cells), flush=True)
 
         size = f"{layer}, {name}"
         for one, samples in seconds.items():
@@ -194,13 +228,13 @@ def outer(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
             yield Measured("outer_wgrad", size, method, "x plain dW, predicted", [predicted[method]])
         for method, ratio in native.items():
             yield Measured("outer_wgrad", size, method, "x plain dW", [ratio])
-        if ratios.get("fused", math.inf) < ratios.get("gram", math.inf):
+        if not count and ratios.get("fused", math.inf) < ratios.get("gram", math.inf):
             fused_wins[layer].append(length)
         if "fused" in ratios:
             yield Measured("outer_wgrad", size, "fused", "e", [1 / ratios["fused"]])
-        # Half of the pairs of rows are needed, and counted.
-        pairs = segments * length**2 * (p + d)
-        yield Measured("outer_sqnorm", size, "gram", "TFLOP/s", [pairs / median["gram alone"] / 1e12])
+        if "gram alone" in median:  # half of the pairs of rows are needed, and counted
+            pairs = segments * length**2 * (p + d)
+            yield Measured("outer_sqnorm", size, "gram", "TFLOP/s", [pairs / median["gram alone"] / 1e12])
     for layer, (d, p) in layers.items():
         by_length = ((length, outer_costs(length, d, p, with_dw=True, equal=False)) for length in itertools.count(1))
         predicted_length = next(length for length, costs in by_length if costs["fused"] < costs["gram"])
@@ -214,25 +248,33 @@ def outer(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
 
 @dataclass(frozen=True)
 class Truth:
-    """Some rows of dW and the last segment's norm: in float64, by the library, and of absolute values (what rounding is of)."""
+    """Some rows of dW and the last norms: in float64, by the library, and of absolute values (what rounding is of)."""
 
     of_rows: tuple[Tensor, Tensor, Tensor]
-    of_norm: tuple[Tensor, Tensor, Tensor]
+    of_norms: dict[int, tuple[Tensor, Tensor, Tensor]]  # of the last segment, and of the last group, by their place
 
     @staticmethod
-    def of(x: Tensor, g: Tensor, length: int) -> Truth:
+    def of(x: Tensor, g: Tensor, length: int, segments: Segments) -> Truth:
         def gradients(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             exact, size = g.double().t() @ x.double(), g.double().abs().t() @ x.double().abs()
             if x.is_cuda:
                 return exact, torch.mm(g.t(), x, out_dtype=torch.float32), size
             return exact, g.float().t() @ x.float(), size
 
-        last = gradients(x[-length:], g[-length:])
-        exact, plain, size = (gradient.double().square().sum() for gradient in last)
-        return Truth(gradients(x, g[:, :256]), (exact, plain, size))
+        def norm(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            exact, plain, size = (gradient.double().square().sum() for gradient in gradients(x, g))
+            return exact, plain, size
 
-    def refutes(self, dw: Tensor, sqnorm: Tensor) -> str | None:
-        return off("dW", dw[:256], *self.of_rows) or off("the last norm", sqnorm[-1], *self.of_norm)
+        of_norms = {segments.count - 1: norm(x[-length:], g[-length:])}
+        for ids, count in zip(segments.groups.levels, segments.groups.counts, strict=True):
+            of_group = segments.per_row(ids) == count - 1
+            of_norms[segments.columns - 1] = norm(x[of_group], g[of_group])
+        return Truth(gradients(x, g[:, :256]), of_norms)
+
+    def refutes_call(self, call: Callable[[], tuple[Tensor, Tensor]]) -> str | None:
+        dw, sqnorm = call()
+        norms = (off(f"norm {at}", sqnorm[at], *of_norm) for at, of_norm in self.of_norms.items())
+        return off("dW", dw[:256], *self.of_rows) or next(filter(None, norms), None)
 
 
 def off(what: str, found: Tensor, exact: Tensor, plain: Tensor, size: Tensor) -> str | None:
@@ -250,7 +292,7 @@ TINY = {"lookup": (Size("gpu", "tiny", 2, 3, 5, 7),), "vector": (Size("gpu", "ti
 TINY["rewards"] = (Size("gpu", "tiny", 2, 3, 1, 1),)
 KINDS = {  # of the operations that Triton has, and that move more than they compute
     **dict.fromkeys(("lookup_sqnorm", "lookup_wgrad"), "lookup"),
-    **dict.fromkeys(("product_wgrad", "sum_wgrad"), "vector"),
+    **dict.fromkeys(("scale_wgrad", "bias_wgrad"), "vector"),
     "segment_std": "rewards",
 }
 
@@ -269,7 +311,7 @@ def memory_bound(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
             target, source = torch.ones(2, operation.bytes(size) // 8, device=machine.device)
             calls: dict[str, Callable[[], object]] = {"copy": partial(target.copy_, source)}
             calls |= right_calls(machine, operation, arguments, size.name, refusals)
-            seconds = machine.in_turns(calls, machine.runs)
+            seconds = machine.in_turns(calls)
             median = {call: statistics.median(samples) for call, samples in seconds.items()}
             for backend in list(calls)[1:]:
                 rate = operation.bytes(size) / median[backend] / 1e9
@@ -285,7 +327,7 @@ def right_calls(
     """The operation by every backend that has kernels for it and has it right."""
     calls: dict[str, Callable[[], object]] = {}
     for backend in ("triton",) if machine.native is None else ("triton", "native"):
-        if reason := wrong_operation(operation, arguments, backend):
+        if reason := attempt(partial(wrong_operation, operation, arguments, backend)):
             refusals.append(f"{operation.name}, {size}, {backend}: {reason}")
         else:
             calls[backend] = partial(operation.run, arguments, backend)
@@ -314,7 +356,7 @@ def launch_bound(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
             backend: partial(_repeat, call, queue)
             for backend, call in right_calls(machine, operation, arguments, size.name, refusals).items()
         }
-        for backend, samples in machine.in_turns(calls, machine.runs).items():
+        for backend, samples in machine.in_turns(calls, with_host=True).items():
             of_call = [one * 1e6 / queue for one in samples]
             print(line.format(operation.name, size.name, backend, f"{statistics.median(of_call):.1f}"), flush=True)
             yield Measured(operation.name, size.name, backend, "microseconds a call, queued", of_call)
@@ -349,7 +391,7 @@ class Logits(nn.Module):
         return logits
 
 
-def llama(machine: Machine) -> Problem:
+def llama(machine: Machine, tied: bool = False) -> Problem:
     """About a billion parameters and 16384 tokens, in bfloat16; tiny and in float32 for the interpreter."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -364,7 +406,7 @@ def llama(machine: Machine) -> Problem:
         size |= {"num_attention_heads": 2, "num_key_value_heads": 1}
         examples, length = 4, 5
     with torch.device(machine.device):
-        model = Logits(LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=False)))
+        model = Logits(LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=tied)))
     model.to(torch.float32 if machine.interpret else torch.bfloat16)
     ids, targets = torch.randint(size["vocab_size"], (2, examples, length), device=machine.device)
     return Problem(model, ids, targets, torch.arange(examples, device=machine.device) % TASKS, 1.0)
@@ -431,33 +473,49 @@ WAYS = {
 }
 
 
-def step(machine: Machine, refusals: list[str]) -> Iterator[Measured]:
-    """A training step of each way over the plain one next to it, in time and in peak memory."""
-    line = "{:20} {:>12} {:>12} {:>12}"
+HEADS = {"": False, ", tied head": True}  # of the model
+
+
+def step(machine: Machine, refusals: list[str], *, ways: Mapping[str, Sequence[str]]) -> Iterator[Measured]:
+    """A training step of each way over the plain one next to it, in time and in memory; ``ways``: by the model's head."""
+    line = "{:42} {:>12} {:>12} {:>12}"
     print("\n" + line.format("step", "ms", "x plain", "x memory"))
-    size = "llama, tiny" if machine.interpret else "llama 1B, 32 x 512, bfloat16"
-    norms_of = {name: way.start(llama(machine), way.policy)[1]()["example_norm"][:2] for name, way in WAYS.items()}
-    oracle = Oracle.of(llama(machine))
-    right = {}
-    for name, way in WAYS.items():
-        if reason := oracle.refutes(norms_of[name], way.linear_only):
-            refusals.append(f"{name}, {size}: {reason}")
-        else:
-            right[name] = way
-    plain_step, plain_peak = machine.with_peak(lambda: Way(plain).step(llama(machine)))
-    for name, way in right.items():
-        way_step, peak = machine.with_peak(lambda way=way: way.step(llama(machine)))  # type: ignore[misc]
-        seconds = machine.in_turns({"plain": plain_step, name: way_step}, 2 if machine.interpret else 5)
-        del way_step
-        ratios = [ours / theirs for ours, theirs in zip(seconds[name], seconds["plain"], strict=True)]
-        median = statistics.median(ratios)
-        memory = peak / plain_peak if plain_peak else float("nan")
-        print(
-            line.format(name, f"{statistics.median(seconds[name]) * 1e3:.1f}", f"{median:.3f}", f"{memory:.3f}"),
-            flush=True,
-        )
-        yield Measured(name, size, "triton", "time_ratio", ratios)
-        yield Measured(name, size, "triton", "memory_ratio", [memory])
+    for head, names in ways.items():
+        model = partial(llama, machine, HEADS[head])
+        size = ("llama, tiny" if machine.interpret else "llama 1B, 32 x 512, bfloat16") + head
+        oracle = Oracle.of(model())
+        plain_step, plain_peak = machine.with_peak(lambda model=model: Way(plain).step(model()))  # type: ignore[misc]
+        for name in names:
+            ratios: dict[str, list[float]] = {}
+            if reason := attempt(partial(_time_way, name, machine, oracle, model, plain_step, ratios)):
+                refusals.append(f"{name}, {size}: {reason}")
+                continue
+            memory = ratios.pop("peak")[0] / plain_peak if plain_peak else float("nan")
+            cells = (f"{statistics.median(ratios['ms']):.1f}", f"{statistics.median(ratios['x plain']):.3f}")
+            print(line.format(name + head, *cells, f"{memory:.3f}"), flush=True)
+            yield Measured(name, size, "triton", "milliseconds", ratios["ms"])
+            yield Measured(name, size, "triton", "time_ratio", ratios["x plain"])
+            yield Measured(name, size, "triton", "memory_ratio", [memory])
+
+
+def _time_way(
+    name: str,
+    machine: Machine,
+    oracle: Oracle,
+    model: Callable[[], Problem],
+    plain_step: Callable[[], object],
+    found: dict[str, list[float]],
+) -> str | None:
+    """What is wrong with its norms; else ``found`` has how long its steps take and the bytes it takes."""
+    way = WAYS[name]
+    if reason := oracle.refutes(way.start(model(), way.policy)[1]()["example_norm"][:2], way.linear_only):
+        return reason
+    way_step, peak = machine.with_peak(lambda: way.step(model()))
+    seconds = machine.in_turns({"plain": plain_step, name: way_step}, 5, with_host=True)
+    found["ms"] = [taken * 1e3 for taken in seconds[name]]
+    found["x plain"] = [ours / theirs for ours, theirs in zip(seconds[name], seconds["plain"], strict=True)]
+    found["peak"] = [float(peak)]
+    return None
 
 
 @dataclass(frozen=True)
@@ -491,3 +549,13 @@ class Oracle:
         error, allowed = (norms - norm).abs(), 2 * slack + EPSILON * norm
         worst = int((error / allowed).argmax())
         return beyond(f"example_norm[{worst}]", float(error[worst]), float(allowed[worst]))
+
+
+PARTS: dict[str, Callable[[Machine, list[str]], Iterator[Measured]]] = {
+    "meter": partial(step, ways=dict.fromkeys(HEADS, ("meter",))),
+    "step": partial(step, ways={"": tuple(WAYS)[1:], ", tied head": ("meter_tasks", "next_step_tasks")}),
+    "outer": partial(outer, cases=FIRST, groups=GROUPS),
+    "outer_rest": partial(outer, cases=REST, groups=GROUPS[:1]),
+    "memory": memory_bound,
+    "launch": launch_bound,
+}

@@ -151,8 +151,8 @@ OPERATIONS = (
     Operation("lookup_sqnorm", lookup, LOOKUP, lambda s: s.rows * (8 + 4 * s.outputs)),
     Operation("lookup_wgrad", lookup, LOOKUP, lambda s: s.rows * (8 + 4 * s.outputs) + 4 * s.inputs * s.outputs),
     # x, g, and a shift and a scale per row.
-    Operation("product_wgrad", product, VECTOR, lambda s: s.rows * (8 * s.outputs + 8)),
-    Operation("sum_wgrad", sums, VECTOR, lambda s: s.rows * 4 * s.outputs),
+    Operation("scale_wgrad", product, VECTOR, lambda s: s.rows * (8 * s.outputs + 8)),
+    Operation("bias_wgrad", sums, VECTOR, lambda s: s.rows * 4 * s.outputs),
     # A value and its id; per segment a count of 8 bytes and four other figures.
     Operation("segment_std", rewards, REWARDS, lambda s: s.rows * (4 + 8) + s.segments * (8 + 4 * 4)),
     # A reward, two ids, and which prompt it is among them.

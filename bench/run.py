@@ -3,13 +3,14 @@
     python bench/run.py ops [--backend native ...] [--size small|all] [--threads 1]
     python bench/run.py step [--model gpt gpt512 mlp] [--variant meter ...] [--runs N] [--threads 1] [--profile VARIANT]
     python bench/run.py scale                  # DDP, FSDP2, checkpoints, autocast, and growth with the sizes
-    python bench/run.py gpu [--interpret]      # bench/gpu.sh does what comes before
+    python bench/run.py gpu step|outer|rest ... [--interpret]  # bench/gpu.sh does what comes before
 
 Nothing is timed before its result was compared with plain torch in float64 (checks.py): what is wrong is refused, and
 the exit status is then 1. What is compared is timed in turns in one process: with one thread the CPU time of the
 process, which does not count who else runs on the machine; with more, wall time. Rows are appended to
-results/<device>.csv. ``--quick`` goes through everything once at tiny sizes and records nothing. On a GPU, events are the
-clock; ``--interpret`` runs the same on the CPU, in Triton's interpreter at tiny sizes, and records in a temporary file.
+results/<device>.csv as they are measured. ``--quick`` goes through everything once at tiny sizes and records nothing. On a
+GPU, events are the clock, and where ``$OUT`` is set the file is written there; ``--interpret`` runs the same on the CPU, in
+Triton's interpreter at tiny sizes, and records in ``$OUT`` or a temporary folder.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +65,7 @@ def main() -> int:
         "--profile", choices=tuple(VARIANTS)[1:], help="only show where this variant takes longer than plain"
     )
     of_gpu = commands.add_parser("gpu", help="the Triton kernels, and a step of a large model")
+    of_gpu.add_argument("part", nargs="+", choices=GPU_PARTS, help="outer: at six shapes; outer_rest: at the others")
     of_gpu.add_argument("--interpret", action="store_true", help="a dry run on the CPU")
     of_scale = commands.add_parser("scale", help="larger training: several processes, checkpoints, mixed precision")
     for command in (of_ops, of_step):
@@ -73,10 +75,10 @@ def main() -> int:
     given = parser.parse_args()
     refusals: list[str] = []
     if given.command == "gpu":
-        return finish(record_gpu(given.interpret, refusals), refusals)
+        return finish(record_gpu(given.part, given.interpret, refusals), refusals)
     if given.command == "scale":
         figures = time_scale(given.quick, refusals)
-        return finish(None if given.quick else record(figures, 1, device_name()), refusals)
+        return finish(keep(figures, 1, given.quick), refusals)
     torch.set_num_threads(given.threads)
     keep_freed_memory()
     if given.command == "ops":
@@ -89,7 +91,16 @@ def main() -> int:
         return 0
     else:
         figures = time_steps(given.model, given.variant, given.runs, given.threads, given.quick, refusals)
-    return finish(None if given.quick else record(figures, given.threads, device_name()), refusals)
+    return finish(keep(figures, given.threads, given.quick), refusals)
+
+
+def keep(figures: Iterable[Figure], threads: int, quick: bool) -> Path | None:
+    """Measures, and records unless it is only a smoke run."""
+    if not quick:
+        return record(figures, threads, device_name())
+    for _ in figures:
+        pass
+    return None
 
 
 def finish(path: Path | None, refusals: Sequence[str]) -> int:
@@ -118,12 +129,11 @@ class Figure:
         return Figure(case, size, backend, figure, median, lower, upper)
 
 
-def time_operations(backend_names: Sequence[str], group: str, threads: int, refusals: list[str]) -> list[Figure]:
+def time_operations(backend_names: Sequence[str], group: str, threads: int, refusals: list[str]) -> Iterator[Figure]:
     """Times every operation at every size of the group, beside a copy of as many bytes or a plain matrix product."""
     groups, quick = (("small", "all") if group == "all" else (group,)), group == "quick"
     line = "{:20} {:14} {:9} {:>11} {:>15} {:>16} {:>12}"
     print(line.format("operation", "size", "backend", "µs", "rate", "of the machine's", "x reference"))
-    figures = []
     for operation, size in ((o, s) for o in OPERATIONS for s in o.sizes if s.group in groups):
         arguments = operation.arguments(size, torch.Generator().manual_seed(0))
         limit, call, work, unit = machine_limit(operation, size, arguments)
@@ -142,8 +152,7 @@ def time_operations(backend_names: Sequence[str], group: str, threads: int, refu
             cells = (f"{median * 1e6:.1f}", rate, of_limit, against)
             print(line.format(operation.name, size.name, name, *cells).rstrip(), flush=True)
             microseconds = [one * 1e6 for one in seconds[name]]
-            figures.append(Figure.of(operation.name, size.name, name, "microseconds", microseconds))
-    return figures
+            yield Figure.of(operation.name, size.name, name, "microseconds", microseconds)
 
 
 def machine_limit(
@@ -159,7 +168,7 @@ def machine_limit(
 
 def time_steps(
     models: Sequence[str], variants: Sequence[str], runs: int | None, threads: int, quick: bool, refusals: list[str]
-) -> list[Figure]:
+) -> Iterator[Figure]:
     """Times each variant's step in pairs with the plain one on every model, and compares their memory.
 
     A ratio of times is the median over the pairs, with the quartiles in brackets. A ratio of memory is that of two
@@ -177,7 +186,6 @@ def time_steps(
         for model in weighed
         for kind in kinds
     }
-    figures = []
     for name in variants:
         variant = VARIANTS[name]
         bounds = {} if quick else dict(zip((*MODELS, "memory"), variant.bounds, strict=False))
@@ -190,19 +198,19 @@ def time_steps(
             pair = {one: VARIANTS[one].step(make(model, quick=quick)) for one in ("plain", name)}
             seconds = in_turns(pair, runs or (QUICK if quick else MODELS)[model].runs, threads)
             ratios = [ours / theirs for ours, theirs in zip(seconds[name], seconds["plain"], strict=True)]
-            figures.append(Figure.of(name, model, backend, "time_ratio", ratios))
-            cells.append(verdict(figures[-1], bounds.get(model)))
+            figure = Figure.of(name, model, backend, "time_ratio", ratios)
+            yield figure
+            cells.append(verdict(figure, bounds.get(model)))
             for kind in kinds if model in weighed else ():
                 peak = peak_in_fresh_process(model, name, kind, threads, quick)
                 memory.append(Figure(name, model, backend, f"{kind}_ratio", peak / plain[model, kind]))
-        figures += memory
+        yield from memory
         for kind in kinds:
             worst = max(
                 (one for one in memory if one.figure == f"{kind}_ratio"), key=lambda one: one.median, default=None
             )
             cells.append(verdict(worst, bounds.get("memory")) if worst else "REFUSED")
         print(line.format(name, *cells).rstrip(), flush=True)
-    return figures
 
 
 def verdict(figure: Figure, bound: float | None) -> str:
@@ -278,11 +286,10 @@ MOST_BYTES = 1024  # per task and step, of what "unbiased" figures send
 MOST_GROWTH = 1.1  # exponent of the time that measuring adds: linear in rows, layers and tasks, or less
 
 
-def time_scale(quick: bool, refusals: list[str]) -> list[Figure]:
+def time_scale(quick: bool, refusals: list[str]) -> Iterator[Figure]:
     """Times what `scale.py` has: ratios of wall times to the plain step, bytes sent, and growth."""
     import scale
 
-    figures = []
     for case, size, figure, samples in scale.measure(quick, refusals):
         one = (
             Figure.of(case, size, "auto", figure, samples)
@@ -295,8 +302,7 @@ def time_scale(quick: bool, refusals: list[str]) -> list[Figure]:
         if figure == "exponent" and not quick:
             bound = MOST_GROWTH
         print(f"{case:33} {size:14} {figure:16} {verdict(one, bound)}", flush=True)
-        figures.append(one)
-    return figures
+        yield one
 
 
 def print_profile(variant: str, model: str, quick: bool) -> None:
@@ -326,28 +332,33 @@ def print_profile(variant: str, model: str, quick: bool) -> None:
         print(line.format(name[:50], f"{plain:.2f}", f"{ours:.2f}", f"{ours - plain:+.2f}"))
 
 
-def record_gpu(interpret: bool, refusals: list[str]) -> Path:
-    """Measures what `gpu.py` has and appends it to the results of the GPU, or of nothing, where it is a dry run."""
+GPU_PARTS = ("meter", "step", "outer", "outer_rest", "memory", "launch")
+
+
+def record_gpu(parts: Sequence[str], interpret: bool, refusals: list[str]) -> Path:
+    """Measures parts of what `gpu.py` has and appends them to the results of the GPU, or of nothing, in a dry run."""
     import gpu  # needs triton
 
     if interpret == torch.cuda.is_available():
         raise SystemExit("run.py gpu: --interpret is for machines without a GPU, and needed there")
     if interpret and backends.choose("auto") != "triton":
         raise SystemExit("run.py gpu: --interpret needs TRITON_INTERPRET=1 GRADNORM_BACKEND=triton; run bench/gpu.sh")
-    figures = []
-    for one in gpu.measure(interpret, refusals):
-        what = (one.case, one.size, one.backend, one.figure)
-        figures.append(Figure.of(*what, one.samples) if len(one.samples) > 1 else Figure(*what, one.samples[0]))
+
+    def figures() -> Iterator[Figure]:
+        for one in gpu.measure(parts, interpret, refusals):
+            what = (one.case, one.size, one.backend, one.figure)
+            yield Figure.of(*what, one.samples) if len(one.samples) > 1 else Figure(*what, one.samples[0])
+
+    folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else Path(tempfile.mkdtemp()) if interpret else None
+    device = "dry run" if interpret else torch.cuda.get_device_name()
     versions = f"{torch.__version__}, triton {importlib.metadata.version('triton')}"
-    if interpret:
-        return record(figures, torch.get_num_threads(), "dry run", versions, Path(tempfile.mkdtemp()))
-    return record(figures, torch.get_num_threads(), torch.cuda.get_device_name(), versions)
+    return record(figures(), torch.get_num_threads(), device, versions, folder)
 
 
 def record(
-    figures: Sequence[Figure], threads: int, device: str, versions: str = torch.__version__, folder: Path | None = None
+    figures: Iterable[Figure], threads: int, device: str, versions: str = torch.__version__, folder: Path | None = None
 ) -> Path:
-    """Appends the figures to the results of this device."""
+    """Appends each figure to the results of this device as soon as it is there: what was measured outlives a crash."""
     path = (folder or RESULTS) / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
     common = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -358,14 +369,15 @@ def record(
         "commit": git("rev-parse", "--short", "HEAD") or "none",
         "dirty": bool(git("status", "--porcelain")),
     }
-    rows = [common | dataclasses.asdict(figure) for figure in figures]
     path.parent.mkdir(exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, [*common, *(field.name for field in dataclasses.fields(Figure))])
         if new:
             writer.writeheader()
-        writer.writerows(rows)
+        for figure in figures:
+            writer.writerow(common | dataclasses.asdict(figure))
+            file.flush()
     return path
 
 

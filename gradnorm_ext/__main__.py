@@ -1,7 +1,8 @@
-"""``python -m gradnorm_ext``: what a bug report needs."""
+"""``python -m gradnorm_ext``: what a bug report needs; ``python -m gradnorm_ext operations``: the table of docs/operations.md."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -12,12 +13,21 @@ import torch
 
 import gradnorm_ext
 from gradnorm_ext import backends
+from gradnorm_ext.operations import OPERATIONS
 
-OPERATIONS = (
-    *("outer_sqnorm", "outer_wgrad", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
-    *("sums_sqnorm", "sums_wgrad", "outer_gram", "segment_std", "logit_scores", "logit_gradient_rates"),
-)
 SIZES = ((1, 1024, 1024), (16, 1024, 1024), (128, 256, 1024), (512, 256, 4096))  # rows per segment, out, in
+
+
+def operations() -> str:
+    """The table of operations, and which backends have a function for each, in Markdown."""
+    columns = {"native, CPU": "native", "native, CUDA": "native_cuda", "Triton": "triton_kernels"}
+    modules = [importlib.import_module(f"gradnorm_ext.{name}") for name in columns.values()]
+    rows = [f"| operation | gives | serves | {' | '.join(columns)} |", f"|---|---|---|{':-:|' * len(columns)}"]
+    for operation in OPERATIONS.values():
+        has = ("●" if hasattr(module, operation.name) else "" for module in modules)
+        serves = ", ".join(f"`{name}`" for name in operation.serves)
+        rows.append(f"| {' | '.join((f'`{operation.name}`', operation.gives, serves, *has))} |")
+    return "\n".join(rows)
 
 
 def main() -> int:
@@ -68,7 +78,11 @@ def _version(package: str) -> str:
 
 if __name__ == "__main__":
     try:
-        code = main()
+        code = 0
+        if sys.argv[1:] == ["operations"]:
+            print(operations())
+        else:
+            code = main()
         sys.stdout.flush()
     except BrokenPipeError:  # a reader such as `head` has seen enough; at exit Python would flush to it once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

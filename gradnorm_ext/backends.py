@@ -1,6 +1,8 @@
 """Which module carries out an operation.
 
-A backend is a module with functions of `reference`'s names and arguments; the table here is the whole registry.
+A backend is a module with functions of `reference`'s names and arguments; the table here is the whole registry. Its
+``DEVICES`` are those that its functions run on (without it: all), ``DEVICE_MODULES`` the modules that have others for
+some of them.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from gradnorm_ext.operations import OPERATIONS
+
 MODULES = {
     "triton": "gradnorm_ext.triton_kernels",
     "native": "gradnorm_ext.native",
     "reference": "gradnorm_ext.reference",
 }
-PREFERRED = {
+BACKEND_ORDER = {
     "cuda": ("triton", "reference"),  # native's run where asked for: none was measured to beat Triton's yet
     "cpu": ("native", "reference"),
 }
@@ -52,10 +56,9 @@ def choose(backend: str) -> str:
 
 
 def _serving(module: ModuleType, operation: str, device_type: str) -> Callable[..., Any] | None:
-    serves: dict[str, tuple[str, ...]] | None = getattr(module, "SERVES", None)  # None: everything it has, everywhere
-    if serves is not None and operation not in serves.get(device_type, ()):
+    if device_type not in getattr(module, "DEVICES", (device_type,)):
         return None
-    on: dict[str, ModuleType] = getattr(module, "ON", {})  # modules of their own for some devices
+    on: dict[str, ModuleType] = getattr(module, "DEVICE_MODULES", {})
     return getattr(on.get(device_type, module), operation, None)
 
 
@@ -88,7 +91,7 @@ def explain(operation: str, device_type: str, backend: str) -> str:
         return f"none: {', '.join(absent)}"
     if backend != "auto":
         return f"{name}, asked for"
-    why = f"not {', '.join(absent)}" if absent else f"the first of {', '.join(PREFERRED[device_type])}"
+    why = f"not {', '.join(absent)}" if absent else f"the first of {', '.join(BACKEND_ORDER[device_type])}"
     others = [other for other in MODULES if other not in (name, "reference") and _has(other, operation, device_type)]
     also = f"; where asked for: {', '.join(others)}" if others else ""
     return f"{name}, {why}{also}"
@@ -96,7 +99,9 @@ def explain(operation: str, device_type: str, backend: str) -> str:
 
 def _search(operation: str, device_type: str, backend: str) -> tuple[Callable[..., Any] | None, str, list[str]]:
     """The function, whose it is, and what was looked at before, with the reason why not."""
-    names = PREFERRED.get(device_type, ("reference",)) if backend == "auto" else (backend,)
+    if operation not in OPERATIONS:
+        raise ValueError(f"gradnorm_ext: there is no operation {operation}; give it a row in gradnorm_ext.operations")
+    names = BACKEND_ORDER.get(device_type, ("reference",)) if backend == "auto" else (backend,)
     absent = []
     for name in names:
         module = load(name)

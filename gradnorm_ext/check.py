@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -24,11 +24,21 @@ class Check:
         relative_error: for every trainable parameter the largest difference over the examples between the measured
             squared norm and autograd's, relative to the example's squared norm over all parameters.
         tolerance: what rounding explains in the dtype that was computed in.
+        evidence: for every trainable parameter a sentence for each of its uses: the function, the sizes of its rows, and what
+            proved that these belong to the examples they were counted for (a test from what the model returned, its
+            arguments, the caller's word), or why nothing did yet.
         differing: the parameters beyond the tolerance; empty where the model is measured right.
+        unproven: the parameters with a use that nothing has proven yet, such as one whose gradient is zero: the next
+            block of training tests it again.
     """
 
     relative_error: dict[str, float]
     tolerance: float
+    evidence: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def unproven(self) -> list[str]:
+        return [name for name, found in self.evidence.items() if any(": not yet proven: " in one for one in found)]
 
     @property
     def differing(self) -> list[str]:
@@ -38,7 +48,9 @@ class Check:
         worst = max(self.relative_error.values())
         if not self.differing:
             count = len(self.relative_error)
-            return f"check: all {count} trainable parameters agree with autograd, largest relative error {worst:.1e}"
+            lines = [f"check: all {count} trainable parameters agree with autograd, largest relative error {worst:.1e}"]
+            lines += [f"  {one}" for name in self.unproven for one in self.evidence[name]]
+            return "\n".join(lines)
         lines = [f"  {name}: relative error {self.relative_error[name]:.1e}" for name in self.differing]
         return "\n".join([f"check: {len(lines)} parameters differ from autograd beyond {self.tolerance:.1e}:", *lines])
 
@@ -76,8 +88,10 @@ def check(
     Example:
         >>> found = check(nn.Linear(3, 2), lambda y: y.square().sum(), torch.ones(4, 3))
         check: all 2 trainable parameters agree with autograd, largest relative error ...
-        >>> found.differing
-        []
+        >>> found.differing, found.unproven
+        ([], [])
+        >>> found.evidence["bias"]
+        ['bias (linear, rows [4]): proven by a test from what the model returned, down to its arguments, by ...']
     """
     copied = copy.deepcopy(model).double().eval()
     set_experts: Any = getattr(copied, "set_experts_implementation", None)
@@ -99,14 +113,14 @@ def check(
             f"check: tasks must have one entry per example of the first input, got {len(tasks)} for "
             f"{batched[0].shape[dim]}; pass the batched input first"
         )
-    measured, batch = _measured(copied, loss, given, on_unsupported, backend, observe_options)
+    measured, evidence, batch = _measured(copied, loss, given, on_unsupported, backend, observe_options)
     examples = batch.count
     expected = _one_at_a_time(copied, loss, given, batch)
     total = sum(expected.values(), torch.zeros(examples, dtype=torch.float64)).clamp(
         min=torch.finfo(torch.float64).tiny
     )
     errors = {name: float(((measured[name] - expected[name]).abs() / total).max()) for name in expected}
-    found = Check(errors, tolerance=torch.finfo(torch.float64).eps ** 0.5)
+    found = Check(errors, tolerance=torch.finfo(torch.float64).eps ** 0.5, evidence=evidence)
     print(found)
     return found
 
@@ -129,7 +143,7 @@ def _measured(
     on_unsupported: Literal["error", "vmap"],
     backend: str,
     observe_options: dict[str, Any],
-) -> tuple[dict[str, Tensor], Examples]:
+) -> tuple[dict[str, Tensor], dict[str, list[str]], Examples]:
     tasks = observe_options.get("tasks")
     n_tasks = 1 if tasks is None else int(torch.as_tensor(tasks).max()) + 1
     meter = Meter(model, tasks=n_tasks, on_unsupported=on_unsupported, backend=backend)
@@ -137,9 +151,10 @@ def _measured(
         loss(_called(model, given)).backward()
     batch = block.observation.batch
     assert batch is not None
+    evidence = block.observation.evidence()
     block.observation.forget()
     model.zero_grad()
-    return {name: sqnorm.double() for name, sqnorm in meter.parameter_sqnorm.items()}, batch
+    return {name: sqnorm.double() for name, sqnorm in meter.parameter_sqnorm.items()}, evidence, batch
 
 
 def _one_at_a_time(
@@ -160,7 +175,7 @@ def _one_at_a_time(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sqnorms = {name: torch.zeros(batch.count, dtype=torch.float64) for name in parameters}
     for b in range(batch.count):
-        if batch.packing is None:
+        if batch.packing is None and not batch.kinds:
             alone = pytree.tree_map(functools.partial(_one_example, b, batch), given)
             outputs = pytree.tree_leaves(_called(model, alone))
             gradients = [g.narrow(batch.batch_dim, b, 1) for _, g in used]
@@ -180,7 +195,7 @@ def _one_at_a_time(
 def _layout(output: Tensor, batch: Examples) -> Layout | None:
     """Of an output: as the block said, with the features it may have set aside."""
     dim = batch.batch_dim
-    if batch.packing is None and (output.dim() <= dim or output.shape[dim] != batch.count):
+    if not batch.told(output.shape) and (output.dim() <= dim or output.shape[dim] != batch.count):
         return None
     shape = tuple(output.shape[: max(1, output.dim() - 1)])
     kind = batch.kind_of(shape, set())

@@ -8,7 +8,7 @@ import fnmatch
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -57,7 +57,8 @@ class Given(TypedDict, total=False):
     prompts: Ids | None
     rewards: Tensor | Sequence[float] | None
     cu_seqlens: Ids | None
-    example_ids: Ids | None
+    example_ids: Ids | Sequence[Tensor] | Mapping[str, Ids] | None
+    rows_of: Mapping[str, Ids] | None
     batch_dim: int
     backwards: int
     loss_scale: float
@@ -74,6 +75,8 @@ class _Batch:
     n_prompts: int
     reward: RewardStats | None
     packing: Packing | None
+    kinds: dict[str, Tensor]
+    rows_of: dict[str, Tensor]
 
 
 class Block:
@@ -204,7 +207,8 @@ class Meter:
         prompts: Ids | None = None,
         rewards: Tensor | Sequence[float] | None = None,
         cu_seqlens: Ids | None = None,
-        example_ids: Ids | None = None,
+        example_ids: Ids | Sequence[Tensor] | Mapping[str, Ids] | None = None,
+        rows_of: Mapping[str, Ids] | None = None,
         batch_dim: int = 0,
         backwards: int = 1,
         loss_scale: float = 1.0,
@@ -220,7 +224,12 @@ class Meter:
             cu_seqlens: ``[B + 1]``, of a packed batch: example b has the rows ``cu_seqlens[b]`` to
                 ``cu_seqlens[b + 1]``, at least one. Tensors then have ``[R, ...]`` or ``[1, R, ...]`` rows. What collators
                 call ``cu_seq_lens_q``; :func:`gradnorm_ext.cu_seqlens` makes it of ``position_ids``.
-            example_ids: the same for rows in any order: each row's example, ``R`` integers of any shape.
+            example_ids: the same for rows in any order: each row's example, ``R`` integers of any shape. Of several kinds of
+                rows beside a batch that is not packed (images beside tokens, nodes and edges): a list of such tensors, told
+                apart by their lengths, or a dict of them by the model's arguments that have these rows. An example may
+                have no row of a kind.
+            rows_of: for parameters or modules, by name, of whose rows nothing else says whose they are (a scale that only
+                the loss sees): each row's example, one integer a row.
             batch_dim: where the model's inputs have the examples: 0, or 1 (sequence-first).
             backwards: how many backward passes the block has at most. With more than one (a loss each for chosen and
                 rejected, ``retain_graph``), what the layers' backward needs is kept until the block closes.
@@ -237,6 +246,7 @@ class Meter:
             "rewards": rewards,
             "cu_seqlens": cu_seqlens,
             "example_ids": example_ids,
+            "rows_of": rows_of,
             "batch_dim": batch_dim,
             "backwards": backwards,
             "loss_scale": loss_scale,
@@ -270,6 +280,8 @@ class Meter:
         at_once = plan.passes == 1 and plan.layer_weights is None and given.get("backwards", 1) == 1
         summed = self.exact_tasks or self.ranks == "exact"  # tasks' gradients, to be summed over blocks or ranks
         if not (at_once and self.memory.verified) or summed or self.modules is not None:
+            return None
+        if given.get("rows_of") or _is_several(given.get("example_ids")):
             return None
         backend = None if self.memory.unobservable else whole_graph_backend(callbacks)
         return None if backend is None else Graphs.of(backend)
@@ -319,13 +331,17 @@ class Meter:
                     f"{loss_scale}; change it between steps"
                 )
         _refuse_coupled_examples(who, modules)
-        device = _device_of(parameters[0][1])
+        device = _device_of(who, parameters)
         batch = self._batch(who, device, given, ranks)
 
         def start(examples: int) -> None:
             tasks = self._tasks_of(batch, examples, device)
             groups = self._groups(batch, tasks, plan)
-            observation.begin(Examples(examples, groups, batch_dim, batch.packing), tasks)
+            named = isinstance(given.get("example_ids"), Mapping)
+            kinds = tuple(_kind(who, name, ids, examples, named) for name, ids in batch.kinds.items())
+            for name, ids in batch.rows_of.items():
+                _kind(who, f"rows_of[{name!r}]", ids, examples, True)
+            observation.begin(Examples(examples, groups, batch_dim, batch.packing, kinds), tasks)
 
         observation = Observation(
             who,
@@ -341,6 +357,7 @@ class Meter:
             constants=functools.partial(_constants, modules),
             verify=verify,
             graphs=graphs is not None,
+            rows_of=batch.rows_of,
             **engine,
         )
         names = [name for name, _ in parameters]
@@ -466,7 +483,14 @@ class Meter:
             reward_values = given["rewards"] = _checked_rewards(who, rewards)
         lengths = {name: len(ids) for name, ids in given.items() if ids is not None}
         packing = None
-        if batch.get("cu_seqlens") is not None or batch.get("example_ids") is not None:
+        several = _is_several(batch.get("example_ids"))
+        kinds = _kinds(who, device, batch) if several else {}
+        rows_of = {
+            name: _checked_ids(who, f"rows_of[{name!r}]", torch.as_tensor(ids).reshape(-1), device).to(device)
+            for name, ids in (batch.get("rows_of") or {}).items()
+        }
+        self._check_names(who, rows_of)
+        if batch.get("cu_seqlens") is not None or (batch.get("example_ids") is not None and not several):
             packing = _packing(who, device, batch, next(iter(lengths.values()), None))
             lengths["cu_seqlens" if batch.get("cu_seqlens") is not None else "example_ids"] = len(packing.offsets) - 1
         if len(set(lengths.values())) > 1:
@@ -489,9 +513,17 @@ class Meter:
                 reward = empty_rewards(reward_values.cpu(), n_tasks)
             else:
                 reward = reward_stats(reward_values.cpu(), prompt_ids.cpu(), of_task, n_tasks=n_tasks)
-        tasks_there = None if task_ids is None else task_ids.to(device)
-        there = [None if ids is None else ids.to(device) for ids in (prompt_index, task_of_prompt)]
-        return _Batch(examples, tasks_there, there[0], there[1], n_prompts, reward, packing)
+        there = [None if ids is None else _moved(ids, device) for ids in (task_ids, prompt_index, task_of_prompt)]
+        return _Batch(examples, there[0], there[1], there[2], n_prompts, reward, packing, kinds, rows_of)
+
+    def _check_names(self, who: str, rows_of: Mapping[str, Tensor]) -> None:
+        names = [name for name, _ in self.model.named_parameters()] if rows_of else []
+        for key in rows_of:
+            if not any(name == key or name.startswith(f"{key}.") for name in names):
+                raise ValueError(
+                    f"{who}: rows_of must name parameters or modules of the model, got {key!r}, which names none of "
+                    f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+                )
 
     def _has_tasks(self, plan: Plan) -> bool:
         # A single task's norm is that of the whole gradient, which is formed anyway unless weights per example come first.
@@ -561,7 +593,14 @@ class Meter:
             modules: dict[str, list[int]] = {}
             for index, name in enumerate(names):
                 modules.setdefault(name.rpartition(".")[0], []).append(index)
-            layers = {module: stats(figures[rows]) for module, rows in modules.items()}
+            layers = {
+                module: stats(
+                    figures[rows[0] : rows[-1] + 1]
+                    if rows[-1] - rows[0] + 1 == len(rows)
+                    else torch.stack([figures[row] for row in rows])  # a list as an index would wait for the device
+                )
+                for module, rows in modules.items()
+            }
         return stats(figures, layers=layers, reward=batch.reward)
 
     def _task_of_prompt(self, batch: _Batch) -> Tensor | None:
@@ -679,10 +718,34 @@ class _Compilation:
             return taken.pop_all()
 
 
-def _device_of(parameter: nn.Parameter) -> torch.device:
-    """Where a parameter is computed with: a shard may wait elsewhere."""
-    mesh = getattr(parameter, "device_mesh", None)
-    return parameter.device if mesh is None else torch.device(mesh.device_type)
+def _device_of(who: str, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.device:
+    """Where the parameters are computed with: a shard may wait elsewhere."""
+    devices: dict[torch.device, str] = {}
+    for name, parameter in parameters:
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is None:
+            device = parameter.device
+        elif mesh.device_type == "cpu":
+            device = torch.device("cpu")
+        else:
+            device = torch.device(mesh.device_type, torch.accelerator.current_device_index())
+        if device not in devices:
+            devices[device] = name
+    if len(devices) > 1:
+        raise ValueError(
+            f"{who}: trainable parameters must lie on one device, got "
+            f"{' and '.join(f'{name} on {device}' for device, name in devices.items())}; move the model to one device, or "
+            "freeze what lies on the others"
+        )
+    return next(iter(devices))
+
+
+def _moved(ids: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it.
+
+    What is copied is a copy in pageable memory, which has been read when `to` returns: the caller may write to the ids.
+    """
+    return ids if ids.device == device else ids.clone().to(device, non_blocking=True)
 
 
 def _refuse_coupled_examples(who: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
@@ -746,6 +809,41 @@ def _checked_ids(who: str, name: str, ids: Ids, device: torch.device) -> Tensor:
     return tensor.long()
 
 
+def _is_several(example_ids: Any) -> bool:
+    """Whether ``example_ids`` speak of several kinds of rows."""
+    if isinstance(example_ids, Mapping):
+        return True
+    return isinstance(example_ids, (list, tuple)) and any(
+        isinstance(one, Tensor) and one.dim() > 0 for one in example_ids
+    )
+
+
+def _kinds(who: str, device: torch.device, batch: Given) -> dict[str, Tensor]:
+    """Each kind's example ids, by the caller's name for it."""
+    given: Any = batch["example_ids"]
+    named = given.items() if isinstance(given, Mapping) else ((str(i), ids) for i, ids in enumerate(given))
+    found = {}
+    for name, ids in named:
+        flat = torch.as_tensor(ids).reshape(-1)
+        found[name] = _checked_ids(who, f"example_ids[{name!r}]", flat, device).to(device)
+    lengths = [len(ids) for ids in found.values()]
+    if not isinstance(given, Mapping) and len(set(lengths)) < len(lengths):
+        raise ValueError(
+            f"{who}: kinds of rows are told apart by their numbers, got {lengths}; name the model's arguments that have them: "
+            "example_ids={...}"
+        )
+    return found
+
+
+def _kind(who: str, name: str, ids: Tensor, examples: int, named: bool) -> Packing:
+    if ids.device.type == "cpu" and len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < examples):
+        raise ValueError(
+            f"{who}: example ids must lie in [0, {examples}), got {_some(ids.unique())} for {name}; number the examples of the "
+            "batch from 0"
+        )
+    return Packing.of_ids(ids, examples, name, named)
+
+
 def _packing(who: str, device: torch.device, batch: Given, examples: int | None) -> Packing:
     """Whose the rows of a packed batch are; looked at on the host, since a block needs to know how many there are."""
     offsets, ids = batch.get("cu_seqlens"), batch.get("example_ids")
@@ -758,7 +856,7 @@ def _packing(who: str, device: torch.device, batch: Given, examples: int | None)
                 f"{who}: cu_seqlens must rise from 0, every example having a row, got {_some(starts)}; drop examples "
                 "without rows from tasks, prompts, rewards and cu_seqlens"
             )
-        return Packing.of_lengths(starts.to(device), int(starts[-1]))
+        return Packing.of_lengths(_moved(starts, device), int(starts[-1]))
     assert ids is not None
     of_row = _checked_ids(who, "example_ids", torch.as_tensor(ids).reshape(-1), device).cpu()
     count = examples if examples is not None else int(of_row.max()) + 1 if len(of_row) else 0
@@ -770,7 +868,7 @@ def _packing(who: str, device: torch.device, batch: Given, examples: int | None)
             f"{who}: example_ids must name each of the {count} examples at least once and no other, got "
             f"{_some(of_row.unique())}; number the examples of the batch from 0"
         )
-    return Packing.of_ids(of_row.to(device), count)
+    return Packing.of_ids(_moved(of_row, device), count)
 
 
 def _some(values: Tensor) -> list[int]:

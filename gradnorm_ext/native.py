@@ -13,51 +13,31 @@ from torch import Tensor
 
 import gradnorm_ext._C as _C  # importing it registers the kernels; where it is absent the error names it
 from gradnorm_ext import native_cuda, reference
+from gradnorm_ext.im2col import Im2col
+from gradnorm_ext.operations import OPERATIONS, kernel_name
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
-from gradnorm_ext.windows import Windows
 
-SERVES = {
-    "cpu": (
-        *("outer_sqnorm", "outer_wgrad", "outer_sum", "windows_sqnorm", "windows_wgrad"),
-        *("lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
-        *("sums_sqnorm", "sums_wgrad", "segment_std", "logit_scores", "logit_gradient_rates"),
-    ),
-    "cuda": native_cuda.SERVES if _C.with_cuda else (),
-}
-ON = {"cuda": native_cuda}  # whose functions these are; the others' are here
+DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
+DEVICE_MODULES = {"cuda": native_cuda}  # whose functions run there; the others' are here
 
-_SCHEMAS = """
-outer_sqnorm(Tensor x, Tensor g, Tensor offsets, Tensor(a!) sqnorm) -> ()
-outer_wgrad(Tensor x, Tensor g, Tensor offsets, Tensor walk, Tensor columns, Tensor? outputs, Tensor? weight,
-    Tensor(a!)? dw, Tensor(b!) sqnorm, bool segment_norms) -> ()
-windows_wgrad(Tensor images, Tensor windows, Tensor g, Tensor offsets, Tensor walk, Tensor columns, Tensor? outputs,
-    Tensor? weight, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
-lookup_wgrad(Tensor ids, Tensor g, Tensor offsets, Tensor walk, Tensor columns, Tensor? outputs, Tensor? weight,
-    int padding_idx, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
-lookup_wgrad_sorted(Tensor ids, Tensor place, Tensor? row, Tensor segment, Tensor offsets, Tensor g, Tensor walk,
-    Tensor columns, Tensor? outputs, Tensor? weight, int padding_idx, Tensor(a!)? dw, Tensor(b!) sqnorm) -> ()
-outer_fused(Tensor x, Tensor g, Tensor begin, Tensor end, Tensor unit, Tensor inner, Tensor? outer, Tensor? output,
-    Tensor? weight, int p, int d, int units, int kernel, Tensor(a!)? dw, Tensor(b!) norms) -> ()
-product_sums(Tensor x, Tensor g, Tensor? shift, Tensor? scale, Tensor offsets, Tensor(a!) out) -> ()
-sum_sums(Tensor g, Tensor offsets, Tensor(a!) out) -> ()
-sums_wgrad(Tensor sums, Tensor offsets, Tensor walk, Tensor columns, Tensor? weight, Tensor(a!)? dw,
-    Tensor(b!) sqnorm) -> ()
-segment_std(Tensor values, Tensor ids, int ddof, Tensor(a!) mean, Tensor(b!) std, Tensor(c!) count, Tensor(d!) low,
-    Tensor(e!) high) -> ()
-segment_std_sorted(Tensor values, Tensor order, Tensor offsets, int ddof, Tensor(a!) mean, Tensor(b!) std,
-    Tensor(c!) count, Tensor(d!) low, Tensor(e!) high) -> ()
-logit_scores(Tensor logits, Tensor labels, int ignored, Tensor(a!) log_probability, Tensor(b!) w) -> ()
-logit_gradient_rates(Tensor logits, Tensor labels, int ignored, Tensor(a!) count, Tensor(b!) up, Tensor(c!) down) -> ()
-"""
 _MANY = 32  # rows: a product of our own over so many is nearly as fast as over more
 _CONVERTED = 1 << 22  # logits of half precision held in float32 at once
 
 _library = torch.library.Library("gradnorm", "DEF")
-for _schema in _SCHEMAS.replace("\n    ", " ").strip().splitlines():
-    _library.define(_schema)
-    # Nothing to describe: operations write into tensors their caller made.
-    torch.library.register_fake("gradnorm::" + _schema.partition("(")[0], lambda *_: None, lib=_library)
+
+
+def define(schema: str) -> None:
+    """Make torch know an operator of ours, whose kernels write into tensors that their caller made."""
+    _library.define(" ".join(schema.split()))
+    torch.library.register_fake(
+        f"gradnorm::{kernel_name(schema)}", lambda *_: None, lib=_library
+    )  # nothing to describe
+
+
+for _operation in OPERATIONS.values():
+    for _schema in _operation.kernels:
+        define(_schema)
 
 _kernels = torch.ops.gradnorm
 
@@ -147,14 +127,14 @@ def _sum(x: Tensor, g: Tensor, segments: Segments, weight: Tensor | None, out: T
     return out
 
 
-def windows_sqnorm(images: Tensor, windows: Windows, g: Tensor, segments: Segments) -> Tensor:
+def im2col_sqnorm(images: Tensor, windows: Im2col, g: Tensor, segments: Segments) -> Tensor:
     """:func:`outer_sqnorm` of the rows that windows see."""
     return _windows(images, windows, _rows(g), segments, None, None, None)
 
 
-def windows_wgrad(
+def im2col_wgrad(
     images: Tensor,
-    windows: Windows,
+    windows: Im2col,
     g: Tensor,
     segments: Segments,
     *,
@@ -172,7 +152,7 @@ def windows_wgrad(
 
 def _windows(
     images: Tensor,
-    windows: Windows,
+    windows: Im2col,
     g: Tensor,
     segments: Segments,
     weight: Tensor | None,
@@ -186,7 +166,7 @@ def _windows(
     _clear_absent(dw, outputs, segments)
     weight, packed = _vector(weight, images.dtype), windows.packed(images)
     offsets, walk, columns = segments.offsets, groups.walk, groups.columns
-    _kernels.windows_wgrad(images, packed, g, offsets, walk, columns, outputs, weight, dw, sqnorm)
+    _kernels.im2col_wgrad(images, packed, g, offsets, walk, columns, outputs, weight, dw, sqnorm)
     return sqnorm
 
 
@@ -232,41 +212,41 @@ def lookup_wgrad(
     return dw if outputs is not None else dw[0], sqnorm
 
 
-def product_sums(
+def segment_scale_grad(
     x: Tensor, g: Tensor, segments: Segments, *, shift: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
-    """See :func:`gradnorm_ext.ops.product_sums`."""
+    """See :func:`gradnorm_ext.ops.segment_scale_grad`."""
     x, g = _rows(x), _rows(g)
     out = g.new_empty(segments.count, g.shape[1])
-    _kernels.product_sums(x, g, _vector(shift, x.dtype), _vector(scale, x.dtype), segments.offsets, out)
+    _kernels.segment_scale_grad(x, g, _vector(shift, x.dtype), _vector(scale, x.dtype), segments.offsets, out)
     return out
 
 
-def sum_sums(g: Tensor, segments: Segments) -> Tensor:
-    """See :func:`gradnorm_ext.ops.sum_sums`."""
+def segment_sum(g: Tensor, segments: Segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.segment_sum`."""
     g = _rows(g)
     if segments.length == 1:
         return g
     out = g.new_empty(segments.count, g.shape[1])
-    _kernels.sum_sums(g, segments.offsets, out)
+    _kernels.segment_sum(g, segments.offsets, out)
     return out
 
 
-def sums_sqnorm(sums: Tensor, segments: Segments) -> Tensor:
-    """See :func:`gradnorm_ext.ops.sums_sqnorm`."""
-    return _sums(sums, segments, None, None)
+def per_sample_sqnorm(grads: Tensor, segments: Segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.per_sample_sqnorm`."""
+    return _per_sample(grads, segments, None, None)
 
 
-def sums_wgrad(sums: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See :func:`gradnorm_ext.ops.sums_wgrad`."""
-    dw = sums.new_empty(sums.shape[1])
-    return dw, _sums(sums, segments, weight, dw)
+def per_sample_wgrad(grads: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`gradnorm_ext.ops.per_sample_wgrad`."""
+    dw = grads.new_empty(grads.shape[1])
+    return dw, _per_sample(grads, segments, weight, dw)
 
 
-def _sums(sums: Tensor, segments: Segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
-    sqnorm, groups = sums.new_empty(segments.columns), segments.groups
-    weight = _vector(weight, sums.dtype)
-    _kernels.sums_wgrad(sums.contiguous(), segments.offsets, groups.walk, groups.columns, weight, dw, sqnorm)
+def _per_sample(grads: Tensor, segments: Segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
+    sqnorm, groups = grads.new_empty(segments.columns), segments.groups
+    weight = _vector(weight, grads.dtype)
+    _kernels.per_sample_wgrad(grads.contiguous(), segments.offsets, groups.walk, groups.columns, weight, dw, sqnorm)
     return sqnorm
 
 
@@ -459,7 +439,7 @@ def _outer(
     if left == 1 and dw is not None and outputs is None and changes < 0 and not _fuses_all(x):
         # One group of all rows: its gradient is dW, and a pass over dW costs less than multiplying tile by tile.
         torch.mm(g.t(), x, out=dw[0])
-        return sqnorm.index_fill_(0, walk.onwards[n_gram], _sums(dw.view(1, -1), _WHOLE, None, None)[0])
+        return sqnorm.index_fill_(0, walk.onwards[n_gram], _per_sample(dw.view(1, -1), _WHOLE, None, None)[0])
     if changes < left:
         _kernels.outer_wgrad(x, g, walk.offsets, order, columns, outputs, weight, dw, sqnorm, False)
         return sqnorm

@@ -18,10 +18,6 @@ import gradnorm_ext._C as _C
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
-SERVES = (
-    *("outer_sqnorm", "outer_wgrad", "lookup_sqnorm", "lookup_wgrad", "product_sums", "sum_sums"),
-    *("sums_sqnorm", "sums_wgrad", "segment_std"),
-)
 METHODS = ("mma", "wgmma", "wgmma_wide")  # of the fused product (OuterKernel): from sm_80 on; on Hopper, in two tiles
 
 _LOOKS = 1 << 24  # ids that are looked at, segments x values, before sorting them pays; not measured
@@ -205,45 +201,45 @@ def _lookup(
     return sqnorm
 
 
-def product_sums(
+def segment_scale_grad(
     x: Tensor, g: Tensor, segments: Segments, *, shift: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
-    """See :func:`gradnorm_ext.ops.product_sums`."""
+    """See :func:`gradnorm_ext.ops.segment_scale_grad`."""
     x, g, dtype = rows_of(x), rows_of(g), accumulator(g.dtype)
     out = g.new_empty(segments.count, g.shape[1], dtype=dtype)
-    with launching("product_sums", g.device):
-        _kernels.product_sums(x, g, vector_of(shift, dtype), vector_of(scale, dtype), segments.offsets, out)
+    with launching("segment_scale_grad", g.device):
+        _kernels.segment_scale_grad(x, g, vector_of(shift, dtype), vector_of(scale, dtype), segments.offsets, out)
     return out
 
 
-def sum_sums(g: Tensor, segments: Segments) -> Tensor:
-    """See :func:`gradnorm_ext.ops.sum_sums`."""
+def segment_sum(g: Tensor, segments: Segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.segment_sum`."""
     dtype = accumulator(g.dtype)
     if segments.length == 1:
         return g.to(dtype)
     g = rows_of(g)
     out = g.new_empty(segments.count, g.shape[1], dtype=dtype)
-    with launching("sum_sums", g.device):
-        _kernels.sum_sums(g, segments.offsets, out)
+    with launching("segment_sum", g.device):
+        _kernels.segment_sum(g, segments.offsets, out)
     return out
 
 
-def sums_sqnorm(sums: Tensor, segments: Segments) -> Tensor:
-    """See :func:`gradnorm_ext.ops.sums_sqnorm`."""
-    return _sums("sums_sqnorm", sums, segments, None, None)
+def per_sample_sqnorm(grads: Tensor, segments: Segments) -> Tensor:
+    """See :func:`gradnorm_ext.ops.per_sample_sqnorm`."""
+    return _per_sample("per_sample_sqnorm", grads, segments, None, None)
 
 
-def sums_wgrad(sums: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See :func:`gradnorm_ext.ops.sums_wgrad`."""
-    dw = sums.new_empty(sums.shape[1])
-    return dw, _sums("sums_wgrad", sums, segments, weight, dw)
+def per_sample_wgrad(grads: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`gradnorm_ext.ops.per_sample_wgrad`."""
+    dw = grads.new_empty(grads.shape[1])
+    return dw, _per_sample("per_sample_wgrad", grads, segments, weight, dw)
 
 
-def _sums(operation: str, sums: Tensor, segments: Segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
-    sqnorm, groups = sums.new_empty(segments.columns), segments.groups
-    given = (sums.contiguous(), segments.offsets, groups.walk, groups.columns, vector_of(weight, sums.dtype))
-    with launching(operation, sums.device):
-        _kernels.sums_wgrad(*given, dw, sqnorm)
+def _per_sample(operation: str, grads: Tensor, segments: Segments, weight: Tensor | None, dw: Tensor | None) -> Tensor:
+    sqnorm, groups = grads.new_empty(segments.columns), segments.groups
+    given = (grads.contiguous(), segments.offsets, groups.walk, groups.columns, vector_of(weight, grads.dtype))
+    with launching(operation, grads.device):
+        _kernels.per_sample_wgrad(*given, dw, sqnorm)
     return sqnorm
 
 

@@ -185,7 +185,7 @@ def lookup_wgrad(
     )
 
 
-def product_sums(
+def segment_scale_grad(
     x: Tensor,
     g: Tensor,
     segments: Segments,
@@ -209,15 +209,15 @@ def product_sums(
         ``[segments, width]``, float32 (float64 for float64 input).
 
     Example:
-        >>> product_sums(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(1, 2))
+        >>> segment_scale_grad(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(1, 2))
         tensor([[5.]])
     """
-    _check_rows("product_sums", segments, x=x, g=g)
-    run = backends.find("product_sums", x.device.type, backends.choose(backend))
+    _check_rows("segment_scale_grad", segments, x=x, g=g)
+    run = backends.find("segment_scale_grad", x.device.type, backends.choose(backend))
     return run(x, g, segments, shift=shift, scale=scale)  # type: ignore[no-any-return]
 
 
-def product_sqnorm(
+def scale_sqnorm(
     x: Tensor,
     g: Tensor,
     segments: Segments,
@@ -226,17 +226,17 @@ def product_sqnorm(
     scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Squared norm of each segment's gradient of a layer's scale: ``out[s] = ‖product_sums[s]‖²``, groups likewise.
+    """Squared norm of each segment's gradient of a layer's scale: ``out[s] = ‖segment_scale_grad[s]‖²``, groups likewise.
 
     Example:
-        >>> product_sqnorm(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(1, 2))
+        >>> scale_sqnorm(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(1, 2))
         tensor([25.])
     """
-    sums = product_sums(x, g, segments, shift=shift, scale=scale, backend=backend)
-    return sums_sqnorm(sums, segments, backend=backend)
+    sums = segment_scale_grad(x, g, segments, shift=shift, scale=scale, backend=backend)
+    return per_sample_sqnorm(sums, segments, backend=backend)
 
 
-def product_wgrad(
+def scale_wgrad(
     x: Tensor,
     g: Tensor,
     segments: Segments,
@@ -246,54 +246,54 @@ def product_wgrad(
     weight: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """A scale's gradient ``dw = Σ_s weight[s] product_sums[s]`` and its segments' squared norms (not weighted).
+    """A scale's gradient ``dw = Σ_s weight[s] segment_scale_grad[s]`` and its segments' squared norms (not weighted).
 
     Example:
-        >>> product_wgrad(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(2, 1))
+        >>> scale_wgrad(torch.tensor([[2.], [3.]]), torch.ones(2, 1), Segments.equal(2, 1))
         (tensor([5.]), tensor([4., 9.]))
     """
-    sums = product_sums(x, g, segments, shift=shift, scale=scale, backend=backend)
-    return sums_wgrad(sums, segments, weight=weight, backend=backend)
+    sums = segment_scale_grad(x, g, segments, shift=shift, scale=scale, backend=backend)
+    return per_sample_wgrad(sums, segments, weight=weight, backend=backend)
 
 
-def sum_sums(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
+def segment_sum(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
     """Each segment's gradient of a bias: ``out[s] = Σ_{r in s} g[r]``, ``[segments, width]``.
 
     Example:
-        >>> sum_sums(torch.tensor([[2.], [3.]]), Segments.equal(1, 2))
+        >>> segment_sum(torch.tensor([[2.], [3.]]), Segments.equal(1, 2))
         tensor([[5.]])
     """
-    _check_rows("sum_sums", segments, g=g)
-    return backends.find("sum_sums", g.device.type, backends.choose(backend))(g, segments)  # type: ignore[no-any-return]
+    _check_rows("segment_sum", segments, g=g)
+    return backends.find("segment_sum", g.device.type, backends.choose(backend))(g, segments)  # type: ignore[no-any-return]
 
 
-def sum_sqnorm(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
-    """Squared norm of each segment's gradient of a bias: ``out[s] = ‖sum_sums[s]‖²``, groups likewise.
+def bias_sqnorm(g: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
+    """Squared norm of each segment's gradient of a bias: ``out[s] = ‖segment_sum[s]‖²``, groups likewise.
 
     Example:
-        >>> sum_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(1, 2))
+        >>> bias_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(1, 2))
         tensor([25.])
     """
-    return sums_sqnorm(sum_sums(g, segments, backend=backend), segments, backend=backend)
+    return per_sample_sqnorm(segment_sum(g, segments, backend=backend), segments, backend=backend)
 
 
-def sum_wgrad(
+def bias_wgrad(
     g: Tensor, segments: Segments, *, weight: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """A bias's gradient ``dw = Σ_s weight[s] sum_sums[s]`` and its segments' squared norms (not weighted).
+    """A bias's gradient ``dw = Σ_s weight[s] segment_sum[s]`` and its segments' squared norms (not weighted).
 
     Example:
-        >>> sum_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
+        >>> bias_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
         (tensor([8.]), tensor([4., 9.]))
     """
-    return sums_wgrad(sum_sums(g, segments, backend=backend), segments, weight=weight, backend=backend)
+    return per_sample_wgrad(segment_sum(g, segments, backend=backend), segments, weight=weight, backend=backend)
 
 
-def sums_sqnorm(sums: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
-    """Squared norms of gradients that are given per segment: ``out[s] = ‖sums[s]‖²``, a group's of its sum.
+def per_sample_sqnorm(grads: Tensor, segments: Segments, *, backend: str = "auto") -> Tensor:
+    """Squared norms of gradients that are given per segment: ``out[s] = ‖grads[s]‖²``, a group's of its sum.
 
     Args:
-        sums: ``[segments, n]``, float32 or float64.
+        grads: ``[segments, n]``, float32 or float64.
         segments: whose gradients they are; only the number of segments and the groups matter.
 
     Returns:
@@ -301,28 +301,28 @@ def sums_sqnorm(sums: Tensor, segments: Segments, *, backend: str = "auto") -> T
 
     Example:
         >>> from gradnorm_ext.segments import Groups
-        >>> sums_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(2, 1, Groups.of(2, [(torch.tensor([0, 0]), 1)])))
+        >>> per_sample_sqnorm(torch.tensor([[2.], [3.]]), Segments.equal(2, 1, Groups.of(2, [(torch.tensor([0, 0]), 1)])))
         tensor([ 4.,  9., 25.])
     """
-    _check_sums("sums_sqnorm", sums, segments)
-    return backends.find("sums_sqnorm", sums.device.type, backends.choose(backend))(sums, segments)  # type: ignore[no-any-return]
+    _check_grads("per_sample_sqnorm", grads, segments)
+    return backends.find("per_sample_sqnorm", grads.device.type, backends.choose(backend))(grads, segments)  # type: ignore[no-any-return]
 
 
-def sums_wgrad(
-    sums: Tensor, segments: Segments, *, weight: Tensor | None = None, backend: str = "auto"
+def per_sample_wgrad(
+    grads: Tensor, segments: Segments, *, weight: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The (weighted) total of gradients that are given per segment, ``Σ_s weight[s] sums[s]``, and their squared norms.
+    """The (weighted) total of gradients that are given per segment, ``Σ_s weight[s] grads[s]``, and their squared norms.
 
-    Args and returns: as of :func:`sums_sqnorm`; ``weight [segments]`` or None for ones; the total is ``[n]``.
+    Args and returns: as of :func:`per_sample_sqnorm`; ``weight [segments]`` or None for ones; the total is ``[n]``.
 
     Example:
-        >>> sums_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
+        >>> per_sample_wgrad(torch.tensor([[2.], [3.]]), Segments.equal(2, 1), weight=torch.tensor([1., 2.]))
         (tensor([8.]), tensor([4., 9.]))
     """
-    _check_sums("sums_wgrad", sums, segments)
-    _outputs("sums_wgrad", segments, weight, by_group=False)
-    run = backends.find("sums_wgrad", sums.device.type, backends.choose(backend))
-    return run(sums, segments, weight=weight)  # type: ignore[no-any-return]
+    _check_grads("per_sample_wgrad", grads, segments)
+    _outputs("per_sample_wgrad", segments, weight, by_group=False)
+    run = backends.find("per_sample_wgrad", grads.device.type, backends.choose(backend))
+    return run(grads, segments, weight=weight)  # type: ignore[no-any-return]
 
 
 class SegmentStd(NamedTuple):
@@ -486,11 +486,11 @@ def _refuse_rows(who: str, rows: dict[str, Tensor]) -> None:
     raise TypeError(f"{who}: {names} must have one dtype of {', '.join(map(str, FLOATS))}, got {got}; cast them")
 
 
-def _check_sums(who: str, sums: Tensor, segments: Segments) -> None:
-    if sums.dim() != 2 or sums.shape[0] != segments.count:
-        raise ValueError(f"{who}: sums must be [{segments.count}, n], one row per segment, got {list(sums.shape)}")
-    if sums.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{who}: sums must be float32 or float64, got {sums.dtype}; cast them")
+def _check_grads(who: str, grads: Tensor, segments: Segments) -> None:
+    if grads.dim() != 2 or grads.shape[0] != segments.count:
+        raise ValueError(f"{who}: grads must be [{segments.count}, n], one row per segment, got {list(grads.shape)}")
+    if grads.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{who}: grads must be float32 or float64, got {grads.dtype}; cast them")
 
 
 def _check_lookup(who: str, ids: Tensor, g: Tensor, vocabulary: int, segments: Segments) -> None:

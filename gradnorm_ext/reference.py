@@ -45,7 +45,7 @@ def outer_sum(x: Tensor, g: Tensor, segments: Segments, *, weight: Tensor | None
     """Σ_s weight[s] Σ_{r in s} g[r] x[r]ᵀ ``[d, p]`` in the rows' dtype: a weight gradient without any norm."""
     if weight is None:
         return g.t() @ x
-    of_row = segments.per_row(weight.to(g.dtype))[:, None]
+    of_row = segments.per_row(weight.to(g.dtype), len(g))[:, None]
     return g.t() @ (x * of_row) if x.shape[1] < g.shape[1] else (g * of_row).t() @ x  # scale the narrower side
 
 
@@ -75,7 +75,7 @@ def _outer(
     i = 0
     for rows in _blocks(x, g, segments):
         of_segment = _outer_per_segment(x, rows, segments)
-        sqnorm += sums_sqnorm(of_segment.flatten(1), segments)
+        sqnorm += per_sample_sqnorm(of_segment.flatten(1), segments)
         if dw is not None:
             if weight is not None:
                 of_segment = of_segment * weight[:, None, None].to(of_segment.dtype)
@@ -97,19 +97,19 @@ def _outer_per_segment(x: Tensor, g: Tensor, segments: Segments) -> Tensor:
     return torch.stack([gs.t() @ xs for gs, xs in rows]) if segments.count else x.new_zeros(0, g.shape[1], x.shape[1])
 
 
-def sums_sqnorm(sums: Tensor, segments: Segments) -> Tensor:
-    parts = [sums.square().sum(1)]
+def per_sample_sqnorm(grads: Tensor, segments: Segments) -> Tensor:
+    parts = [grads.square().sum(1)]
     for ids, count in zip(segments.groups.levels, segments.groups.counts, strict=True):
-        parts.append(sums.new_zeros(count, sums.shape[1]).index_add_(0, ids, sums).square().sum(1))
+        parts.append(grads.new_zeros(count, grads.shape[1]).index_add_(0, ids, grads).square().sum(1))
     return torch.cat(parts)
 
 
-def sums_wgrad(sums: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    dw = sums.sum(0) if weight is None else weight.to(sums.dtype) @ sums
-    return dw, sums_sqnorm(sums, segments)
+def per_sample_wgrad(grads: Tensor, segments: Segments, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    dw = grads.sum(0) if weight is None else weight.to(grads.dtype) @ grads
+    return dw, per_sample_sqnorm(grads, segments)
 
 
-def product_sums(
+def segment_scale_grad(
     x: Tensor, g: Tensor, segments: Segments, *, shift: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
     dtype = accumulator(x.dtype)
@@ -118,10 +118,10 @@ def product_sums(
         x = x - shift.to(dtype)[:, None]
     if scale is not None:
         x = x * scale.to(dtype)[:, None]
-    return sum_sums(g.to(dtype) * x, segments)
+    return segment_sum(g.to(dtype) * x, segments)
 
 
-def sum_sums(g: Tensor, segments: Segments) -> Tensor:
+def segment_sum(g: Tensor, segments: Segments) -> Tensor:
     g = g.to(accumulator(g.dtype))
     if segments.length is not None:
         return g.reshape(segments.count, segments.length, g.shape[1]).sum(1)

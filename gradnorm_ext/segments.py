@@ -98,9 +98,15 @@ class Segments:
         """How many segments there are."""
         return len(self.offsets) - 1
 
-    def per_row(self, weight: Tensor) -> Tensor:
-        """A value per segment as one per row."""
-        return weight.repeat_interleave(self.offsets.diff() if self.length is None else self.length)
+    def per_row(self, values: Tensor, rows: int | None = None) -> Tensor:
+        """A value per segment as one per row; without the number of ``rows``, ragged ones wait for the device."""
+        if self.length is not None:
+            return values.repeat_interleave(self.length)
+        return values.repeat_interleave(self.offsets.diff(), output_size=rows)
+
+    def of_rows(self, rows: int) -> Tensor:
+        """Each row's segment, ``[rows]``."""
+        return self.per_row(torch.arange(self.count, device=self.offsets.device), rows)
 
     @functools.cached_property
     def columns(self) -> int:

@@ -126,7 +126,7 @@ class Stats:
         norms = sqnorms.sqrt()
         finite = torch.isfinite(norms).all()
         if reward is not None:
-            finite = finite & torch.isfinite(torch.as_tensor(reward.mean, device=sqnorms.device)).all()
+            finite = finite & torch.isfinite(torch.as_tensor(reward.mean)).all().to(sqnorms.device, non_blocking=True)
         return Stats(
             example_norm=norms[: len(tasks)],
             prompt_norm=norms[len(tasks) : len(tasks) + n_prompts] if prompts is not None else None,

@@ -20,6 +20,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; torch wo
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
+if not torch.cuda.is_available():  # there it also forbids what is not deterministic
+    # What `new_empty` gives is NaN, or the largest integer: an entry that nobody writes is seen.
+    torch.use_deterministic_algorithms(True)
+
 
 @pytest.fixture
 def in_float64(monkeypatch):

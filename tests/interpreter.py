@@ -1,6 +1,7 @@
 """Triton's interpreter, mended where it computes something else than the compiled kernel. Importing this mends it."""
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -23,6 +24,14 @@ def _create_dot(self, a, b, d, *options):
     return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
 
+def _create_fp_trunc(self, value, dtype):
+    """A float32 rounded to the nearest bfloat16, as the GPU does, and not cut off, as Triton 3.6 to 3.9 have it."""
+    if value.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+        return self.cast_impl(value, dtype)
+    rounded = torch.from_numpy(np.ascontiguousarray(value.data, dtype=np.float32)).bfloat16()
+    return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), dtype.scalar)
+
+
 def _patch_lang_tensor(tensor, scope):
     """A tensor of one number as the bound of a loop, which Triton 3.6 cannot take from NumPy 2.4 (issue 9171)."""
     _patch_tensor(tensor, scope)
@@ -30,5 +39,6 @@ def _patch_lang_tensor(tensor, scope):
 
 
 interpreter.InterpreterBuilder.create_dot = _create_dot
+interpreter.InterpreterBuilder.create_fp_trunc = _create_fp_trunc
 if triton.__version__.startswith("3.6."):
     interpreter._patch_lang_tensor = _patch_lang_tensor

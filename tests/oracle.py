@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +27,56 @@ class Case:
         y = self.y.to(dtype) if self.y.is_floating_point() else self.y
         return Case(copy.deepcopy(self.model).to(dtype), x, y, self.loss)
 
+    def on(self, device: torch.device | str) -> Case:
+        return Case(copy.deepcopy(self.model).to(device), self.x.to(device), self.y.to(device), self.loss)
+
     def run(self) -> Tensor:
         return self.loss(self.model(self.x), self.y)
 
 
+def gradients_of(model: nn.Module, losses: Iterable[Callable[[], Tensor | None]]) -> list[dict[str, Tensor]]:
+    """What each loss alone adds to ``.grad``: each runs the model and returns a loss, or runs its backward as well."""
+    found = []
+    for run in losses:
+        model.zero_grad()
+        loss = run()
+        if loss is not None:
+            loss.backward()
+        found.append({name: _gradient(p) for name, p in model.named_parameters() if p.requires_grad})
+    model.zero_grad()
+    return found
+
+
 def per_example_gradients(case: Case) -> list[dict[str, Tensor]]:
     """Each example's gradients, from a forward and a backward of its own."""
-    model, found = copy.deepcopy(case.model), []
-    for i in range(len(case.x)):
-        model.zero_grad()
-        case.loss(model(case.x[i : i + 1]), case.y[i : i + 1]).backward()
-        found.append({name: _gradient(p) for name, p in model.named_parameters() if p.requires_grad})
-    return found
+    model = copy.deepcopy(case.model)
+
+    def loss_of(i: int) -> Tensor:
+        return case.loss(model(case.x[i : i + 1]), case.y[i : i + 1])
+
+    return gradients_of(model, [functools.partial(loss_of, i) for i in range(len(case.x))])
 
 
 def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+
+
+def weighted(gradients: list[dict[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
+    """The examples' gradients times their weights, added up."""
+    return {name: sum(w * of[name] for w, of in zip(weights, gradients, strict=True)) for name in gradients[0]}
+
+
+def same_norms(
+    stats: Any, gradients: list[dict[str, Tensor]], tasks: Tensor | None = None, within: float = 1e3
+) -> None:
+    """A block's statistics have the norms of the examples' gradients and of the tasks'.
+
+    ``within``: roundings of float64.
+    """
+    examples, close = torch.arange(len(gradients)), within * torch.finfo(torch.float64).eps
+    assert relative(stats.example_norm, group_norms(gradients, examples, len(gradients))) < close
+    if tasks is not None:
+        assert relative(stats.task_norm, group_norms(gradients, tasks, len(stats.task_norm))) < close
 
 
 def group_norms(gradients: list[dict[str, Tensor]], ids: Tensor, count: int) -> Tensor:
@@ -112,7 +148,7 @@ class Transformer(nn.Module):
             self.head.weight = self.tokens.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        h = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+        h = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             h = block(h)
         h = self.norm(h)
@@ -244,8 +280,8 @@ class Attending(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x))
         seen = torch.tanh(self.widen(x[:, : self.other[0]])) if self.widen is not None and self.other else h
-        mask = torch.ones(len(h[0]), len(seen[0]), dtype=torch.bool).triu(1) if self.causal else None
-        padding = (torch.arange(len(seen[0])) > 1) & (x[:, :1, 0] > 0) if self.causal else None
+        mask = h.new_ones(len(h[0]), len(seen[0]), dtype=torch.bool).triu(1) if self.causal else None
+        padding = (torch.arange(len(seen[0]), device=x.device) > 1) & (x[:, :1, 0] > 0) if self.causal else None
         if not self.attention.batch_first:
             h, seen = h.transpose(0, 1), h.transpose(0, 1) if seen is h else seen.transpose(0, 1)
         seen = h if self.other is None else seen
@@ -335,7 +371,7 @@ class Bags(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights = x.to(self.head.weight.dtype).cos() if self.weighted else None
         if self.tied:  # the same ids as one row of flat bags
-            h = self.bags(x.flatten(), torch.arange(0, x.numel(), x.shape[1]))
+            h = self.bags(x.flatten(), torch.arange(0, x.numel(), x.shape[1], device=x.device))
             return self.head(torch.tanh(h)) + F.linear(h, self.bags.weight)[:, :2]
         return self.head(torch.tanh(self.bags(x, per_sample_weights=weights)))
 
@@ -421,7 +457,7 @@ class PairBias(nn.Module):
         self.places, self.heads = nn.Parameter(torch.randn(9, width)), heads
 
     def forward(self, x: Tensor) -> Tensor:
-        position = torch.arange(x.shape[1])
+        position = torch.arange(x.shape[1], device=x.device)
         bias = self.bias((position[:, None] - position).clamp(-3, 3) + 3).permute(2, 0, 1)[None]
         h = torch.tanh(self.lift(x)) + self.places[(position + 1)[None]]
         q, k, v = self.split(self.first(h))

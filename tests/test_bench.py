@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -72,17 +73,17 @@ def test_step_prints_a_row_for_every_variant(bench: ModuleType) -> None:
 def test_a_wrong_operation_is_refused(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = ops.sum_wgrad
+    right = ops.bias_wgrad
 
     def wrong(*args: Any, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
         dw, sqnorm = right(*args, backend="reference", **options)
         return dw, sqnorm * (1.00001 if backend == "native" else 1)
 
-    monkeypatch.setattr(ops, "sum_wgrad", wrong)
+    monkeypatch.setattr(ops, "bias_wgrad", wrong)
     assert main(bench, monkeypatch, "ops", "--quick", "--backend", "native") == 1
     out, err = capsys.readouterr()
-    assert "REFUSED, not timed: sum_wgrad, tiny, native: output 1 is off by" in err
-    rows = [line.split()[2:] for line in out.splitlines() if line.startswith("sum_wgrad")]
+    assert "REFUSED, not timed: bias_wgrad, tiny, native: output 1 is off by" in err
+    rows = [line.split()[2:] for line in out.splitlines() if line.startswith("bias_wgrad")]
     assert ["native", "REFUSED"] in rows
     assert sorted(row[0] for row in rows) == ["copy", "native", "reference"]
 
@@ -139,31 +140,123 @@ def test_results_are_appended_below_one_header(
     }
 
 
-def test_the_gpu_bench_runs_dry_and_leaves_the_results_alone(tmp_path: Path) -> None:
+GPU_CASES = {
+    "step": {
+        *("outer_wgrad", "outer_sqnorm", "meter", "meter_tasks", "same_step_examples", "same_step_tasks"),
+        *("next_step_tasks", "T x T products", "bmm and reduction"),
+    },
+    "tests": set(),
+    "rest": {
+        *("outer_wgrad", "outer_sqnorm", "lookup_sqnorm", "lookup_wgrad", "scale_wgrad", "bias_wgrad"),
+        "segment_std",
+    },
+    "sanitizers": set(),
+}
+
+
+@pytest.mark.parametrize("part", GPU_CASES)
+def test_each_command_for_a_gpu_runs_dry(part: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")  # optional
     if torch.cuda.is_available():
         pytest.skip("the dry run is for machines without a GPU")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "GRADNORM_BACKEND": "triton", "TMPDIR": str(tmp_path)}
     before = sorted((path, path.stat().st_size) for path in BENCH.glob("results/*"))
-    command = [sys.executable, BENCH / "run.py", "gpu", "--interpret"]
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)}
+    command = [BENCH / "gpu.sh", part, "--interpret"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted((path, path.stat().st_size) for path in BENCH.glob("results/*")) == before
-    (written,) = tmp_path.glob("*/dry-run.csv")
-    with written.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    cases = {row["case"] for row in rows}
-    assert cases >= {"outer_wgrad", "outer_sqnorm", "lookup_wgrad", "product_wgrad", "sum_wgrad", "segment_std"}
-    assert cases >= {
-        "meter",
-        "meter_tasks",
-        "same_step_examples",
-        "same_step_tasks",
-        "next_step_tasks",
-        "T x T products",
-    }
-    assert {row["figure"] for row in rows if row["case"] == "outer_wgrad"} >= {
-        "e",
-        "x plain dW",
-        "beats gram from rows",
-    }
+    with tarfile.open(tmp_path / f"gpu-{part}.tar.gz") as archive:
+        assert any(name.endswith(".log") for name in archive.getnames())
+    rows = []
+    if GPU_CASES[part]:
+        with (tmp_path / "dry-run.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    assert {row["case"] for row in rows} == GPU_CASES[part]
+    if part == "step":
+        assert {row["size"] for row in rows if row["case"] == "meter"} == {"llama, tiny", "llama, tiny, tied head"}
+        found = {row["figure"] for row in rows if row["case"] == "outer_wgrad"}
+        assert found >= {"e", "x plain dW", "beats gram from rows"}
+        assert {row["size"] for row in rows} >= {
+            "40 x 33, 4 x 5",
+            "40 x 33, 4 x 5, 1 groups",
+            "40 x 33, 4 x 5, 4 groups",
+        }
+
+
+def test_a_command_for_a_gpu_goes_on_after_a_failure_and_lists_it(tmp_path: Path) -> None:
+    """With a program in place of Python that only says what it was given, and fails where it should."""
+    python, fails = tmp_path / "python", ("pip", "meter")
+    python.write_text(f'#!/bin/sh\necho $@; case "$@" in {"|".join(f"*{one}*" for one in fails)}) exit 3;; esac\n')
+    python.chmod(0o755)
+    (tmp_path / "out").mkdir()
+    environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    done = subprocess.run([BENCH / "gpu.sh", "step"], capture_output=True, text=True, env=environment)
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("bench/run.py")] == [
+        "bench/run.py gpu meter",
+        "bench/run.py gpu outer",
+        "bench/run.py gpu step",
+    ]
+    assert sum(" pip install " in line for line in lines) == 2  # the second without native code
+    assert done.returncode == 1 and lines[-3:] == [
+        "FAILED build: exit status 3",
+        "FAILED build_without_native: exit status 3",
+        "FAILED meter: exit status 3",
+    ]
+    with tarfile.open(tmp_path / "out" / "gpu-step.tar.gz") as archive:
+        assert "step/meter.log" in archive.getnames()
+
+
+def test_what_was_measured_before_a_crash_is_kept(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+
+    def figures() -> Iterator[Any]:
+        yield bench.Figure("meter", "gpt", "native", "time_ratio", 1.5)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        bench.record(figures(), 1, "a device")
+    assert (tmp_path / "a-device.csv").read_text().count("gpt,native") == 1
+
+
+CRASHING = """
+import os
+import pytest
+import torch
+
+def test_that_passes():
+    pass
+
+def test_that_fails():
+    assert False
+
+def test_that_kills_its_process():
+    os._exit(9)
+
+def test_that_leaves_the_gpu_unusable(monkeypatch):
+    def synchronize():
+        raise RuntimeError("an illegal memory access was encountered")
+    torch.cuda.is_available, torch.cuda.synchronize = lambda: True, synchronize
+    assert False
+
+@pytest.mark.parametrize("i", range(3))
+def test_that_comes_later(i):
+    assert not torch.cuda.is_available()  # as this process was made anew
+"""
+
+
+def test_tests_after_a_crash_are_run_in_a_new_process(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU that is gone is acted out without one")
+    (tmp_path / "test_crashing.py").write_text(CRASHING)
+    command = [sys.executable, BENCH / "gpu_tests.py", "--processes", "1", "--logs", tmp_path / "logs"]
+    done = subprocess.run([*command, "test_crashing.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        "FAILED test_crashing.py::test_that_fails",
+        "CRASHED test_crashing.py::test_that_kills_its_process",
+        "FAILED test_crashing.py::test_that_leaves_the_gpu_unusable",
+        "7 tests: 4 passed, 2 failed, 1 crashed",
+    ]

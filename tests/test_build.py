@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from operators import calls_of
 from torch import Tensor
 
 from gradnorm_ext import _C, native
@@ -18,7 +19,6 @@ from gradnorm_ext.segments import Groups, Segments
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_sources = pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="runs in the source tree")
-kernels = torch.ops.gradnorm
 
 
 def ragged(lengths: list[int], *levels: list[int]) -> Segments:
@@ -123,53 +123,6 @@ def test_short_segments_go_by_the_gram_method_and_long_ones_do_not() -> None:
     assert native.outer_method(200, 768, 256, False, amx=True) == "direct"
 
 
-def operator_arguments() -> dict[str, tuple[object, ...]]:
-    offsets, walk = torch.tensor([0, 3, 3, 10]), torch.tensor([2, 0, 1])
-    columns = torch.tensor([[4, 4, 3]])
-    x, g, ids = torch.randn(10, 6), torch.randn(10, 4), torch.randint(0, 7, (10,))
-    outputs, weight = torch.tensor([1, 1, 0]), torch.rand(3)
-    return {
-        "outer_sqnorm": (x, g, offsets, torch.zeros(3)),
-        "outer_wgrad": (x, g, offsets, walk, columns, outputs, weight, torch.zeros(2, 4, 6), torch.zeros(5), True),
-        "windows_wgrad": (
-            *(
-                torch.randn(2, 7, 3),
-                torch.tensor([21, 3, 1, 1, 5, 0, 0, 3, 1, 1, 3, 0, 0, 3]),
-                g,
-                offsets,
-                walk,
-                columns,
-            ),
-            *(outputs, weight, torch.zeros(2, 4, 9), torch.zeros(5)),
-        ),
-        "lookup_wgrad": (ids, g, offsets, walk, columns, None, weight, -1, torch.zeros(1, 7, 4), torch.zeros(5)),
-        "product_sums": (x, torch.randn(10, 6), torch.rand(10), None, offsets, torch.empty(3, 6)),
-        "sum_sums": (g, offsets, torch.empty(3, 4)),
-        "logit_scores": (x, ids % 6, -100, torch.empty(10), torch.empty(10)),
-        "logit_gradient_rates": (
-            x,
-            ids % 6,
-            -100,
-            torch.zeros(6, dtype=torch.int64),
-            *torch.zeros(2, 6, dtype=torch.float64),
-        ),
-        "segment_std": (
-            torch.randn(10),
-            ids,
-            1,
-            *torch.empty(2, 7),
-            torch.empty(7, dtype=torch.int64),
-            *torch.empty(2, 7),
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", operator_arguments())
-@pytest.mark.filterwarnings("ignore::UserWarning")  # opcheck's own, about modules it imports
-def test_is_a_well_formed_torch_operator(name: str) -> None:
-    torch.library.opcheck(getattr(kernels, name).default, operator_arguments()[name])
-
-
 @pytest.mark.parametrize(
     ("name", "position", "wrong"),
     [
@@ -178,16 +131,15 @@ def test_is_a_well_formed_torch_operator(name: str) -> None:
         ("outer_wgrad", 4, torch.tensor([[5, 4, 3]])),
         ("outer_wgrad", 5, torch.tensor([0, 2, 0])),
         ("lookup_wgrad", 0, torch.full((10,), 7)),
-        ("product_sums", 2, torch.rand(9)),
-        ("sum_sums", 2, torch.empty(3, 5)),
+        ("segment_scale_grad", 2, torch.rand(9)),
+        ("segment_sum", 2, torch.empty(3, 5)),
         ("segment_std", 1, torch.full((10,), -1)),
     ],
 )
 def test_what_would_leave_the_memory_is_refused(name: str, position: int, wrong: Tensor) -> None:
-    arguments = list(operator_arguments()[name])
-    arguments[position] = wrong
+    operator, arguments = next(call for call in calls_of(name, "native") if call[0].name() == f"gradnorm::{name}")
     with pytest.raises(RuntimeError, match="gradnorm: "):
-        getattr(kernels, name)(*arguments)
+        operator(*arguments[:position], wrong, *arguments[position + 1 :])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -291,11 +243,11 @@ def configure(sources: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 @needs_sources
 def test_a_kernel_that_includes_torch_does_not_configure(sources: Path) -> None:
-    kernel = sources / "csrc" / "kernels" / "cpu" / "sum_sums.cpp"
+    kernel = sources / "csrc" / "kernels" / "cpu" / "segment_sum.cpp"
     kernel.write_text("#include <torch/torch.h>\n" + kernel.read_text())
     done = configure(sources, "-DGRADNORM_CUDA=OFF")
     assert done.returncode != 0
-    assert "sum_sums.cpp: a kernel must not include" in " ".join(done.stderr.split())
+    assert "segment_sum.cpp: a kernel must not include" in " ".join(done.stderr.split())
 
 
 @needs_sources

@@ -55,7 +55,7 @@ class Checkpointed(nn.Module):
 
     def forward(self, ids):
         model = self.model
-        h = model.tokens(ids) + model.positions(torch.arange(ids.shape[1]))
+        h = model.tokens(ids) + model.positions(torch.arange(ids.shape[1], device=ids.device))
         for block in (*model.blocks, model.blocks[1]):
             run = functools.partial(self.run, block)
             h = run(h) if self.options is None else checkpoint(run, h, **self.options)

@@ -1,4 +1,4 @@
-"""A convolution's contribution against torch's own weight gradient, one example at a time, for any geometry."""
+"""A convolution's gradient term against torch's own weight gradient, one example at a time, for any geometry."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradnorm_ext import Meter
-from gradnorm_ext.layers.contributions import Convolved, Geometry, Placed, Sums, combined_sqnorm
+from gradnorm_ext.gradients import ConvGrad, Geometry, PerSampleGrads, ViewedTerm, combined_sqnorm
 from gradnorm_ext.segments import Groups, Segments
 
 EXACT = 1e3 * torch.finfo(torch.float64).eps
@@ -17,7 +17,7 @@ small = st.integers(1, 3)
 
 @st.composite
 def convolutions(draw):
-    """A `Convolved` of 1 to 3 dimensions, and the weight gradient of each of its images by torch."""
+    """A `ConvGrad` of 1 to 3 dimensions, and the weight gradient of each of its images by torch."""
     n = draw(small)
     sizes = st.tuples(*[small] * n)
     kernel, stride, dilation, positions = (draw(sizes) for _ in range(4))
@@ -49,7 +49,7 @@ def convolutions(draw):
         segments = Segments.equal(4, lengths[0], groups_of_four())
     of_examples = torch.stack([sum(part, torch.zeros_like(weight)) for part in _split(gradients, lengths)])
     backend = draw(st.sampled_from(BACKENDS))
-    return Convolved(x, torch.cat(g), weight.shape, geometry, segments, backend), of_examples.detach()
+    return ConvGrad(x, torch.cat(g), weight.shape, geometry, segments, backend), of_examples.detach()
 
 
 def groups_of_four():
@@ -92,14 +92,14 @@ def test_equals_the_gradients_of_single_examples(held, unfolded):
             found, sqnorm = convolved.wgrad(of)
             close(found, total)
             close(sqnorm, expected)
-            close(convolved.total(of), total)
+            close(convolved.grad(of), total)
         out = torch.full((3, *of_examples.shape[1:]), torch.nan, dtype=torch.float64)
-        close(convolved.by_group(out), expected)
+        close(convolved.per_group(out)[1], expected)
         ids = groups_of_four().levels[-1]
         close(out, torch.stack([of_examples[ids == k].sum(0) for k in range(3)]))
-        close(convolved.of_segments(torch.tensor([1, 3])), of_examples[[1, 3]].sum(0))
-        sums = Sums(of_examples * 0.5, convolved.segments, convolved.backend)
-        uses = [Placed(one, (), lambda gradient: gradient) for one in (convolved, sums, convolved)]
+        close(convolved.grad_of_segments(torch.tensor([1, 3])), of_examples[[1, 3]].sum(0))
+        sums = PerSampleGrads(of_examples * 0.5, convolved.segments, convolved.backend)
+        uses = [ViewedTerm(one, (), lambda gradient: gradient) for one in (convolved, sums, convolved)]
         close(combined_sqnorm(uses), norms(2.5 * of_examples, groups_of_four()))
 
     torch.manual_seed(0)
@@ -107,15 +107,15 @@ def test_equals_the_gradients_of_single_examples(held, unfolded):
 
 
 def test_small_gradients_are_formed_at_once_and_large_ones_are_not():
-    def contribution(channels, size):
+    def term(channels, size):
         x = torch.randn(2, 3, size)
         g = torch.randn(2, channels, size - 2)
         geometry = Geometry((1,), (0,), (1,), False, (0,), 1)
-        return Convolved(x, g, torch.Size((channels, 3, 3)), geometry, Segments.equal(2, 1), "native").compact()
+        return ConvGrad(x, g, torch.Size((channels, 3, 3)), geometry, Segments.equal(2, 1), "native").compact()
 
-    assert isinstance(contribution(4, 20), Sums)
-    large = contribution(64, 5)
-    assert isinstance(large, Convolved) and [tensor.shape for tensor in large.kept] == [(2, 3, 5), (2, 64, 3)]
+    assert isinstance(term(4, 20), PerSampleGrads)
+    large = term(64, 5)
+    assert isinstance(large, ConvGrad) and [tensor.shape for tensor in large.saved_tensors] == [(2, 3, 5), (2, 64, 3)]
 
 
 def test_an_input_without_a_batch_dimension_is_refused():

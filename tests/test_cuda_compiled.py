@@ -16,8 +16,8 @@ from gradnorm_ext import _C
 pytestmark = pytest.mark.skipif(not _C.with_cuda, reason="built without nvcc: there are no CUDA kernels")
 
 KERNELS = {
-    *("lookup_runs_kernel", "nothing_kernel", "outer_wgrad_kernel", "segment_std_kernel", "segment_sums_kernel"),
-    *("sum_groups_kernel", "sum_partials_kernel", "sum_places_kernel", "sums_norms_kernel"),
+    *("lookup_runs_kernel", "nothing_kernel", "outer_wgrad_kernel", "segment_std_kernel", "scaled_segment_sum_kernel"),
+    *("sum_groups_kernel", "sum_partials_kernel", "sum_places_kernel", "per_sample_norms_kernel"),
 }
 ARCHITECTURES = {f"sm_{one}" for one in re.findall(r"(\w+)-real", _C.cuda_architectures)}  # the others are PTX
 HOPPER = "outer_wgrad_hopper_kernel"
@@ -89,7 +89,7 @@ def test_kernels_are_made_of_the_instructions_that_they_were_written_for(archite
         assert not count["ATOM"] and not count["RED."], f"{kernel} adds atomically, hence in another order each time"
     mma = counts["outer_wgrad_kernel"]
     assert mma["HMMA"] and mma["LDSM"] and mma["LDGSTS"], "cp.async, ldmatrix, mma.sync"
-    for kernel in ("lookup_runs_kernel", "segment_sums_kernel", "sums_norms_kernel"):
+    for kernel in ("lookup_runs_kernel", "scaled_segment_sum_kernel", "per_sample_norms_kernel"):
         assert counts[kernel]["LDG.128"], f"{kernel} has no loads of 16 bytes"
     if architecture == "sm_90a" and _C.with_cutlass:
         wgmma = counts[HOPPER]

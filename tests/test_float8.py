@@ -7,14 +7,14 @@ import oracle
 import pytest
 import torch
 from torch import nn
-from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-from torchao.float8.float8_linear import Float8Linear
 
 from gradnorm_ext import ClipExamples, Meter, Reweighted
 
+float8 = pytest.importorskip("torchao.float8")  # optional
+
 EXAMPLES = torch.arange(4)
 CONFIGS = {
-    name: dataclasses.replace(Float8LinearConfig.from_recipe_name(name), emulate=True)
+    name: dataclasses.replace(float8.Float8LinearConfig.from_recipe_name(name), emulate=True)
     for name in ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 }
 
@@ -25,8 +25,10 @@ def make(config):
     model = oracle.Transformer(width=16)
     x, y = torch.randint(1, 13, (4, 6)), torch.randint(0, 13, (4, 6))
     wide = oracle.Case(copy.deepcopy(model).double(), x, y, oracle.token_loss)
-    convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name.startswith("blocks"))
-    assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 8
+    float8.convert_to_float8_training(
+        model, config=config, module_filter_fn=lambda module, name: name.startswith("blocks")
+    )
+    assert sum(isinstance(module, float8.float8_linear.Float8Linear) for module in model.modules()) == 8
     return oracle.Case(model, x, y, oracle.token_loss), oracle.per_example_gradients(wide)
 
 
@@ -62,7 +64,9 @@ def test_errs_at_most_twice_as_much_as_torchao(config, how):
 
 def test_weights_that_are_gathered_in_float8_are_refused():
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
-    convert_to_float8_training(model, config=Float8LinearConfig(emulate=True, enable_fsdp_float8_all_gather=True))
+    float8.convert_to_float8_training(
+        model, config=float8.Float8LinearConfig(emulate=True, enable_fsdp_float8_all_gather=True)
+    )
     refused = pytest.raises(
         RuntimeError, match=r"no rule for 0\.weight, which is trainable and a WeightWithDynamicFloat8"
     )

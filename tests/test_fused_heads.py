@@ -1,18 +1,23 @@
 """Heads that never show their logits: our own, TRL's and Liger's, on whole, sliced and masked rows, own and tied."""
 
 import copy
+import importlib.util
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from trl.kernels import ChunkedLogProbFunction
 
 import gradnorm_ext
 from gradnorm_ext import ClipExamples, InverseNorm, Meter, Reweighted, fused_head
 from gradnorm_ext.layers import heads
 
+HAS_TRL = importlib.util.find_spec("trl") is not None
+if HAS_TRL:
+    from trl.kernels import ChunkedLogProbFunction
+
+needs_trl = pytest.mark.skipif(not HAS_TRL, reason="trl is optional")
 EXACT = 1e3 * torch.finfo(torch.float64).eps
 VOCABULARY, WIDTH, EXAMPLES = 13, 6, 4
 TASKS = torch.tensor([0, 1, 1, 0])
@@ -71,17 +76,14 @@ def batch(empty=False, examples=EXAMPLES, length=6):
     return ids, labels
 
 
-def gradients_of(model, ids, labels):
-    """Each example's gradients, by autograd with logits."""
-    found, model = [], copy.deepcopy(model)
-    for b in range(len(ids)):
-        model.zero_grad()
-        model(ids[b : b + 1], labels[b : b + 1], plain).sum().backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    return found
+def gradients_of(model, ids, labels, score=plain):
+    """Each example's gradients, by autograd, with logits by default."""
+    model = copy.deepcopy(model)
+    rows = zip(ids.split(1), labels.split(1), strict=True)
+    return oracle.gradients_of(model, [lambda one=one: model(*one, score).sum() for one in rows])
 
 
-@pytest.mark.parametrize("score", (ours, trl))
+@pytest.mark.parametrize("score", (ours, pytest.param(trl, marks=needs_trl)))
 @pytest.mark.parametrize("rows", ("whole", "masked"))
 @pytest.mark.parametrize("tied", (False, True))
 @pytest.mark.parametrize("timing", ("meter", "gram", "same_step", "two passes"))
@@ -121,6 +123,7 @@ def test_equals_autograd_one_example_at_a_time(score, rows, tied, timing):
             )
 
 
+@needs_trl
 @pytest.mark.parametrize("tied", (False, True))
 def test_two_forwards_before_one_backward(tied):
     torch.manual_seed(0)
@@ -155,11 +158,7 @@ def test_a_frozen_head_costs_nothing():
     torch.manual_seed(0)
     model, (ids, labels) = Model().double(), batch()
     model.head.requires_grad_(False)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    alone = []
-    for b in range(EXAMPLES):
-        found = torch.autograd.grad(model(ids[b : b + 1], labels[b : b + 1], plain).sum(), list(trainable.values()))
-        alone.append(dict(zip(trainable, found, strict=True)))
+    alone = gradients_of(model, ids, labels)
     meter = Meter(model)
     with meter.observe():
         model(ids, labels, ours, "masked").sum().backward()
@@ -191,6 +190,7 @@ def test_every_output_and_its_gradient_is_that_of_the_logits():
             torch.testing.assert_close(gradients, torch.autograd.grad(other, (h, w, b), seed, retain_graph=True))
 
 
+@needs_trl
 @pytest.mark.parametrize("dtype", (torch.bfloat16, "autocast"))
 def test_errs_at_most_twice_as_much_as_trl_itself(dtype):
     torch.manual_seed(0)
@@ -199,11 +199,7 @@ def test_errs_at_most_twice_as_much_as_trl_itself(dtype):
     truth = oracle.group_norms(gradients_of(wide, ids, labels), torch.arange(EXAMPLES), EXAMPLES)
     model = copy.deepcopy(wide).to(torch.float32 if dtype == "autocast" else dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
-        alone = []
-        for b in range(EXAMPLES):
-            model.zero_grad()
-            model(ids[b : b + 1], labels[b : b + 1], trl).sum().backward()
-            alone.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        alone = gradients_of(model, ids, labels, trl)
         meter = Meter(model)
         with meter.observe():
             model(ids, labels, trl, "masked").sum().backward()
@@ -222,7 +218,7 @@ LIGER = {
 
 @pytest.mark.parametrize("options", LIGER)
 def test_ligers_fused_linear_cross_entropy(options):
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    ops = pytest.importorskip("liger_kernel.ops.fused_linear_cross_entropy")  # optional
 
     torch.manual_seed(0)
     model, (ids, labels) = Model(), batch()
@@ -241,7 +237,7 @@ def test_ligers_fused_linear_cross_entropy(options):
 
     def loss():
         h = model.norm(torch.tanh(model.mix(model.tokens(ids))))
-        found = LigerFusedLinearCrossEntropyFunction.apply(
+        found = ops.LigerFusedLinearCrossEntropyFunction.apply(
             h.view(-1, WIDTH), model.head.weight, labels.view(-1), model.head.bias, *arguments
         )
         return [one if one is None else one.sum() for one in found[:3]]
@@ -268,8 +264,7 @@ def test_ligers_fused_linear_cross_entropy(options):
 
 @pytest.mark.parametrize("mode", ("llama", "gemma", "none"))
 def test_ligers_norms(mode):
-    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    liger = pytest.importorskip("liger_kernel.ops")  # optional
 
     class Normed(nn.Module):
         def __init__(self):
@@ -280,8 +275,8 @@ def test_ligers_norms(mode):
             h, offset = self.lift(x), 1.0 * (mode == "gemma")
             if x.shape[0] == 1:  # the oracle's: Triton's interpreter cannot run Liger's kernel
                 return self.norm(torch.tanh(F.rms_norm(h, (4,), self.scale + offset, 1e-6))).mean(1)
-            h = LigerRMSNormFunction.apply(h, self.scale, 1e-6, offset, mode, False)
-            return LigerLayerNormFunction.apply(torch.tanh(h), self.norm.weight, self.norm.bias, 1e-5).mean(1)
+            h = liger.LigerRMSNormFunction.apply(h, self.scale, 1e-6, offset, mode, False)
+            return liger.LigerLayerNormFunction.apply(torch.tanh(h), self.norm.weight, self.norm.bias, 1e-5).mean(1)
 
     torch.manual_seed(0)
     case = oracle.Case(Normed(), torch.randn(4, 5, 3), torch.randn(4, 4), oracle.square_loss)
@@ -293,14 +288,14 @@ def test_ligers_norms(mode):
 
 
 def test_ligers_options_without_an_equivalent_are_refused():
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    ops = pytest.importorskip("liger_kernel.ops.fused_linear_cross_entropy")  # optional
 
     model, (ids, labels) = Model(), batch()
     message = r"no rule for LigerFused.* with ce_weight of head.weight"
     with pytest.raises(RuntimeError, match=message), Meter(model).observe(tasks=[0] * EXAMPLES):
         h = model.tokens(ids).view(-1, WIDTH)
         given = labels.view(-1), model.head.bias, torch.ones(VOCABULARY)
-        LigerFusedLinearCrossEntropyFunction.apply(h, model.head.weight, *given)[0].backward()
+        ops.LigerFusedLinearCrossEntropyFunction.apply(h, model.head.weight, *given)[0].backward()
 
 
 class Scaled(torch.autograd.Function):

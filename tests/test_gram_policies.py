@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torchjd.aggregation as torchjd
 from gradients import stats_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gradnorm_ext.policies import IMTLG, Gramian
+
+torchjd = pytest.importorskip("torchjd.aggregation")  # optional
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -71,12 +71,12 @@ def test_bfloat16_errs_at_most_twice_as_much_as_plain_torch(name):
 
 
 def test_slices_that_share_no_entry_are_measured_apart(monkeypatch):
-    from gradnorm_ext.layers import contributions
+    from gradnorm_ext.gradients import several
 
     def slow(uses):
         raise AssertionError("formed column by column")
 
-    monkeypatch.setattr(contributions, "_dense_sqnorm", slow)
+    monkeypatch.setattr(several, "_dense_sqnorm", slow)
     agrees(oracle.make("attention to another sequence").to(torch.float64))
 
 
@@ -111,6 +111,36 @@ class Slices(nn.Module):
 def test_pieces_of_one_parameter(pieces):
     torch.manual_seed(0)
     agrees(oracle.Case(Slices(pieces), torch.randn(3, 4), torch.randn(3, 1), oracle.square_loss).to(torch.float64))
+
+
+class TiedToSlices(nn.Module):
+    """A head tied to embeddings that look up a part of its matrix, or a view of it with other entries in front."""
+
+    def __init__(self, *tables):
+        super().__init__()
+        self.tokens, self.inner, self.tables = nn.Parameter(torch.randn(13, 4)), nn.Linear(4, 4), tables
+
+    def forward(self, x):
+        looked_up = sum(F.embedding(x % len(table), table) for table in (cut(self.tokens) for cut in self.tables))
+        return F.linear(torch.tanh(self.inner(looked_up)), self.tokens)
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        (lambda w: w[3:],),
+        (lambda w: w[:9], lambda w: w),
+        (lambda w: w[::2], lambda w: w[1::2]),
+        (lambda w: w.reshape(-1)[8:48].view(10, 4),),
+        (lambda w: w.float().double(),),
+    ],
+)
+def test_a_head_tied_to_lookups_in_a_part_of_it(tables):
+    torch.manual_seed(0)
+    case = oracle.Case(
+        TiedToSlices(*tables), torch.randint(0, 13, (4, 6)), torch.randint(0, 13, (4, 6)), oracle.token_loss
+    )
+    agrees(case.to(torch.float64))
 
 
 @pytest.mark.parametrize("examples", [1, 3, 4, 5])

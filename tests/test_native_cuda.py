@@ -19,6 +19,7 @@ from test_ops import (
 )
 
 from gradnorm_ext import _C, backends, native_cuda, ops
+from gradnorm_ext.operations import OPERATIONS
 from gradnorm_ext.segments import Groups, Segments
 
 on_gpu = [
@@ -200,14 +201,14 @@ def test_a_kernel_that_cannot_run_says_what_where_and_what_to_do(reason, monkeyp
     segments, ids = Segments.equal(2, 2), torch.tensor([0, 1, 1, 0])
     rows, sums = torch.ones(4, 2, dtype=torch.float16), torch.ones(2, 2)
     arguments = {
-        **dict.fromkeys(("outer_sqnorm", "outer_wgrad", "product_sums"), (rows, rows, segments)),
+        **dict.fromkeys(("outer_sqnorm", "outer_wgrad", "segment_scale_grad"), (rows, rows, segments)),
         **dict.fromkeys(("lookup_sqnorm", "lookup_wgrad"), (ids, rows, 2, segments)),
-        **dict.fromkeys(("sums_sqnorm", "sums_wgrad"), (sums, segments)),
-        "sum_sums": (rows, segments),
+        **dict.fromkeys(("per_sample_sqnorm", "per_sample_wgrad"), (sums, segments)),
+        "segment_sum": (rows, segments),
     }
     calls = {name: partial(getattr(native_cuda, name), *given) for name, given in arguments.items()}
     calls["segment_std"] = partial(native_cuda.segment_std, torch.ones(4), ids, 2, ddof=1)
-    assert calls.keys() == set(native_cuda.SERVES)
+    assert calls.keys() == {name for name in OPERATIONS if hasattr(native_cuda, name)}
     for operation, call in calls.items():
         error = RuntimeError(f"{reason}\nand more, of which a user makes nothing")
         message = (
@@ -225,11 +226,11 @@ def test_without_a_gpu_the_build_says_why_its_kernels_cannot_run():
 
 
 def test_the_choice_of_a_backend_is_explained(monkeypatch):
-    assert backends.explain("sum_sums", "cpu", "auto").startswith("native, the first of native, reference")
+    assert backends.explain("segment_sum", "cpu", "auto").startswith("native, the first of native, reference")
     assert backends.explain("outer_gram", "cpu", "auto").startswith("reference, not native (has no outer_gram for cpu)")
     assert backends.explain("outer_gram", "cpu", "native") == "none: native (has no outer_gram for cpu)"
-    monkeypatch.setitem(backends.PREFERRED, "cuda", ("reference",))
-    explained = backends.explain("sum_sums", "cuda", "auto")
+    monkeypatch.setitem(backends.BACKEND_ORDER, "cuda", ("reference",))
+    explained = backends.explain("segment_sum", "cuda", "auto")
     assert explained.startswith("reference, the first of reference; where asked for: ")
     assert ("native" in explained) == _C.with_cuda
 
@@ -269,14 +270,14 @@ class TestOnGpu:
         given = {"shift": shift, "scale": scale, "backend": "native"}
         size = g.double().abs() * (x.double().abs() + shift.double().abs()[:, None]) * scale.double()[:, None]
         check(
-            ops.product_sums(x, g, segments, **given),
+            ops.segment_scale_grad(x, g, segments, **given),
             (normalised(x.double(), g.double()), normalised(accumulated(x), accumulated(g)), size),
-            lambda: ops.product_wgrad(x, g, segments, weight=weight, **given),
+            lambda: ops.scale_wgrad(x, g, segments, weight=weight, **given),
         )
         check(
-            ops.sum_sums(g, segments, backend="native"),
+            ops.segment_sum(g, segments, backend="native"),
             (g.double(), accumulated(g), g.double().abs()),
-            lambda: ops.sum_wgrad(g, segments, weight=weight, backend="native"),
+            lambda: ops.bias_wgrad(g, segments, weight=weight, backend="native"),
         )
 
     def test_lookup(self, lengths, width, dtype):

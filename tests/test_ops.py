@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 
 from gradnorm_ext import backends, native, ops
+from gradnorm_ext.im2col import Im2col
 from gradnorm_ext.segments import Groups, Segments
-from gradnorm_ext.windows import Windows
 
 BACKENDS = ("reference", "native")
 LENGTHS = {
@@ -149,7 +149,7 @@ def test_outer_sum(backend, rows, dtype):
 def test_which_backends_serve_an_operation():
     assert backends.serves("outer_sum", "cpu", "native") and backends.serves("outer_sum", "cuda", "auto")
     assert not backends.serves("outer_sum", "cpu", "triton")
-    assert backends.serves("windows_wgrad", "cpu", "auto") and not backends.serves("windows_wgrad", "cpu", "reference")
+    assert backends.serves("im2col_wgrad", "cpu", "auto") and not backends.serves("im2col_wgrad", "cpu", "reference")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -171,29 +171,29 @@ def test_windows(sizes, kernel, stride, dilation, channels, out, dtype):
     g = torch.randn(len(rows), out, generator=generator).to(dtype)
     fine, coarse = torch.arange(3) % 2, torch.tensor([1, 0])[torch.arange(3) % 2]
     segments = Segments.equal(3, len(rows) // 3, Groups.of(3, [(fine, 2), (coarse, 2)]))  # two images each
-    windows = Windows.of(x, positions, stride, kernel, dilation)
+    windows = Im2col.of(x, positions, stride, kernel, dilation)
 
     exact = outer_per_segment(rows.double(), g.double(), segments)
     plain = outer_per_segment(rows, g, segments)
     size = outer_per_segment(rows.double().abs(), g.double().abs(), segments)
     norms = [truth(tensor, segments) for tensor in (plain, exact, size)]
-    assert_as_good_as_plain(native.windows_sqnorm(x, windows, g, segments), *norms)
+    assert_as_good_as_plain(native.im2col_sqnorm(x, windows, g, segments), *norms)
     for weight in (None, torch.tensor([2.0, -1.0, 0.5], dtype=dtype)):
         of = torch.ones(3) if weight is None else weight
-        dw, sqnorm = native.windows_wgrad(x, windows, g, segments, weight=weight)
+        dw, sqnorm = native.im2col_wgrad(x, windows, g, segments, weight=weight)
         assert_as_good_as_plain(sqnorm, *norms)
         assert_as_good_as_plain(dw, *(torch.tensordot(of.to(t), t, 1) for t in (plain, exact)), size.sum(0) * 2)
     by_group = plain.new_empty(2, *plain.shape[1:])
-    dw, sqnorm = native.windows_wgrad(x, windows, g, segments, outputs=coarse, n_outputs=2, out=by_group)
+    dw, sqnorm = native.im2col_wgrad(x, windows, g, segments, outputs=coarse, n_outputs=2, out=by_group)
     expected = (t.new_zeros(2, *t.shape[1:]).index_add_(0, coarse, t) for t in (plain, exact, size))
     assert_as_good_as_plain(by_group, *expected)
 
 
 def test_windows_beyond_their_image_are_refused():
     x, g = torch.randn(2, 5, 3), torch.randn(8, 2)
-    windows = Windows.of(x, (4,), (1,), (3,), (1,))
+    windows = Im2col.of(x, (4,), (1,), (3,), (1,))
     with pytest.raises(RuntimeError, match="windows must lie inside of their image"):
-        native.windows_wgrad(x, windows, g, Segments.equal(2, 4))
+        native.im2col_wgrad(x, windows, g, Segments.equal(2, 4))
 
 
 @pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
@@ -279,13 +279,16 @@ def test_product_and_sum(backend, lengths, dtype):
 
     given = {"shift": shift, "scale": scale, "backend": backend}
     check(
-        (ops.product_sums(x, g, segments, **given), lambda w: ops.product_wgrad(x, g, segments, weight=w, **given)),
+        (ops.segment_scale_grad(x, g, segments, **given), lambda w: ops.scale_wgrad(x, g, segments, weight=w, **given)),
         per_segment(accumulated(x), accumulated(g), shift, scale),
         per_segment(x.double(), g.double(), shift.double(), scale.double()),
         per_segment(x.double().abs(), g.double().abs(), -shift.double().abs(), scale.double()),
     )
     check(
-        (ops.sum_sums(g, segments, backend=backend), lambda w: ops.sum_wgrad(g, segments, weight=w, backend=backend)),
+        (
+            ops.segment_sum(g, segments, backend=backend),
+            lambda w: ops.bias_wgrad(g, segments, weight=w, backend=backend),
+        ),
         torch.stack([rows.sum(0) for rows in accumulated(g).split(segments.lengths)]),
         torch.stack([rows.sum(0) for rows in g.double().split(segments.lengths)]),
         torch.stack([rows.sum(0) for rows in g.double().abs().split(segments.lengths)]),
@@ -302,7 +305,7 @@ def test_rows_may_be_strided(backend):
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(
-            ops.sum_sums(g, segments, backend=backend), ops.sum_sums(g, segments, backend="reference")
+            ops.segment_sum(g, segments, backend=backend), ops.segment_sum(g, segments, backend="reference")
         )
 
 
@@ -312,7 +315,7 @@ def test_nan_stays_in_its_segment(backend):
     x, g = rows_of(segments, 6, 5, torch.float32)
     g[5] = torch.nan
     assert ops.outer_sqnorm(x, g, segments, backend=backend).isnan().tolist() == [False, True, False]
-    assert ops.sum_sqnorm(g, segments, backend=backend).isnan().tolist() == [False, True, False]
+    assert ops.bias_sqnorm(g, segments, backend=backend).isnan().tolist() == [False, True, False]
     assert ops.lookup_sqnorm(torch.zeros(15, dtype=torch.long), g, 3, segments, backend=backend).isnan().tolist() == [
         False, True, False,
     ]  # fmt: skip
@@ -376,7 +379,7 @@ ONE = Segments.equal(2, 3, Groups.of(2, [(torch.tensor([0, 1]), 2)]))
         (lambda: ops.outer_wgrad(torch.ones(6, 2), torch.ones(5, 2), ONE), ValueError, "got [6, 2] and [5, 2]"),
         (lambda: ops.outer_wgrad(torch.ones(6, 2), torch.ones(6, 2).double(), ONE), TypeError,
          "outer_wgrad: x and g must have one dtype of"),
-        (lambda: ops.sum_sums(torch.ones(6, 2, dtype=torch.int64), ONE), TypeError, "sum_sums: g must have one dtype of"),
+        (lambda: ops.segment_sum(torch.ones(6, 2, dtype=torch.int64), ONE), TypeError, "segment_sum: g must have one dtype of"),
         (lambda: ops.outer_wgrad(torch.ones(5, 2), torch.ones(5, 2), ONE), ValueError,
          "the rows must be those of the segments, got 5 rows and segments of 6"),
         (lambda: ops.outer_wgrad(torch.ones(6, 2), torch.ones(6, 2), ONE, weight=torch.ones(3)), ValueError,
@@ -387,9 +390,9 @@ ONE = Segments.equal(2, 3, Groups.of(2, [(torch.tensor([0, 1]), 2)]))
          "outer_wgrad: out must be contiguous, [2, 2] of torch.float32 or x's dtype, got [2, 3] of torch.float32"),
         (lambda: ops.outer_wgrad(torch.ones(6, 2), torch.ones(6, 2), ONE, accumulate=True), ValueError,
          "outer_wgrad: accumulate needs out"),
-        (lambda: ops.sums_wgrad(torch.ones(3, 2), ONE), ValueError,
-         "sums_wgrad: sums must be [2, n], one row per segment, got [3, 2]"),
-        (lambda: ops.sums_sqnorm(torch.ones(2, 2).half(), ONE), TypeError, "sums must be float32 or float64"),
+        (lambda: ops.per_sample_wgrad(torch.ones(3, 2), ONE), ValueError,
+         "per_sample_wgrad: grads must be [2, n], one row per segment, got [3, 2]"),
+        (lambda: ops.per_sample_sqnorm(torch.ones(2, 2).half(), ONE), TypeError, "grads must be float32 or float64"),
         (lambda: ops.lookup_sqnorm(torch.tensor([0, 1, 2, 3, 4, 9]), torch.ones(6, 2), 9, ONE), ValueError,
          "lookup_sqnorm: ids must lie in [0, 9), got 0 to 9"),
         (lambda: ops.lookup_sqnorm(torch.zeros(6), torch.ones(6, 2), 9, ONE), TypeError, "ids must be int64"),

@@ -25,7 +25,7 @@ from gradnorm_ext import (
     RewardStd,
     Reweighted,
 )
-from gradnorm_ext.layers.contributions import Outer, Sums
+from gradnorm_ext.gradients import Outer, PerSampleGrads
 
 K = 3
 
@@ -122,8 +122,8 @@ def test_two_passes_keep_what_checkpointing_saves_and_form_no_weight_gradient_tw
     case = oracle.Case(Checkpointed(), case.x, case.y, case.loss).to(torch.float64)
     optimizer = wrap(case, by_task, passes=2)
     formed = []
-    for form in (Outer, Sums):
-        for name in ("wgrad", "total", "sqnorm"):
+    for form in (Outer, PerSampleGrads):
+        for name in ("wgrad", "grad", "sqnorm"):
             method = getattr(form, name)
 
             def counted(self, *args, name=name, method=method):
@@ -136,7 +136,7 @@ def test_two_passes_keep_what_checkpointing_saves_and_form_no_weight_gradient_tw
         optimizer.zero_grad()
         with optimizer.observe(tasks=ids(case)):
             optimizer.backward(case.run())
-        assert formed == ["sqnorm"] * 6 + ["total"] * 6
+        assert formed == ["sqnorm"] * 6 + ["grad"] * 6
     assert_close(gradients(case), weighted(case, by_task(optimizer.stats)[ids(case)]))
 
 

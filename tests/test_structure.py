@@ -1,6 +1,7 @@
 """Who imports whom (the arrows of docs/design.md never turn back), and what the package says of itself."""
 
 import ast
+import graphlib
 import importlib.util
 import subprocess
 import sys
@@ -13,14 +14,16 @@ import gradnorm_ext
 PACKAGE = Path(gradnorm_ext.__file__).parent
 MAY_IMPORT = {
     "segments": set(),
-    "windows": set(),
-    "backends": set(),
+    "im2col": set(),
+    "operations": {"segments", "im2col"},
+    "backends": {"operations"},
     "reference": {"segments"},
-    "native": {"native_cuda", "reference", "segments", "windows", "_C"},
+    "native": {"native_cuda", "operations", "reference", "segments", "im2col", "_C"},
     "native_cuda": {"reference", "segments", "_C"},
     "ops": {"backends", "reference", "segments"},
     "rewards": {"_C", "backends", "ops"},
-    "layers": {"backends", "layers", "reference", "segments", "windows"},
+    "gradients": {"backends", "gradients", "reference", "segments", "im2col"},
+    "layers": {"backends", "gradients", "layers", "reference", "segments"},
     "stats": {"rewards"},
     "policies": {"ops", "policies", "stats"},  # stats for types only
     "history": {"stats"},
@@ -33,7 +36,7 @@ MAY_IMPORT = {
     "optimizer": {"distributed", "history", "layers", "meter", "policies", "stats"},
     "check": {"layers", "meter"},
     "integrations": {"history", "integrations", "meter", "optimizer", "packing", "policies", "rewards", "stats"},
-    "__main__": {"backends", "native"},
+    "__main__": {"backends", "native", "operations"},
     "__init__": {
         "check",
         "history",
@@ -64,7 +67,7 @@ def imported(path):
 
 
 def sources():
-    folders = (PACKAGE, PACKAGE / "layers", PACKAGE / "policies", PACKAGE / "integrations")
+    folders = (PACKAGE, PACKAGE / "gradients", PACKAGE / "layers", PACKAGE / "policies", PACKAGE / "integrations")
     return [path for folder in folders for path in folder.glob("*.py")]
 
 
@@ -73,6 +76,34 @@ def test_imports_go_one_way(path):
     module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     extra = imported(path) - MAY_IMPORT[module]
     assert not extra, f"{module} must not import {sorted(extra)}"
+
+
+def test_no_modules_import_each_other():
+    paths = {
+        path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")
+    }
+    modules = {f"gradnorm_ext.{name}".removesuffix(".__init__"): path for name, path in paths.items()}
+    needs = {}
+    for module, path in modules.items():
+        taken = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        names = {f"{node.module}.{alias.name}" for node in taken for alias in node.names} | {
+            node.module for node in taken
+        }
+        needs[module] = names & modules.keys() - {module, "gradnorm_ext"}
+    list(graphlib.TopologicalSorter(needs).static_order())  # raises an error that names a cycle
+
+
+def classes_of(path):
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)}
+
+
+def test_no_part_asks_which_form_a_gradient_has():
+    forms = {name for path in (PACKAGE / "gradients").glob("*.py") for name in classes_of(path)}
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("isinstance", "issubclass"):
+                asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+                assert not asked & forms, f"{path.relative_to(PACKAGE)}:{node.lineno} asks for {asked & forms}"
 
 
 TRITON = Path(importlib.util.find_spec("gradnorm_ext.triton_kernels").origin).parent

@@ -5,16 +5,17 @@ import dataclasses
 import math
 from collections import Counter
 
-import accelerate
 import pytest
 import torch
 import trainers
 import transformers
-from datasets import Dataset
 from torch.utils.data import default_collate
 
 import gradnorm_ext
 from gradnorm_ext.integrations.transformers import TASKS, TaskCollator, Trainer, TrainerMixin
+
+accelerate = pytest.importorskip("accelerate")  # optional
+Dataset = trainers.datasets.Dataset
 
 NAMES = ("code", "math")
 EXACT = 1e3 * torch.finfo(torch.float64).eps
@@ -382,6 +383,7 @@ LIGER = {"rope": False, "swiglu": False, "rms_norm": False, "fused_linear_cross_
 
 @pytest.mark.parametrize("policy", [None, gradnorm_ext.InverseNorm()], ids=["measured", "reweighted"])
 def test_ligers_fused_loss_whose_head_is_never_called(policy):
+    pytest.importorskip("liger_kernel")  # optional
     options = {"gradient_accumulation_steps": 2}
     plain = train(Trainer, options, task_column="source", policy=policy)
     model, calls = trainers.llama(), []

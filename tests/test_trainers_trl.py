@@ -8,11 +8,13 @@ import statistics
 import pytest
 import torch
 import trainers
-import trl
 from peft import LoraConfig
 
 import gradnorm_ext
-from gradnorm_ext.integrations.trl import DPOTrainer, GRPOTrainer, SFTTrainer, over_split_prompts
+
+trl = pytest.importorskip("trl")  # optional
+
+from gradnorm_ext.integrations.trl import DPOTrainer, GRPOTrainer, SFTTrainer, over_split_prompts  # noqa: E402
 
 NAMES = ("code", "math")
 EXACT = 1e3 * torch.finfo(torch.float64).eps

@@ -6,6 +6,7 @@ because the tests' process interprets kernels. Prints the kernels, and the names
 """
 
 import collections
+import itertools
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import machine_code
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -22,9 +24,10 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from gradnorm_ext import triton_kernels
 from gradnorm_ext.segments import Groups, Segments
 from gradnorm_ext.triton_kernels import outer_fused, outer_pairs
+from gradnorm_ext.triton_kernels.chips import Chip
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-INSTRUCTIONS = ("HGMMA", "HMMA", "LDGSTS")
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA")
 ATOMICS = ("ATOM", "ATOMG", "RED", "REDG")  # in global memory
 
 
@@ -46,7 +49,14 @@ class Recorder:
 
     def _resources(self, kernel, options, signature, constants, attributes) -> dict:
         source = ASTSource(kernel, signature, constants, attributes)
-        done = triton.compile(source, target=self.target, options=options.__dict__)
+        names = [parameter.name for parameter in kernel.params]
+        given = {names[path[0]]: str(value) for path, value in constants.items() if names[path[0]].isupper()}
+        types = [t for t in signature.values() if t.startswith(("*", "tensordesc"))][:2]
+        of_kernel = {"name": kernel.__name__, "types": types, "given": given}
+        try:
+            done = triton.compile(source, target=self.target, options=options.__dict__)
+        except Exception as error:
+            return of_kernel | {"error": f"{type(error).__name__}: {error}"[:300]}
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(done.asm["cubin"])
             cubin.flush()
@@ -56,17 +66,15 @@ class Recorder:
             code = subprocess.check_output([TOOLS / "nvdisasm", "-c", cubin.name], text=True, stderr=subprocess.DEVNULL)
         found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
         counts = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z]+)", code, re.M))
-        names = [parameter.name for parameter in kernel.params]
-        given = {names[path[0]]: str(value) for path, value in constants.items() if names[path[0]].isupper()}
+        machine = machine_code.Code.of(code)
         return {
-            **{
-                "name": kernel.__name__,
-                "types": [t for t in signature.values() if t.startswith("*")][:2],
-                "given": given,
-            },
+            **of_kernel,
             **{"registers": int(found[1]), "stack": int(found[2]) + int(found[3]), "shared": done.metadata.shared},
             **{name: counts[name] for name in INSTRUCTIONS},
             "atomics": sum(counts[name] for name in ATOMICS),
+            "ahead": machine_code.copies_ahead(done.asm["ttgir"]),
+            "step": machine.round_trip(),
+            "touched_in_flight": machine.touched_in_flight(),
         }
 
 
@@ -76,25 +84,33 @@ def groups_of(count: int, levels: int) -> Groups:
 
 
 def outer(dtype: torch.dtype, length: int, levels: int = 0, d: int = 384, p: int = 256, ragged: bool = False, **given):
-    """A linear layer's gradient and norms, on four segments."""
+    """A linear layer's gradient and norms, on four segments; ``norms_alone``: without the gradient."""
     x, g = torch.zeros(4 * length, p, dtype=dtype), torch.zeros(4 * length, d, dtype=dtype)
     groups = groups_of(4, levels)
     segments = Segments.equal(4, length, groups)
     if ragged:
         segments = Segments.from_lengths(torch.full((4,), length), groups)
-    triton_kernels.outer_wgrad(x, g, segments, **given)
+    if given.pop("norms_alone", False):
+        triton_kernels.outer_sqnorm(x, g, segments, **given)
+    else:
+        triton_kernels.outer_wgrad(x, g, segments, **given)
 
 
 def everything(scale: int) -> None:
     """Every operation, with segments ``scale`` times as long as they are at least."""
     length, weight = 80 * scale, torch.ones(4)
     by_group = {"outputs": groups_of(4, 1).levels[-1], "n_outputs": 2}
-    for levels in (0, 1, 2):
-        outer(torch.bfloat16, length, levels, method="fused")
-        outer(torch.bfloat16, length, levels, method="fused", weight=weight)
-    outer(torch.bfloat16, length, 1, method="fused", **by_group)
-    outer(torch.bfloat16, length, 1, method="fused", ragged=True)
-    outer(torch.float16, length, method="fused")
+    for levels, ragged in itertools.product((0, 1, 2), (False, True)):
+        of_levels = {"levels": levels, "ragged": ragged, "method": "fused"}
+        outer(torch.bfloat16, length, **of_levels, out=torch.zeros(384, 256, dtype=torch.bfloat16))
+        outer(torch.bfloat16, length, **of_levels, weight=weight)
+        outer(torch.float16, length, **of_levels, out=torch.zeros(384, 256), accumulate=True)
+        outer(torch.bfloat16, length, **of_levels, norms_alone=True)
+    for ragged in (False, True):
+        outer(torch.bfloat16, length, 1, method="fused", ragged=ragged, **by_group)
+    alone = Segments.equal(4, length, Groups.of(4, [(torch.zeros(4, dtype=torch.int64), 1)]))
+    x, g = (torch.zeros(4 * length, width, dtype=torch.bfloat16) for width in (256, 384))
+    triton_kernels.outer_wgrad(x, g, alone, method="fused")
     for rows in (8, 40, 200):
         outer(torch.bfloat16, rows + scale, method="gram")
     outer(torch.bfloat16, length, 1, method="gram", **by_group)  # the tasks' gradients by fused, in another order
@@ -113,11 +129,11 @@ def everything(scale: int) -> None:
     for rows in (1, 8 + scale, length):
         segments = Segments.equal(4, rows, groups)
         g, ids = torch.zeros(4 * rows, 256, dtype=torch.bfloat16), torch.arange(4 * rows) % 7
-        triton_kernels.sum_sums(g, segments)
-        triton_kernels.product_sums(g, g, segments, shift=g[:, 0], scale=g[:, 0])
+        triton_kernels.segment_sum(g, segments)
+        triton_kernels.segment_scale_grad(g, g, segments, shift=g[:, 0], scale=g[:, 0])
     triton_kernels.lookup_wgrad(ids, g, 7, segments, weight=weight)
     triton_kernels.outer_gram(g, g, segments)
-    triton_kernels.sums_wgrad(torch.zeros(4, 256), segments, weight=weight)
+    triton_kernels.per_sample_wgrad(torch.zeros(4, 256), segments, weight=weight)
     for dtype, vocabulary in ((torch.bfloat16, 1 << 17), (torch.float32, 50257), (torch.float64, 100)):
         logits, labels = torch.zeros(70 * scale, vocabulary, dtype=dtype), torch.arange(70 * scale) % 7
         triton_kernels.logit_scores(logits, labels, ignore_index=-100)
@@ -127,8 +143,9 @@ def everything(scale: int) -> None:
 
 def main() -> None:
     capability = int(sys.argv[1])
+    chip = Chip.of(divmod(capability, 10), multiprocessors=100, clock=1.5e9, memory=2e12)
     for module in (outer_fused, outer_pairs):
-        module.is_hopper = lambda _: capability >= 90
+        module.chip_of = lambda _: chip
     recorder = Recorder(GPUTarget("cuda", capability, 32))
     JITFunction.run = lambda kernel, *args, **kwargs: recorder(kernel, *args, **kwargs)
     everything(scale=2)

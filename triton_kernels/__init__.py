@@ -14,13 +14,14 @@ from gradnorm_ext.triton_kernels.logit_scores import logit_scores
 from gradnorm_ext.triton_kernels.lookup_wgrad import lookup_sqnorm, lookup_wgrad
 from gradnorm_ext.triton_kernels.outer_gram import outer_gram
 from gradnorm_ext.triton_kernels.outer_wgrad import outer_sqnorm, outer_wgrad
-from gradnorm_ext.triton_kernels.product_sums import product_sums
+from gradnorm_ext.triton_kernels.per_sample_wgrad import per_sample_sqnorm, per_sample_wgrad
 from gradnorm_ext.triton_kernels.registration import DEVICES
+from gradnorm_ext.triton_kernels.segment_scale_grad import segment_scale_grad
 from gradnorm_ext.triton_kernels.segment_std import segment_std
-from gradnorm_ext.triton_kernels.sum_sums import sum_sums
-from gradnorm_ext.triton_kernels.sums_wgrad import sums_sqnorm, sums_wgrad
+from gradnorm_ext.triton_kernels.segment_sum import segment_sum
 
 __all__ = [
+    "DEVICES",
     "logit_gradient_rates",
     "logit_scores",
     "lookup_sqnorm",
@@ -28,11 +29,9 @@ __all__ = [
     "outer_gram",
     "outer_sqnorm",
     "outer_wgrad",
-    "product_sums",
+    "per_sample_sqnorm",
+    "per_sample_wgrad",
+    "segment_scale_grad",
     "segment_std",
-    "sum_sums",
-    "sums_sqnorm",
-    "sums_wgrad",
+    "segment_sum",
 ]
-
-SERVES = dict.fromkeys(DEVICES, tuple(__all__))  # on the CPU under TRITON_INTERPRET=1 alone

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradnorm_ext.triton_kernels.registration import accumulator, constexpr_of, operation, sqnorm_length
-from gradnorm_ext.triton_kernels.sum_sums import segment_sums
+from gradnorm_ext.triton_kernels.segment_sum import scaled_segment_sum
 
 _TILE = 4096
 
@@ -63,7 +63,7 @@ def _lookup_wgrad(ids, g, vocabulary, padding_idx, offsets, levels, counts, weig
         # Sorted by group, the runs of a group lie side by side.
         bounds = torch.searchsorted(keys, torch.arange(count + 1, device=keys.device) * vocabulary)
         sums = squares.new_empty(count, squares.shape[1])
-        segment_sums(None, squares, None, None, bounds, sums, block_rows=32)
+        scaled_segment_sum(None, squares, None, None, bounds, sums, block_rows=32)
         torch.sum(sums, 1, out=sqnorm[first : first + count])
         first += count
     if dw is not None:

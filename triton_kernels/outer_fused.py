@@ -1,9 +1,10 @@
 """The fused method: the product that forms dW also squares it, wherever a segment or a group of segments ends.
 
-A program forms one tile of dW. It walks all rows, block by block, in one pipelined loop; where an *entry* (a segment, or
-several that are never told apart) ends, its tile is squared and added to the tile of the group around it, whose end is
-treated likewise, up to dW itself. Two tiles live in registers: the entry's, and the one it is added to. With groups the
-others live in memory, where each is touched only when a group ends.
+A program forms one tile of dW. It goes through the *entries* (segments, or several that are never told apart), and through
+the rows of each in a pipelined loop; where an entry ends, its tile is squared and added to the tile of the group around it,
+whose end is treated likewise, up to dW itself. Two tiles live in registers: the entry's, and the one it is added to. With
+groups the others live in memory, where each is touched only when a group ends, one half after the other: a third tile
+would not fit.
 """
 
 from dataclasses import dataclass
@@ -12,20 +13,28 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gradnorm_ext.triton_kernels.registration import constexpr_of, is_aligned, is_hopper, uses_tf32
+from gradnorm_ext.triton_kernels.chips import Chip, chip_of
+from gradnorm_ext.triton_kernels.registration import constexpr_of, is_aligned, uses_tf32
 from gradnorm_ext.triton_kernels.walk import Entries
+
+_SCRATCH = 1 << 26  # bytes of the tiles that lie in memory; a larger weight goes in parts
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of a program: what it computes at once, by how many warps, and how many loads run ahead."""
+    """The shape of a program: what it computes at once, by how many warps, and how many loads run ahead.
+
+    ``instructions``: what a warp issues a step besides products, at most; `tests/test_triton_compiled.py` counts them.
+    """
 
     d: int
     p: int
     rows: int
     warps: int
     stages: int
+    instructions: int = 250
 
     @property
     def options(self) -> dict[str, int]:
@@ -35,11 +44,12 @@ class Tile:
         }
 
 
-def tile(dtype: torch.dtype, tf32: bool, levels: int, ordered: bool, aligned: bool, hopper: bool) -> Tile:
+def tile(dtype: torch.dtype, tf32: bool, aligned: bool, ordered: bool, three: bool, chip: Chip) -> Tile:
     """The largest that compiles without spilling registers: `tests/test_triton_compiled.py` holds it to that.
 
-    ``ordered``: a row's place is loaded before the row, which takes half of the stages; the same number of rows runs ahead.
     ``aligned``: rows can be copied to shared memory in wide pieces; others pass through registers.
+    ``ordered``: a row's place is loaded before the row, which takes half of the stages; the same number of rows runs ahead.
+    ``three``: segments are told apart, belong to groups, and have weights of their own: three sums, of which one is in memory.
     """
     if dtype == torch.float64:
         return Tile(32, 32, 16, 4, 2)
@@ -47,54 +57,94 @@ def tile(dtype: torch.dtype, tf32: bool, levels: int, ordered: bool, aligned: bo
         return Tile(64, 64, 32, 4, 3) if tf32 else Tile(64, 64, 16, 8, 2)
     if not aligned:
         return Tile(64, 64, 32, 4, 3)
-    # Two accumulators of 128 x 128 are half of the register file. Where a third is added to in memory they must be smaller.
-    p = 64 if levels else 128
-    if hopper:
-        return Tile(128, p, 64, 8, 7 if ordered else 4)
-    return Tile(128, p, 32, 8, 5 if ordered else 3)
+    if chip.has_warpgroups:
+        p = 64 if three and chip.is_blackwell else 128  # a tile comes from tensor memory whole
+        return Tile(128, p, 64, 8, *((7, 150) if ordered else (4, 130)))
+    return Tile(128, 128, 32, 8, *((5, 130) if ordered else (3, 110)))
 
 
-def fused(x: Tensor, g: Tensor, entries: Entries, dw: Tensor | None, norms: Tensor, accumulate: bool) -> None:
-    """Adds the norms of the entries and their groups to ``norms``; dW is written to or added to ``dw [outputs, d, p]``."""
-    d, p, levels, tf32 = g.shape[1], x.shape[1], entries.levels, uses_tf32(x)
-    shape = tile(x.dtype, tf32, levels, entries.order is not None, is_aligned(x, g), is_hopper(x))
+def fused(
+    x: Tensor,
+    g: Tensor,
+    entries: Entries,
+    dw: Tensor | None,
+    norms: Tensor,
+    accumulate: bool,
+    total: Tensor | None = None,
+) -> None:
+    """Adds the norms of the entries and their groups to ``norms``; dW is written to or added to ``dw [outputs, d, p]``.
+
+    ``total``: where the squared norm of the sum of all entries goes, which have no weights then.
+    """
+    d, p, levels, tf32, chip = g.shape[1], x.shape[1], entries.levels, uses_tf32(x), chip_of(x)
+    ordered = entries.order is not None
+    shape = tile(x.dtype, tf32, is_aligned(x, g), ordered, levels > 0 and entries.adds is not None, chip)
     tiles = triton.cdiv(d, shape.d) * triton.cdiv(p, shape.p)
     norms = norms[entries.first :]
     partial = norms.new_zeros(len(norms), tiles)
-    scratch = norms.new_zeros(max(0, levels - 1), tiles, shape.d * shape.p)
-    in_registers = levels == 0 and entries.output is None
-    if dw is not None and not in_registers and not accumulate:
-        dw.zero_()
-    steps = entries.blocks(shape.rows)
-    given = (entries.order, entries.columns, entries.depth, entries.weight, entries.adds, entries.output, dw)
-    _fused_kernel[(tiles,)](
-        *(x, g, entries.begin, entries.end, steps, *(partial if t is None else t for t in given), scratch, partial),
-        *(len(entries.begin), p, d, x.stride(0), g.stride(0)),
-        ACCUMULATOR=constexpr_of(x.dtype),
-        PRECISION="tf32" if tf32 else "ieee",
-        STEPS_KNOWN=isinstance(steps, int),
-        LEVELS=levels,
-        HAS_ORDER=entries.order is not None,
-        HAS_COLUMNS=entries.columns is not None,
-        HAS_WEIGHT=entries.weight is not None,
-        HAS_ADDS=entries.adds is not None,
-        HAS_OUTPUT=entries.output is not None,
-        HAS_DW=dw is not None,
-        IN_REGISTERS=in_registers,
-        ACCUMULATE=accumulate,
-        BANDS=8,
-        **shape.options,
+    of_tiles = None if total is None else norms.new_empty(tiles)
+    if dw is not None and entries.output is not None and not accumulate:
+        dw.zero_()  # of a group without rows nothing is written
+    # As many tiles at a time as there is scratch for, in whole waves of the chip's multiprocessors.
+    at_once = _SCRATCH // (max(1, levels) * shape.d * shape.p * norms.element_size())
+    at_once = tiles if levels == 0 else min(tiles, max(1, at_once // chip.multiprocessors) * chip.multiprocessors)
+    scratch = norms.new_zeros(at_once, levels, shape.d * shape.p)
+    described = entries.length is not None and _can_be_described(x, g, levels, chip)
+    rows = (
+        (_described(x, entries, shape.rows, shape.p), _described(g, entries, shape.rows, shape.d))
+        if described
+        else (x, g)
     )
+    given = (entries.order, entries.columns, entries.depth, entries.weight, entries.adds, entries.output, dw, of_tiles)
+    for first in range(0, tiles, at_once):
+        _fused_kernel[(min(at_once, tiles - first),)](
+            *(*rows, entries.begin, entries.end, entries.count, entries.length or 0, first),
+            *(*(partial if t is None else t for t in given), scratch, partial),
+            *(len(entries.begin), p, d, x.stride(0), g.stride(0)),
+            ACCUMULATOR=constexpr_of(x.dtype),
+            PRECISION="tf32" if tf32 else "ieee",
+            DESCRIBED=described,
+            COUNT_KNOWN=isinstance(entries.count, int),
+            LEVELS=levels,
+            HAS_ORDER=ordered,
+            HAS_COLUMNS=entries.columns is not None,
+            HAS_WEIGHT=entries.weight is not None,
+            HAS_ADDS=entries.adds is not None,
+            HAS_OUTPUT=entries.output is not None,
+            HAS_DW=dw is not None,
+            HAS_TOTAL=total is not None,
+            ACCUMULATE=accumulate,
+            UNIT=16 if is_aligned(x, g) and len(x) * max(x.stride(0), g.stride(0)) < 1 << 36 else 1,
+            BANDS=8,
+            **shape.options,
+        )
     norms += partial.sum(1)
+    if total is not None and of_tiles is not None:
+        total.copy_(of_tiles.sum())
 
 
-@triton.jit(do_not_specialize=["steps", "entries"])
+def _can_be_described(x: Tensor, g: Tensor, levels: int, chip: Chip) -> bool:
+    """Whether the hardware can fetch tiles of rows by itself (TMA), and Triton keeps its loop: on sm_100, of one level."""
+    aligned = all(rows.stride(0) * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0 for rows in (x, g))
+    return aligned and x.element_size() == 2 and chip.has_warpgroups and not (levels and chip.is_blackwell)
+
+
+def _described(rows: Tensor, entries: Entries, block_rows: int, width: int) -> TensorDescriptor:
+    """Equally long segments, as a tensor ``[segments, length, width]``: what lies beyond a segment's end reads as zeros."""
+    assert entries.length is not None
+    sizes, stride = [len(entries.begin), entries.length, rows.shape[1]], rows.stride(0)
+    return TensorDescriptor(rows, sizes, [entries.length * stride, stride, 1], [1, block_rows, width])
+
+
+@triton.jit(do_not_specialize=["count", "length", "first", "entries"])
 def _fused_kernel(
     x_ptr,
     g_ptr,
     begin_ptr,
     end_ptr,
-    steps,
+    count,
+    length,
+    first,
     order_ptr,
     columns_ptr,
     depth_ptr,
@@ -102,6 +152,7 @@ def _fused_kernel(
     adds_ptr,
     output_ptr,
     dw_ptr,
+    total_ptr,
     scratch_ptr,
     partial_ptr,
     entries,
@@ -111,7 +162,8 @@ def _fused_kernel(
     stride_g,
     ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
-    STEPS_KNOWN: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    COUNT_KNOWN: tl.constexpr,
     LEVELS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
@@ -119,16 +171,19 @@ def _fused_kernel(
     HAS_ADDS: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
     HAS_DW: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    UNIT: tl.constexpr,
     BANDS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    SUMS: tl.constexpr = (HAS_DW and not HAS_OUTPUT) or HAS_TOTAL
+    HALF: tl.constexpr = BLOCK_P // 2
     # Programs that run at the same time share a square of dW: what they read meets in the L2 cache.
-    program, tiles = tl.program_id(0), tl.num_programs(0)
+    program = first + tl.program_id(0)
     across, down = tl.cdiv(p, BLOCK_P), tl.cdiv(d, BLOCK_D)
     band = program // (BANDS * across)
     height = tl.minimum(down - band * BANDS, BANDS)
@@ -136,71 +191,119 @@ def _fused_kernel(
     i = (band * BANDS + inside_band % height) * BLOCK_D
     j = (inside_band // height) * BLOCK_P
     in_row_g, in_row_x = i + tl.arange(0, BLOCK_D), j + tl.arange(0, BLOCK_P)
-    in_d, in_p = in_row_g < d, in_row_x < p
-    in_tile = in_d[:, None] & in_p[None, :]
-    # Offsets inside a tile fit 32 bits; 64 would take the registers that the tiles need.
-    of_tile = tl.arange(0, BLOCK_D)[:, None] * p + tl.arange(0, BLOCK_P)[None, :]
-    of_scratch = tl.arange(0, BLOCK_D)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-    scratch_ptr += program.to(tl.int64) * (BLOCK_D * BLOCK_P)
-    dw_ptr += i.to(tl.int64) * p + j
+    in_tile = (in_row_g < d)[:, None] & (in_row_x < p)[None, :]
+    # Beyond its width a row is read from its beginning again, which takes no mask; what comes of it is cleared in the end.
+    in_row_g, in_row_x = in_row_g % d, in_row_x % p
 
-    if not STEPS_KNOWN:
-        steps = tl.load(steps)
-    entry = steps * 0
-    row, end = tl.load(begin_ptr), tl.load(end_ptr)
-    own = tl.zeros((BLOCK_D, BLOCK_P), ACCUMULATOR)
+    # Offsets inside a tile in memory: those of dW fit 32 bits; of 64 for the scratch, constants become part of the address.
+    of_row, of_half = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, HALF)[None, :]
+    of_dw, of_scratch = of_row * p + of_half, (of_row * HALF + of_half).to(tl.int64)
+    in_low, in_high = (i + of_row < d) & (j + of_half < p), (i + of_row < d) & (j + HALF + of_half < p)
+    sum_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (LEVELS * BLOCK_D * BLOCK_P) + of_scratch
+    partial_ptr += program
+    tiles = across * down
+
+    if not COUNT_KNOWN:
+        count = tl.load(count)
     outer = tl.zeros((BLOCK_D, BLOCK_P), ACCUMULATOR)
-    for _ in tl.range(0, steps, num_stages=STAGES):
-        rows = row + tl.arange(0, BLOCK_ROWS)
-        inside = rows < end
-        if HAS_ORDER:
-            rows = tl.load(order_ptr + rows, mask=inside, other=0)
-        # Both are masked: a zero times a neighbour's NaN would not be zero.
-        g_mask, x_mask = inside[None, :] & in_d[:, None], inside[:, None] & in_p[None, :]
-        g = tl.load(g_ptr + (rows[None, :] * stride_g + in_row_g[:, None]), mask=g_mask, other=0.0)
-        x = tl.load(x_ptr + (rows[:, None] * stride_x + in_row_x[None, :]), mask=x_mask, other=0.0)
-        own = tl.dot(g, x, own, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    started = False
+    # Where little is done between entries the two loops become one, in which loads run ahead over an entry's end.
+    for entry in tl.range(0, count, flatten=DESCRIBED and LEVELS == 0):
+        if DESCRIBED:
+            begin, end = 0, length
+            segment = tl.load(columns_ptr + entry).to(tl.int32) if HAS_COLUMNS else entry
+        else:
+            begin, end = tl.load(begin_ptr + entry), tl.load(end_ptr + entry)
+        own = tl.zeros((BLOCK_D, BLOCK_P), ACCUMULATOR)
+        for row in tl.range(begin, end, BLOCK_ROWS, num_stages=STAGES):
+            if DESCRIBED:
+                g = g_ptr.load([segment, row, i]).reshape(BLOCK_ROWS, BLOCK_D).T
+                x = x_ptr.load([segment, row, j]).reshape(BLOCK_ROWS, BLOCK_P)
+            else:
+                rows = row + tl.arange(0, BLOCK_ROWS)
+                inside = tl.arange(0, BLOCK_ROWS) < tl.minimum(end - row, BLOCK_ROWS).to(tl.int32)
+                if HAS_ORDER:
+                    rows = tl.load(order_ptr + rows)
+                if HAS_ORDER and UNIT > 1:  # 32 bits count units: a 64-bit product takes five instructions
+                    of_row_g = (rows.to(tl.uint32) * (stride_g // UNIT).to(tl.uint32)).to(tl.int64) * UNIT
+                    of_row_x = (rows.to(tl.uint32) * (stride_x // UNIT).to(tl.uint32)).to(tl.int64) * UNIT
+                else:
+                    of_row_g, of_row_x = rows.to(tl.int64) * stride_g, rows.to(tl.int64) * stride_x
+                # Both are masked: a zero times a neighbour's NaN would not be zero.
+                g = tl.load(g_ptr + (of_row_g[None, :] + in_row_g[:, None]), mask=inside[None, :], other=0.0)
+                x = tl.load(x_ptr + (of_row_x[:, None] + in_row_x[None, :]), mask=inside[:, None], other=0.0)
+            own = tl.dot(g, x, own, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        if not DESCRIBED:
+            own = tl.where(in_tile, own, 0.0)
 
-        row += BLOCK_ROWS
-        ends = row >= end
-        if ends:
-            depth = tl.load(depth_ptr + entry) if HAS_COLUMNS else 1
-            weight = tl.load(weight_ptr + entry).to(ACCUMULATOR) if HAS_WEIGHT else 1.0
-            adds = tl.load(adds_ptr + entry) if HAS_ADDS else LEVELS
-            dw_tile = dw_ptr
-            if HAS_OUTPUT:
-                dw_tile += tl.load(output_ptr + entry) * d * p
-            for level in tl.static_range(LEVELS + 1):
-                if depth > level:
-                    ended = own if level == 0 else outer  # no third tile
-                    column = tl.load(columns_ptr + level * entries + entry) if HAS_COLUMNS else entry
-                    squared = tl.sum(tl.sum(ended * ended, 1), 0)
-                    tl.store(partial_ptr + column.to(tl.int64) * tiles + program, squared)
-                    if HAS_DW and not IN_REGISTERS:
-                        if adds == level:
-                            added = weight * ended
-                            if ACCUMULATE or not HAS_OUTPUT or HAS_WEIGHT:  # else nothing else is added to it
-                                added += tl.load(dw_tile + of_tile, mask=in_tile, other=0.0)
-                            tl.store(dw_tile + of_tile, added, mask=in_tile)
-                    if level == 0 and LEVELS > 0:
-                        outer += own
-                    if level > 0 and level < LEVELS:
-                        group = scratch_ptr + (level - 1) * tiles.to(tl.int64) * (BLOCK_D * BLOCK_P) + of_scratch
-                        outer += tl.load(group)
-                        tl.store(group, tl.where(depth > level + 1, 0.0, outer))
-            if LEVELS > 0:
-                if depth > 1:
-                    outer = tl.zeros((BLOCK_D, BLOCK_P), ACCUMULATOR)
-            if HAS_DW and IN_REGISTERS:
-                outer += weight * own
-            own = tl.zeros((BLOCK_D, BLOCK_P), ACCUMULATOR)
-        # Not in the branch above: the loads that run ahead follow these, and must not wait for a product.
-        entry = tl.minimum(entry + ends.to(entry.dtype), entries - 1)
-        row = tl.where(ends, tl.load(begin_ptr + entry), row)
-        end = tl.load(end_ptr + entry)
+        depth = tl.load(depth_ptr + entry) if HAS_COLUMNS else 1
+        weight = tl.load(weight_ptr + entry).to(ACCUMULATOR) if HAS_WEIGHT else 1.0
+        adds = tl.load(adds_ptr + entry) if HAS_ADDS else LEVELS
+        for level in tl.static_range(LEVELS + 1):
+            if depth > level:
+                ended = own if level == 0 else outer  # no third tile
+                column = tl.load(columns_ptr + level * entries + entry) if HAS_COLUMNS else entry
+                tl.store(partial_ptr + column.to(tl.int64) * tiles, tl.sum(ended * ended))
+                low, high = _halves(ended)
+                if HAS_OUTPUT and level == LEVELS:
+                    of_group = dw_ptr + (tl.load(output_ptr + entry) * d * p + i.to(tl.int64) * p + j)
+                    _write(of_group + of_dw, low, in_low, ACCUMULATE)
+                    _write(of_group + of_dw + HALF, high, in_high, ACCUMULATE)
+                if SUMS and LEVELS > 0:
+                    if adds == level:
+                        _add(sum_ptr, low, weight, started)
+                        _add(sum_ptr + BLOCK_D * HALF, high, weight, started)
+                        started = True
+                if level == 0 and LEVELS > 0:
+                    outer += own
+                if level > 0 and level < LEVELS:
+                    group = sum_ptr + level * BLOCK_D * BLOCK_P
+                    low = _moved(group, low, depth > level + 1)
+                    high = _moved(group + BLOCK_D * HALF, high, depth > level + 1)
+                    outer = tl.join(low, high).permute(0, 2, 1).reshape(BLOCK_D, BLOCK_P)
+        if LEVELS > 0:
+            if depth > 1:
+                outer = tl.zeros((BLOCK_D, BLOCK_P), ACCUMULATOR)
+        elif SUMS:
+            outer += weight * own
 
-    if HAS_DW and IN_REGISTERS:
-        dw_tile = dw_ptr + of_tile
-        if ACCUMULATE:
-            outer += tl.load(dw_tile, mask=in_tile, other=0.0)
-        tl.store(dw_tile, outer, mask=in_tile)
+    if SUMS:
+        if LEVELS > 0:
+            low = tl.load(sum_ptr, mask=started, other=0.0)
+            high = tl.load(sum_ptr + BLOCK_D * HALF, mask=started, other=0.0)
+        else:
+            low, high = _halves(outer)
+        if HAS_TOTAL:
+            tl.store(total_ptr + program, tl.sum(low * low) + tl.sum(high * high))
+        if HAS_DW and not HAS_OUTPUT:
+            dw_ptr += i.to(tl.int64) * p + j
+            _write(dw_ptr + of_dw, low, in_low, ACCUMULATE)
+            _write(dw_ptr + of_dw + HALF, high, in_high, ACCUMULATE)
+
+
+@triton.jit
+def _halves(tile):
+    """Its left and right columns, which every thread has both of."""
+    return tl.split(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def _write(target, tile, inside, ACCUMULATE: tl.constexpr):
+    """To dW, in its dtype: rounded once."""
+    if ACCUMULATE:
+        tile += tl.load(target, mask=inside, other=0.0).to(tile.dtype)
+    tl.store(target, tile.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add(target, tile, weight, started):
+    """To what is there once it was ``started``."""
+    tl.store(target, weight * tile + tl.load(target, mask=started, other=0.0))
+
+
+@triton.jit
+def _moved(source, tile, out):
+    """With what is there added to it, and put there unless it goes ``out`` of it."""
+    tile += tl.load(source)
+    tl.store(source, tl.where(out, 0.0, tile))
+    return tile

@@ -11,19 +11,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradnorm_ext.triton_kernels.registration import constexpr_of, is_aligned, is_hopper, uses_tf32
-from gradnorm_ext.triton_kernels.sum_sums import segment_sums
+from gradnorm_ext.triton_kernels.chips import Chip, chip_of
+from gradnorm_ext.triton_kernels.registration import constexpr_of, is_aligned, uses_tf32
+from gradnorm_ext.triton_kernels.segment_sum import scaled_segment_sum
 from gradnorm_ext.triton_kernels.walk import Entries
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A block of rows, how much of their width is multiplied at once, by how many warps, and the loads that run ahead."""
+    """A block of rows, how much of their width is multiplied at once, by how many warps, and the loads that run ahead.
+
+    ``instructions``: as of `outer_fused.Tile`.
+    """
 
     rows: int
     width: int
     warps: int
     stages: int
+    instructions: int = 120
 
     @property
     def options(self) -> dict[str, int]:
@@ -33,7 +38,7 @@ class Tile:
         }
 
 
-def tile(dtype: torch.dtype, tf32: bool, rows_per_segment: float, aligned: bool, hopper: bool) -> Tile:
+def tile(dtype: torch.dtype, tf32: bool, rows_per_segment: float, aligned: bool, chip: Chip) -> Tile:
     """Blocks as long as the segments are, up to what compiles without spilling registers: two accumulators.
 
     ``aligned``: as of `outer_fused.tile`.
@@ -46,13 +51,13 @@ def tile(dtype: torch.dtype, tf32: bool, rows_per_segment: float, aligned: bool,
     if not aligned:
         return Tile(min(rows, 32), 32, 4, 2)
     warps = 8 if rows == 128 else 4
-    return Tile(rows, 64, warps, 4) if hopper else Tile(rows, 32, warps, 3)
+    return Tile(rows, 64, warps, 4) if chip.has_warpgroups else Tile(rows, 32, warps, 3)
 
 
 def pairs(x: Tensor, g: Tensor, entries: Entries, norms: Tensor, mean_rows: float) -> None:
     """Writes the entries' squared norms to ``norms``; what groups lie around them does not matter."""
     tf32 = uses_tf32(x)
-    shape = tile(x.dtype, tf32, mean_rows, is_aligned(x, g), is_hopper(x))
+    shape = tile(x.dtype, tf32, mean_rows, is_aligned(x, g), chip_of(x))
     count, index = len(entries.begin), torch.arange(len(entries.begin) + 1, device=x.device)
     if entries.length is None:
         # Entry e has its blocks from begin // rows + e on: room for any length, and found without a table.
@@ -73,7 +78,7 @@ def pairs(x: Tensor, g: Tensor, entries: Entries, norms: Tensor, mean_rows: floa
         **shape.options,
     )
     sums = norms.new_empty(count, partners)
-    segment_sums(None, partial, None, None, first, sums, block_rows=8)
+    scaled_segment_sum(None, partial, None, None, first, sums, block_rows=8)
     columns = index[:-1] if entries.columns is None else entries.columns[0]
     norms[entries.first + columns] = sums.sum(1)
 
@@ -130,7 +135,7 @@ def _pairs_kernel(
         gg = _products(g_ptr, rows_i, inside_i, rows_j, inside_j, d, stride_g,
                        ACCUMULATOR, PRECISION, BLOCK_ROWS, BLOCK_WIDTH, STAGES)  # fmt: skip
         # A pair of different blocks stands for both of its orders.
-        total += tl.where(j == i, 1.0, 2.0) * tl.sum(tl.sum(xx * gg, 1), 0)
+        total += tl.where(j == i, 1.0, 2.0) * tl.sum(xx * gg)
     tl.store(partial_ptr + block * partners + partner, total)
 
 

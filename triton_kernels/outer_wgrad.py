@@ -1,65 +1,136 @@
 """A linear layer's weight gradient and norms: which method does it, and what each needs to know of the segments.
 
 Levels are the segments, then the groups, fine to coarse. From the finest on they go by *gram* (`outer_pairs`) as long as
-their members are short; the others by *fused* (`outer_fused`) or *split* (`outer_split`) in one product with dW.
+their members are short; the others by *fused* (`outer_fused`) or *split* (`outer_split`) in one product with dW. A level
+with one member is none: its gradient is the sum that dW is.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
 from gradnorm_ext.triton_kernels import outer_fused, outer_pairs, outer_split
+from gradnorm_ext.triton_kernels.chips import H200, Chip, chip_of
 from gradnorm_ext.triton_kernels.library import product
 from gradnorm_ext.triton_kernels.registration import accumulator, operation, sqnorm_length
 from gradnorm_ext.triton_kernels.walk import Walk
 
-METHODS = ("auto", "gram", "fused", "split")
+METHODS = ("auto", "gram", "fused", "split", "grouped")
 
-_FUSED_SPEED = 0.85  # of a library product
-_CLOSING = 54  # rows that could be multiplied in the time that a tile's end takes
-_GRAM_SPEED = 0.7  # of a library product
-_PASS = 735  # rows that could be multiplied while the split method writes and reads a segment's gradient
-_MULTIPROCESSORS = 132
+# Guesses of what kernels reach, on any chip; none was measured.
+_REACHED = 0.85  # of what a unit of the chip does at most, in a loop of ours
+_LIBRARY = 0.8  # of the products at most, by the library
+_LATENCY = 800  # cycles from a loop's first load to its first product
 
 
-def outer_costs(rows_per_segment: float, d: int, p: int, with_dw: bool, equal: bool) -> dict[str, float]:
-    """What each method takes for segments of one layer with a ``[d, p]`` weight, in times of the library's product for dW.
+def outer_costs(
+    rows_per_segment: float,
+    d: int,
+    p: int,
+    with_dw: bool,
+    equal: bool,
+    groups: Sequence[float] = (),
+    weighted: bool = False,
+    chip: Chip = H200,
+) -> dict[str, float]:
+    """What each method takes for one layer with a ``[d, p]`` weight, in times of the library's product for dW.
 
-        gram     blocks (blocks + 1) 128² / (2 rows_per_segment) (p + d) / (p d) / 0.7, and 1 for dW
-        fused    (1 / 0.85 + 54 / rows_per_segment) × (whole waves of tiles / tiles)
-        split    1 + 735 / rows_per_segment, where all segments are equally long
+    A step of a loop takes the longest of: its products, its bytes from the L2 cache, its instructions. Where a segment
+    or a group ends, a tile is squared, and moved where it lies in memory; a loop begins again when loads have arrived.
 
-    PREDICTED, NOT MEASURED: for an H200 of 790 TFLOP/s (bfloat16), 4.3 TB/s and 132 multiprocessors, on paper.
-    `bench/gpu.sh` measures the three, and bench/NOTES.md is where prediction and outcome are compared.
+        gram     pairs of blocks of rows, (p + d) / 64 steps each; and 1 for dW
+        fused    whole waves of tiles, each of all segments' steps and ends
+        split    1, and 8 bytes of memory for each entry of a segment's gradient; where all segments are equally long
+        grouped  1, and 4 bytes; and 1 for dW; where the chip has it
+
+    With groups, ``"gram of n, then fused"`` is the first for the n finest levels and the second for the others.
+
+    PREDICTED, NOT MEASURED: bench/NOTES.md is where prediction and outcome are compared.
 
     Args:
         rows_per_segment: the mean.
-        d, p: the weight's shape, ``[out, in]``.
+        d, p: the weight's shape, ``[out, in]``, in two-byte numbers.
         with_dw: whether the weight gradient is wanted beside the norms.
         equal: whether all segments are known to be equally long.
+        groups: the mean rows of the groups of each level, fine to coarse; of levels with more than one member.
+        weighted: whether dW has a weight for each segment, or is one for each group, so that no plain product forms it.
+        chip: what all of this runs on.
     """
-    rows = max(1.0, rows_per_segment)
-    blocks = math.ceil(rows / 128)
-    tiles = triton.cdiv(d, 128) * triton.cdiv(p, 128)
-    waves = triton.cdiv(tiles, _MULTIPROCESSORS) * _MULTIPROCESSORS / tiles
-    costs = {
-        "gram": blocks * (blocks + 1) * 128**2 / (2 * rows) * (p + d) / (p * d) / _GRAM_SPEED + with_dw,
-        "fused": (1 / _FUSED_SPEED + _CLOSING / rows) * waves,
-    }
-    return costs | {"split": 1 + _PASS / rows} if equal else costs
+    levels = [max(1.0, rows) for rows in (rows_per_segment, *groups)]
+    plain = d * p / (chip.products * _LIBRARY * chip.multiprocessors)  # cycles a row
+
+    def fused(n: int) -> float:
+        return _fused_cycles(levels[n:], d, p, with_dw, equal and n == 0, n > 0, chip) / plain
+
+    gram = [_gram_cycles(rows, d, p, chip) / plain for rows in levels]
+    # The sums of one level's squares are read as they were written, in two bytes or four.
+    passes = {n_bytes: n_bytes * d * p / levels[0] / (chip.memory_bytes * _REACHED) / plain for n_bytes in (4, 8)}
+    only_sum = with_dw * (_fused_cycles(levels[-1:], d, p, True, False, True, chip) / plain if weighted else 1)
+    costs = {"gram": sum(gram) + only_sum, "fused": fused(0)}
+    costs |= {f"gram of {n}, then fused": sum(gram[:n]) + fused(n) for n in range(1, len(levels))}
+    if equal:
+        costs["split"] = 1 + passes[8]
+    if chip.has_grouped_product:
+        costs["grouped"] = 1 + passes[4] + with_dw
+    return costs
 
 
-def outer_method(rows_per_segment: float, d: int, p: int, with_dw: bool, equal: bool) -> str:
-    """The method of the lowest of `outer_costs`.
+def _fused_cycles(levels: list[float], d: int, p: int, with_dw: bool, equal: bool, ordered: bool, chip: Chip) -> float:
+    """A row's, of the fused method for levels of so many rows a member."""
+    tile = outer_fused.tile(torch.bfloat16, False, True, ordered, False, chip)
+    step = _step_cycles(tile.d, tile.p, tile.rows, tile.warps * tile.instructions, chip)
+    # Each entry of a tile is squared and added; in groups' tiles, read and written as well.
+    entries = tile.d * tile.p
+    ends = 4 * entries / (32 * 4)  # four instructions an entry, of which four schedulers issue 32 each a cycle
+    moved = 2 * 4 * entries / (chip.l2_bytes * _REACHED)
+    flows = equal and chip.has_warpgroups and len(levels) == 1  # from one segment into the next
+    cycles = math.ceil(levels[0] / tile.rows) * step / levels[0] + (ends + (0 if flows else _LATENCY)) / levels[0]
+    cycles += sum((ends + moved * (with_dw or n + 1 < len(levels))) / rows for n, rows in enumerate(levels[1:], 1))
+    tiles = triton.cdiv(d, tile.d) * triton.cdiv(p, tile.p)
+    return triton.cdiv(tiles, chip.multiprocessors) * cycles
+
+
+def _gram_cycles(rows: float, d: int, p: int, chip: Chip) -> float:
+    """A row's, of the gram method for members of so many rows."""
+    tile = outer_pairs.tile(torch.bfloat16, False, rows, True, chip)
+    step = _step_cycles(tile.rows, tile.rows, tile.width, tile.warps * tile.instructions, chip)
+    blocks = math.ceil(rows / tile.rows)
+    steps = math.ceil(p / tile.width) + math.ceil(d / tile.width)
+    pair = steps * step + 2 * _LATENCY + 4 * tile.rows**2 / (32 * 4)
+    return blocks * (blocks + 1) / 2 * pair / rows / chip.multiprocessors
+
+
+def _step_cycles(a: int, b: int, depth: int, instructions: float, chip: Chip) -> float:
+    """Of a product ``[a, depth] @ [depth, b]`` of two-byte numbers that come from the L2 cache, on one multiprocessor."""
+    return max(a * b * depth / chip.products, 2 * (a + b) * depth / chip.l2_bytes, instructions / 4) / _REACHED
+
+
+@functools.lru_cache(maxsize=4096)
+def outer_method(
+    rows_per_segment: float,
+    d: int,
+    p: int,
+    with_dw: bool,
+    equal: bool,
+    groups: tuple[float, ...] = (),
+    weighted: bool = False,
+    chip: Chip = H200,
+    impossible: tuple[str, ...] = (),
+) -> str:
+    """The method of the lowest of `outer_costs`, but for those that are impossible.
 
     Example:
-        >>> [outer_method(rows, 4096, 4096, True, True) for rows in (128, 2048, 32768)]
-        ['gram', 'fused', 'split']
+        >>> [outer_method(rows, 4096, 4096, True, True) for rows in (128, 1024, 2048)]
+        ['gram', 'gram', 'split']
+        >>> outer_method(2048, 4096, 4096, True, False)  # not known to be equally long
+        'fused'
     """
-    costs = outer_costs(rows_per_segment, d, p, with_dw, equal)
-    return min(costs, key=lambda method: costs[method])
+    costs = outer_costs(rows_per_segment, d, p, with_dw, equal, groups, weighted, chip)
+    return min((method for method in costs if method not in impossible), key=lambda method: costs[method])
 
 
 def outer_sqnorm(x: Tensor, g: Tensor, segments, *, method: str = "auto") -> Tensor:
@@ -87,10 +158,16 @@ def outer_wgrad(
 
 
 def _run(x, g, segments, weight, outputs, dw, accumulate, method) -> Tensor:
-    if method not in METHODS or (method == "split" and segments.length is None):
+    is_plain = weight is outputs is None
+    if (
+        method not in METHODS
+        or (method == "split" and segments.length is None)
+        or (method == "grouped" and not is_plain)
+    ):
         raise ValueError(
-            f"outer_wgrad: method must be one of {', '.join(METHODS)}, and split needs segments of one known length, got "
-            f"{method!r} and segments of {segments.length or 'any'} rows"
+            f"outer_wgrad: method must be one of {', '.join(METHODS)}; split needs segments of one known length, and grouped "
+            f"a gradient that is their plain sum, got {method!r}, segments of {segments.length or 'any'} rows and "
+            f"{'no weights' if is_plain else 'weights or groups'}; use auto"
         )
     sqnorm = x.new_empty(sqnorm_length(segments), dtype=accumulator(x.dtype))
     groups, length = segments.groups, -1 if segments.length is None else segments.length
@@ -111,42 +188,66 @@ def _outer_wgrad(x, g, offsets, length, walk, columns, counts, weight, outputs, 
             dw.zero_()
         return
     x, g = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (x, g))
-    norms = sqnorm.new_zeros(len(sqnorm) + 1)  # the last is for those that nobody wants
-    walked = Walk(len(x), offsets, None if length < 0 else length, walk, columns, counts, weight, outputs)
-    if dw is None or dw.dtype == sqnorm.dtype:
-        _carry_out(x, g, walked, dw, norms, accumulate, method)
-    else:  # sums are formed in float32, and rounded once
-        total = torch.empty_like(dw, dtype=sqnorm.dtype)
-        _carry_out(x, g, walked, total, norms, False, method)
-        dw.add_(total) if accumulate else dw.copy_(total)
-    sqnorm.copy_(norms[:-1])
+    outputs = None if dw is not None and len(dw) == 1 else outputs
+    kept = len(counts)
+    while kept and counts[kept - 1] == 1 and weight is None:
+        kept -= 1
+    total = sqnorm.new_zeros(1) if kept < len(counts) else None
+    norms = sqnorm.new_zeros(len(walk) + sum(counts[:kept]) + 1)  # the last is for those that nobody wants
+    walked = Walk(len(x), offsets, None if length < 0 else length, walk, columns[:kept], counts[:kept], weight, outputs)
+    _carry_out(x, g, walked, dw, norms, total, accumulate, method)
+    sqnorm[: len(norms) - 1] = norms[:-1]
+    if total is not None:
+        sqnorm[len(norms) - 1 :] = total
 
 
-def _carry_out(x, g, walked, dw, norms, accumulate, method) -> None:
-    sizes = walked.sizes
-    methods = [method] * len(sizes)
+def _carry_out(x, g, walked, dw, norms, total, accumulate, method) -> None:
+    sizes, is_plain = walked.sizes, walked.weight is walked.outputs is None
+    by_gram = {"fused": 0} | {f"gram of {n}, then fused": n for n in range(1, len(sizes))}  # how many levels
+    if walked.outputs is None:
+        by_gram["gram"] = len(sizes)
+    elif method == "gram":  # a group's own gradient comes out of the fused method alone, and its norm with it
+        method = [*by_gram][-1]
     if method == "auto":
-        equal = [walked.length is not None, *(False for _ in sizes[1:])]
-        shape = (g.shape[1], x.shape[1], dw is not None)
-        methods = [outer_method(len(x) / size, *shape, known) for size, known in zip(sizes, equal, strict=True)]
-    if methods[0] == "split":
-        outer_split.split(x, g, walked.segments(grouped=True), dw, norms, accumulate)
+        rows, equal = [len(x) / size for size in sizes], walked.length is not None
+        with_dw = dw is not None or total is not None
+        impossible = () if is_plain and outer_split.can_group(x, g, len(walked.walk)) else ("grouped",)
+        impossible += () if walked.outputs is None else ("gram",)
+        shape = g.shape[1], x.shape[1]
+        method = outer_method(rows[0], *shape, with_dw, equal, tuple(rows[1:]), not is_plain, chip_of(x), impossible)
+    if method == "split":
+        outer_split.split(x, g, walked.segments(grouped=True), dw, norms, accumulate, total)
+        return
+    if method == "grouped":
+        outer_split.grouped(x, g, walked.offsets, walked.segments(grouped=True), norms, total)
+        if dw is not None:
+            product(g.t(), x, dw[0], accumulate)
         return
 
-    n_gram = 0
-    # Gradients of single groups come out of the fused method alone, and the norms of these groups with them.
-    while n_gram < len(sizes) - (walked.outputs is not None) and methods[n_gram] == "gram":
-        entries = walked.segments(grouped=False) if n_gram == 0 else walked.groups(n_gram, weighted=False)
-        outer_pairs.pairs(x, g, entries, norms, len(x) / sizes[n_gram])
-        n_gram += 1
-    rest = sizes[n_gram:]
-    if dw is None and not rest:
+    n_gram = by_gram[method]
+    for level in range(n_gram):
+        entries = walked.segments(grouped=False) if level == 0 else walked.groups(level, weighted=False)
+        outer_pairs.pairs(x, g, entries, norms, len(x) / sizes[level])
+    if n_gram < len(sizes) or (dw is not None and not is_plain):
+        entries = walked.segments(grouped=True) if n_gram == 0 else walked.groups(n_gram, weighted=dw is not None)
+        outer_fused.fused(x, g, entries, dw, norms, accumulate, total)
+    elif dw is not None:
+        _sum(x, g, dw[0], accumulate, total)
+    elif total is not None:
+        outer_fused.fused(x, g, walked.all_rows(), None, total, False)
+
+
+def _sum(x: Tensor, g: Tensor, dw: Tensor, accumulate: bool, total: Tensor | None) -> None:
+    """dW by the library's product; its squared norm, before it is rounded or added to anything, goes to ``total``."""
+    if total is None:
+        product(g.t(), x, dw, accumulate)
         return
-    is_plain = dw is not None and walked.weight is walked.outputs is None
-    if is_plain and (not rest or (max(rest) == 1 and not accumulate)):
-        product(g.t(), x, dw[0], accumulate)
-        if rest:  # one group, of all rows: dW is its gradient
-            norms[-1 - len(rest) : -1] = dw.square().sum()
-        return
-    entries = walked.segments(grouped=True) if n_gram == 0 else walked.groups(n_gram, weighted=dw is not None)
-    outer_fused.fused(x, g, entries, dw, norms, accumulate)
+    in_place = dw.dtype == total.dtype and not accumulate
+    height = len(dw) if in_place else max(1, outer_split.SCRATCH // (dw.shape[1] * total.element_size()))
+    for top in range(0, len(dw), height):
+        rows = dw[top : top + height]
+        found = rows if in_place else torch.empty_like(rows, dtype=total.dtype)
+        product(g[:, top : top + height].t(), x, found)
+        total += torch.linalg.vector_norm(found).square()
+        if not in_place:
+            rows.add_(found) if accumulate else rows.copy_(found)

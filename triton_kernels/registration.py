@@ -45,11 +45,6 @@ def constexpr_of(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def is_hopper(rows: Tensor) -> bool:
-    """Whether a multiprocessor has the 227 KB of shared memory of sm_90 and sm_100; else tiles are those of sm_80."""
-    return not rows.is_cuda or torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
-
-
 def is_aligned(*rows: Tensor) -> bool:
     """Whether Triton can tell that rows start, and end, at multiples of 16 entries."""
     return all(size % 16 == 0 for tensor in rows for size in (tensor.stride(0), tensor.shape[1], tensor.data_ptr()))

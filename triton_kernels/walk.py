@@ -9,8 +9,9 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
+
+BEYOND = 128  # entries that a block of rows may read past the last
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Entries:
         begin, end: ``[E]``: the rows of each entry.
         count: how many exist: a number, or a tensor of one.
         length: the rows of each, where all have equally many and that is known; else None.
-        order: ``[R]``: which row of x and g a row is, or None where it is itself.
+        order: ``[R + BEYOND]`` int32: which row of x and g a row is, or None where it is itself.
         columns: ``[levels + 1, E]``: where in ``sqnorm[first:]`` an entry's norm and those of the groups around it belong,
             fine to coarse; right after its end for a norm that nobody wants. None: entry e's is e, and there are no groups.
         first: where in ``sqnorm`` the norms of these levels begin.
@@ -47,14 +48,6 @@ class Entries:
     def levels(self) -> int:
         """How many levels of groups lie around an entry."""
         return 0 if self.columns is None else len(self.columns) - 1
-
-    def blocks(self, rows: int) -> int | Tensor:
-        """How many blocks of so many rows there are in all, at least one an entry."""
-        if self.length is not None:
-            return len(self.begin) * max(1, triton.cdiv(self.length, rows))
-        blocks = (self.end - self.begin + (rows - 1)) // rows
-        exists = torch.arange(len(blocks), device=blocks.device) < self.count
-        return (blocks.clamp(min=1) * exists).sum()
 
 
 @dataclass(frozen=True)
@@ -89,6 +82,10 @@ class Walk:
             adds=self._adds(columns),
             output=self._outputs,
         )
+
+    def all_rows(self) -> Entries:
+        """One entry."""
+        return Entries(self.offsets[:1], self.offsets[-1:], 1, self.rows)
 
     def groups(self, level: int, weighted: bool) -> Entries:
         """One entry a group of a level, from 1, in walk order; ``weighted``: a group is cut where the weight changes.
@@ -142,7 +139,9 @@ class Walk:
         moved = self.offsets[:-1][self.walk] - self._offsets[:-1]
         lengths = self._offsets.diff()
         row = torch.arange(self.rows, device=self.walk.device)
-        return row + torch.repeat_interleave(moved, lengths, output_size=self.rows)
+        order = torch.zeros(self.rows + BEYOND, dtype=torch.int32, device=self.walk.device)
+        torch.add(row, torch.repeat_interleave(moved, lengths, output_size=self.rows), out=order[: self.rows])
+        return order
 
     def _adds(self, columns: Tensor) -> Tensor | None:
         weight = self._weight

@@ -13,11 +13,11 @@
 #include "kernels/cuda/driver.h"
 #include "kernels/lookup_wgrad.h"
 #include "kernels/outer_wgrad.h"
-#include "kernels/product_sums.h"
+#include "kernels/per_sample_wgrad.h"
+#include "kernels/segment_scale_grad.h"
 #include "kernels/segment_std.h"
+#include "kernels/segment_sum.h"
 #include "kernels/segments.h"
-#include "kernels/sum_sums.h"
-#include "kernels/sums_wgrad.h"
 
 // Only a CUDA build of torch has this. Weak, so that one build of ours loads in a CPU build as
 // well.
@@ -68,8 +68,9 @@ gradnorm::Segments segments_of(const Tensor& walk, const Tensor& columns,
   return segments;
 }
 
-void product_sums_cuda(const Tensor& x, const Tensor& g, const std::optional<Tensor>& shift,
-                       const std::optional<Tensor>& scale, const Tensor& offsets, Tensor& out) {
+void segment_scale_grad_cuda(const Tensor& x, const Tensor& g, const std::optional<Tensor>& shift,
+                             const std::optional<Tensor>& scale, const Tensor& offsets,
+                             Tensor& out) {
   const OnDevice device(x);
   for_row_type(x, [&](auto zero) {
     using T = decltype(zero);
@@ -78,16 +79,16 @@ void product_sums_cuda(const Tensor& x, const Tensor& g, const std::optional<Ten
     STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == width, "gradnorm: x and g of another width");
     const T *x_rows = rows_of<T>(x, rows), *g_rows = rows_of<T>(g, rows);
     Workspace<A> workspace(
-        out, gradnorm::product_sums_workspace(x_rows, x.stride(0), g_rows, g.stride(0), rows, width,
-                                              segments));
-    gradnorm::product_sums_cuda(
+        out, gradnorm::segment_scale_grad_workspace(x_rows, x.stride(0), g_rows, g.stride(0), rows,
+                                                    width, segments));
+    gradnorm::segment_scale_grad_cuda(
         x_rows, x.stride(0), g_rows, g.stride(0), rows, width, vector_of<A>(shift, rows, kType<A>),
         vector_of<A>(scale, rows, kType<A>), integers_of(offsets, segments + 1), segments,
         out_of<A>(out, segments * width), workspace.data(), device.stream());
   });
 }
 
-void sum_sums_cuda(const Tensor& g, const Tensor& offsets, Tensor& out) {
+void segment_sum_cuda(const Tensor& g, const Tensor& offsets, Tensor& out) {
   const OnDevice device(g);
   for_row_type(g, [&](auto zero) {
     using T = decltype(zero);
@@ -95,16 +96,16 @@ void sum_sums_cuda(const Tensor& g, const Tensor& offsets, Tensor& out) {
     const int64_t rows = g.size(0), width = g.size(1), segments = offsets.numel() - 1;
     const T* g_rows = rows_of<T>(g, rows);
     Workspace<A> workspace(
-        out, gradnorm::sum_sums_workspace(g_rows, g.stride(0), rows, width, segments));
-    gradnorm::sum_sums_cuda(g_rows, g.stride(0), rows, width, integers_of(offsets, segments + 1),
-                            segments, out_of<A>(out, segments * width), workspace.data(),
-                            device.stream());
+        out, gradnorm::segment_sum_workspace(g_rows, g.stride(0), rows, width, segments));
+    gradnorm::segment_sum_cuda(g_rows, g.stride(0), rows, width, integers_of(offsets, segments + 1),
+                               segments, out_of<A>(out, segments * width), workspace.data(),
+                               device.stream());
   });
 }
 
-void sums_wgrad_cuda(const Tensor& sums, const Tensor&, const Tensor& walk, const Tensor& columns,
-                     const std::optional<Tensor>& weight, std::optional<Tensor> dw,
-                     Tensor& sqnorm) {
+void per_sample_wgrad_cuda(const Tensor& sums, const Tensor&, const Tensor& walk,
+                           const Tensor& columns, const std::optional<Tensor>& weight,
+                           std::optional<Tensor> dw, Tensor& sqnorm) {
   const OnDevice device(sums);
   for_type(sums, [&](auto zero) {
     using T = decltype(zero);
@@ -113,11 +114,11 @@ void sums_wgrad_cuda(const Tensor& sums, const Tensor&, const Tensor& walk, cons
     STD_TORCH_CHECK(segments.count == count, "gradnorm: sums must be [segments, width]");
     const T* rows = vector_of<T>(sums, count * width, kType<T>);
     Workspace<T> workspace(
-        sums, gradnorm::sums_wgrad_workspace(rows, width, segments, norms, dw.has_value()));
+        sums, gradnorm::per_sample_wgrad_workspace(rows, width, segments, norms, dw.has_value()));
     torch::stable::zero_(sqnorm);
-    gradnorm::sums_wgrad_cuda(rows, width, segments, vector_of<T>(weight, count, kType<T>),
-                              dw ? out_of<T>(*dw, width) : nullptr, out_of<T>(sqnorm, norms), norms,
-                              workspace.data(), device.stream());
+    gradnorm::per_sample_wgrad_cuda(rows, width, segments, vector_of<T>(weight, count, kType<T>),
+                                    dw ? out_of<T>(*dw, width) : nullptr, out_of<T>(sqnorm, norms),
+                                    norms, workspace.data(), device.stream());
   });
 }
 
@@ -230,9 +231,9 @@ void segment_std_sorted_cuda(const Tensor& values, const Tensor& order, const Te
 
 STABLE_TORCH_LIBRARY_IMPL(gradnorm, CUDA, m) {
   m.impl("outer_fused", TORCH_BOX(&outer_fused_cuda));
-  m.impl("product_sums", TORCH_BOX(&product_sums_cuda));
-  m.impl("sum_sums", TORCH_BOX(&sum_sums_cuda));
-  m.impl("sums_wgrad", TORCH_BOX(&sums_wgrad_cuda));
+  m.impl("segment_scale_grad", TORCH_BOX(&segment_scale_grad_cuda));
+  m.impl("segment_sum", TORCH_BOX(&segment_sum_cuda));
+  m.impl("per_sample_wgrad", TORCH_BOX(&per_sample_wgrad_cuda));
   m.impl("lookup_wgrad_sorted", TORCH_BOX(&lookup_wgrad_sorted_cuda));
   m.impl("segment_std", TORCH_BOX(&segment_std_cuda));
   m.impl("segment_std_sorted", TORCH_BOX(&segment_std_sorted_cuda));

@@ -1,6 +1,6 @@
 // The CPU kernels as torch operators, through its stable ABI. Schemas live in
-// gradnorm_ext/native.py, checks on what users pass in gradnorm_ext/ops.py; those here only keep
-// the kernels inside their memory.
+// gradnorm_ext/operations.py, checks on what users pass in gradnorm_ext/ops.py; those here only
+// keep the kernels inside their memory.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
@@ -17,11 +17,11 @@
 #include "kernels/lookup_wgrad.h"
 #include "kernels/outer_sqnorm.h"
 #include "kernels/outer_wgrad.h"
-#include "kernels/product_sums.h"
+#include "kernels/per_sample_wgrad.h"
+#include "kernels/segment_scale_grad.h"
 #include "kernels/segment_std.h"
+#include "kernels/segment_sum.h"
 #include "kernels/segments.h"
-#include "kernels/sum_sums.h"
-#include "kernels/sums_wgrad.h"
 
 namespace {
 using namespace tensors;
@@ -62,7 +62,7 @@ gradnorm::Host<T> torch_host() {
     }
   };
   host.parallel_ranges = [](int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
   };
   host.threads = torch::stable::get_num_threads();
   return host;
@@ -132,17 +132,17 @@ void outer_wgrad_cpu(const Tensor& x, const Tensor& g, const Tensor& offsets, co
 }
 
 // windows: image, channels, then positions, step, kernel and spread, three of each.
-void windows_wgrad_cpu(const Tensor& images, const Tensor& windows, const Tensor& g,
-                       const Tensor& offsets, const Tensor& walk, const Tensor& columns,
-                       const std::optional<Tensor>& outputs, const std::optional<Tensor>& weight,
-                       std::optional<Tensor> dw, Tensor& sqnorm) {
+void im2col_wgrad_cpu(const Tensor& images, const Tensor& windows, const Tensor& g,
+                      const Tensor& offsets, const Tensor& walk, const Tensor& columns,
+                      const std::optional<Tensor>& outputs, const std::optional<Tensor>& weight,
+                      std::optional<Tensor> dw, Tensor& sqnorm) {
   for_type(images, [&](auto zero) {
     using T = decltype(zero);
-    gradnorm::Windows seen;
+    gradnorm::Im2col seen;
     const int64_t* sizes = vector_of<int64_t>(windows, 14, ScalarType::Long);
     seen.image = sizes[0];
     seen.channels = sizes[1];
-    for (int i = 0; i < gradnorm::Windows::kDimensions; ++i) {
+    for (int i = 0; i < gradnorm::Im2col::kDimensions; ++i) {
       seen.positions[i] = sizes[2 + i];
       seen.step[i] = sizes[5 + i];
       seen.kernel[i] = sizes[8 + i];
@@ -154,11 +154,11 @@ void windows_wgrad_cpu(const Tensor& images, const Tensor& windows, const Tensor
     const auto segments =
         segments_of(offsets, walk, columns, outputs, rows, sqnorm.numel(), n_outputs);
     STD_TORCH_CHECK(!dw || outputs || n_outputs >= 1, "gradnorm: dw must be [outputs, d, p]");
-    gradnorm::windows_wgrad_cpu(vector_of<T>(images, images.numel(), kType<T>), seen,
-                                rows_of<T>(g, rows), g.stride(0), d, segments,
-                                vector_of<T>(weight, segments.count, kType<T>),
-                                dw ? out_of<T>(*dw, n_outputs * d * seen.columns()) : nullptr,
-                                out_of<T>(sqnorm, sqnorm.numel()), true, torch_host<T>());
+    gradnorm::im2col_wgrad_cpu(vector_of<T>(images, images.numel(), kType<T>), seen,
+                               rows_of<T>(g, rows), g.stride(0), d, segments,
+                               vector_of<T>(weight, segments.count, kType<T>),
+                               dw ? out_of<T>(*dw, n_outputs * d * seen.columns()) : nullptr,
+                               out_of<T>(sqnorm, sqnorm.numel()), true, torch_host<T>());
   });
 }
 
@@ -183,31 +183,32 @@ void lookup_wgrad_cpu(const Tensor& ids, const Tensor& g, const Tensor& offsets,
   });
 }
 
-void product_sums_cpu(const Tensor& x, const Tensor& g, const std::optional<Tensor>& shift,
-                      const std::optional<Tensor>& scale, const Tensor& offsets, Tensor& out) {
+void segment_scale_grad_cpu(const Tensor& x, const Tensor& g, const std::optional<Tensor>& shift,
+                            const std::optional<Tensor>& scale, const Tensor& offsets,
+                            Tensor& out) {
   for_type(x, [&](auto zero) {
     using T = decltype(zero);
     const int64_t rows = x.size(0), width = x.size(1), segments = offsets.numel() - 1;
     STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == width, "gradnorm: x and g of another width");
-    gradnorm::product_sums_cpu(rows_of<T>(x, rows), x.stride(0), rows_of<T>(g, rows), g.stride(0),
-                               width, vector_of<T>(shift, rows, kType<T>),
-                               vector_of<T>(scale, rows, kType<T>), offsets_of(offsets, rows),
-                               segments, out_of<T>(out, segments * width), torch_host<T>());
+    gradnorm::segment_scale_grad_cpu(rows_of<T>(x, rows), x.stride(0), rows_of<T>(g, rows),
+                                     g.stride(0), width, vector_of<T>(shift, rows, kType<T>),
+                                     vector_of<T>(scale, rows, kType<T>), offsets_of(offsets, rows),
+                                     segments, out_of<T>(out, segments * width), torch_host<T>());
   });
 }
 
-void sum_sums_cpu(const Tensor& g, const Tensor& offsets, Tensor& out) {
+void segment_sum_cpu(const Tensor& g, const Tensor& offsets, Tensor& out) {
   for_type(g, [&](auto zero) {
     using T = decltype(zero);
     const int64_t rows = g.size(0), width = g.size(1), segments = offsets.numel() - 1;
-    gradnorm::sum_sums_cpu(rows_of<T>(g, rows), g.stride(0), width, offsets_of(offsets, rows),
-                           segments, out_of<T>(out, segments * width), torch_host<T>());
+    gradnorm::segment_sum_cpu(rows_of<T>(g, rows), g.stride(0), width, offsets_of(offsets, rows),
+                              segments, out_of<T>(out, segments * width), torch_host<T>());
   });
 }
 
-void sums_wgrad_cpu(const Tensor& sums, const Tensor& offsets, const Tensor& walk,
-                    const Tensor& columns, const std::optional<Tensor>& weight,
-                    std::optional<Tensor> dw, Tensor& sqnorm) {
+void per_sample_wgrad_cpu(const Tensor& sums, const Tensor& offsets, const Tensor& walk,
+                          const Tensor& columns, const std::optional<Tensor>& weight,
+                          std::optional<Tensor> dw, Tensor& sqnorm) {
   for_type(sums, [&](auto zero) {
     using T = decltype(zero);
     const int64_t count = sums.size(0), width = sums.size(1);
@@ -215,10 +216,10 @@ void sums_wgrad_cpu(const Tensor& sums, const Tensor& offsets, const Tensor& wal
     const auto segments =
         segments_of(offsets, walk, columns, std::nullopt, rows, sqnorm.numel(), 1);
     STD_TORCH_CHECK(segments.count == count, "gradnorm: sums must be [segments, width]");
-    gradnorm::sums_wgrad_cpu(vector_of<T>(sums, count * width, kType<T>), width, segments,
-                             vector_of<T>(weight, count, kType<T>),
-                             dw ? out_of<T>(*dw, width) : nullptr,
-                             out_of<T>(sqnorm, sqnorm.numel()), sqnorm.numel(), torch_host<T>());
+    gradnorm::per_sample_wgrad_cpu(
+        vector_of<T>(sums, count * width, kType<T>), width, segments,
+        vector_of<T>(weight, count, kType<T>), dw ? out_of<T>(*dw, width) : nullptr,
+        out_of<T>(sqnorm, sqnorm.numel()), sqnorm.numel(), torch_host<T>());
   });
 }
 
@@ -272,11 +273,11 @@ void logit_gradient_rates_cpu(const Tensor& logits, const Tensor& labels, int64_
 STABLE_TORCH_LIBRARY_IMPL(gradnorm, CPU, m) {
   m.impl("outer_sqnorm", TORCH_BOX(&outer_sqnorm_cpu));
   m.impl("outer_wgrad", TORCH_BOX(&outer_wgrad_cpu));
-  m.impl("windows_wgrad", TORCH_BOX(&windows_wgrad_cpu));
+  m.impl("im2col_wgrad", TORCH_BOX(&im2col_wgrad_cpu));
   m.impl("lookup_wgrad", TORCH_BOX(&lookup_wgrad_cpu));
-  m.impl("product_sums", TORCH_BOX(&product_sums_cpu));
-  m.impl("sum_sums", TORCH_BOX(&sum_sums_cpu));
-  m.impl("sums_wgrad", TORCH_BOX(&sums_wgrad_cpu));
+  m.impl("segment_scale_grad", TORCH_BOX(&segment_scale_grad_cpu));
+  m.impl("segment_sum", TORCH_BOX(&segment_sum_cpu));
+  m.impl("per_sample_wgrad", TORCH_BOX(&per_sample_wgrad_cpu));
   m.impl("segment_std", TORCH_BOX(&segment_std_cpu));
   m.impl("logit_scores", TORCH_BOX(&logit_scores_cpu));
   m.impl("logit_gradient_rates", TORCH_BOX(&logit_gradient_rates_cpu));

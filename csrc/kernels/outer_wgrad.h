@@ -3,8 +3,8 @@
 
 #include "kernels/floats.h"
 #include "kernels/host.h"
+#include "kernels/im2col.h"
 #include "kernels/segments.h"
-#include "kernels/windows.h"
 
 namespace gradnorm {
 
@@ -24,9 +24,9 @@ void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride,
 
 // The same of rows x that are windows of images; each thread holds those of a segment at a time.
 template <typename T>
-void windows_wgrad_cpu(const T* images, const Windows& windows, const T* g, int64_t g_stride,
-                       int64_t d, const Segments& segments, const T* weight, T* dw, T* sqnorm,
-                       bool segment_norms, const Host<T>& host);
+void im2col_wgrad_cpu(const T* images, const Im2col& windows, const T* g, int64_t g_stride,
+                      int64_t d, const Segments& segments, const T* weight, T* dw, T* sqnorm,
+                      bool segment_norms, const Host<T>& host);
 
 // The rows in the order in which a fused kernel multiplies them, in *items* of neighbouring rows.
 // An item is added to the inner sum; where that ends, it is squared and added to the outer sum,

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradnorm_ext.gradients import Lookup
 from gradnorm_ext.layers.calls import Backward, Call, Observed, first_order, no_autocast
-from gradnorm_ext.layers.contributions import Lookup
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.segments import Segments
 
@@ -44,7 +44,8 @@ class _EmbeddingBag(Observed):
 
             def table_gradient() -> Lookup:
                 lengths = ends.diff()
-                bag = torch.repeat_interleave(torch.arange(len(lengths), device=ids.device), lengths)
+                each = torch.arange(len(lengths), device=ids.device)
+                bag = torch.repeat_interleave(each, lengths, output_size=len(ids))
                 rows = g[bag]
                 if ctx.mode == "mean":
                     counted = torch.ones_like(ids) if ctx.padding_idx is None else (ids != ctx.padding_idx).long()
@@ -89,15 +90,15 @@ def embedding_bag(
         ends = offsets if include_last_offset else torch.cat([offsets, offsets.new_tensor([len(input)])])
     observation = weight.observation
     bags = input if offsets is None else offsets[: len(ends) - 1]
-    layout = observation.layout(bags, bags.dim() - 1, weight.name, "embedding_bag")
+    layout = observation.layout(bags, bags.dim() - 1, weight.slot.name, "embedding_bag")
     if layout.kind != "leading":
         raise weight.refusal(f"embedding_bag of {len(bags)} bags, where there are {observation.examples} examples,")
     if padding_idx is not None and padding_idx < 0:
         padding_idx += len(weight)
     use = weight.use("embedding_bag", layout)
-    ids, segments = input.reshape(-1), Segments(ends[layout.segments.offsets], None, layout.segments.groups)
+    ends = ends.long()
+    ids, segments = input.reshape(-1).long(), Segments(ends[layout.segments.offsets], None, layout.segments.groups)
     use.lookup_ids, use.lookup_dim = (ids, segments), input.dim()
-    use.needs_proof = True  # these may be the same bags for all examples
     call = Call(observation, layout, use)
     scale = None if per_sample_weights is None else per_sample_weights.reshape(-1)
-    return _EmbeddingBag.apply(call, ids, ends.long(), scale, use.operand, mode, padding_idx, *call.probes)
+    return _EmbeddingBag.apply(call, ids, ends, scale, use.operand, mode, padding_idx, *call.probes)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
 from gradnorm_ext.backends import find
-from gradnorm_ext.layers.contributions import Contribution, Sums
+from gradnorm_ext.gradients import GradientTerm, PerSampleGrads
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
 from gradnorm_ext.layers.taps import Tap
@@ -72,7 +72,7 @@ def tapped_call(
     """
     taps = [tap for tap in (weight, bias) if isinstance(tap, Tap)]
     observation = taps[0].observation
-    layout = layout or observation.layout(x, features, taps[0].name, function)
+    layout = layout or observation.layout(x, features, taps[0].slot.name, function)
     uses = [tap.use(function, layout) if isinstance(tap, Tap) else None for tap in (weight, bias)]
     weight, bias = (use.operand if use else plain for use, plain in zip(uses, (weight, bias), strict=True))
     return Call(observation, layout, *uses, swapped=swapped), weight, bias
@@ -119,7 +119,7 @@ class Observed(torch.autograd.Function):
 
 
 class Backward:
-    """One run of a function's backward: delivers contributions and starts the tagging test."""
+    """One run of a function's backward: delivers terms and starts the row test."""
 
     def __init__(self, ctx: Any, call: Call) -> None:
         self.ctx, self.call, self.backend = ctx, call, call.observation.backend
@@ -127,7 +127,7 @@ class Backward:
         self.measures = call.measures
 
     def deliver(
-        self, which: int, argument: int, make: Callable[[], Contribution]
+        self, which: int, argument: int, make: Callable[[], GradientTerm]
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of an argument and of its probe row: by its use's rule, or plainly where nothing observes it."""
         needed = self.needs_gradient[argument]
@@ -138,7 +138,7 @@ class Backward:
                 return observation.deliver_nothing(use, needed)
             return observation.deliver(use, make(), needed)
         if needed:
-            return make().total(), None
+            return make().grad(), None
         return None, None
 
     def tested(self, input_gradient: Callable[[], Tensor]) -> Tensor | None:
@@ -164,7 +164,7 @@ class Backward:
         if inputs and observation.verify and self.measures:
             uses = [use for use in self.call.uses if use is not None]
             tested = [(GradientEdge(*self.ctx.next_functions[place]), dx, layout) for place, dx, layout in inputs]
-            observation.run_tagging(tested, uses)
+            observation.row_test.start_from_use(tested, uses)
 
 
 def first_order(backward: Any) -> Any:
@@ -191,16 +191,16 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return _AS_IT_IS
 
 
-def summed(g_rows: Tensor, segments: Segments, backend: str) -> Sums:
-    return Sums(find("sum_sums", g_rows.device.type, backend)(g_rows, segments), segments, backend)
+def summed(g_rows: Tensor, segments: Segments, backend: str) -> PerSampleGrads:
+    return PerSampleGrads(find("segment_sum", g_rows.device.type, backend)(g_rows, segments), segments, backend)
 
 
-def normalised_product(x: Tensor, g: Tensor, call: Call, shift: Tensor | None, scale: Tensor | None) -> Sums:
+def normalised_product(x: Tensor, g: Tensor, call: Call, shift: Tensor | None, scale: Tensor | None) -> PerSampleGrads:
     x, g = (call.layout.rows_of(t) for t in (x.to(g.dtype), g))
     shift, scale = (None if t is None else call.layout.rows_of(t).squeeze(1).to(g.dtype) for t in (shift, scale))
     backend = call.observation.backend
-    sums = find("product_sums", g.device.type, backend)(x, g, call.segments, shift=shift, scale=scale)
-    return Sums(sums, call.segments, backend)
+    sums = find("segment_scale_grad", g.device.type, backend)(x, g, call.segments, shift=shift, scale=scale)
+    return PerSampleGrads(sums, call.segments, backend)
 
 
 def is_row(shape: torch.Size, of: torch.Size) -> bool:
@@ -208,7 +208,7 @@ def is_row(shape: torch.Size, of: torch.Size) -> bool:
     return len(of) > 1 and shape[-1:] == of[-1:] and shape.numel() == of[-1]
 
 
-def spread(g: Tensor, shape: torch.Size, call: Call) -> Sums:
+def spread(g: Tensor, shape: torch.Size, call: Call) -> PerSampleGrads:
     """The gradient of a broadcast operand of this shape, whose entries meet many of g's."""
     backend = call.observation.backend
-    return Sums(call.layout.per_example(g.to(accumulator(g.dtype)), shape, backend), call.segments, backend)
+    return PerSampleGrads(call.layout.per_example(g.to(accumulator(g.dtype)), shape, backend), call.segments, backend)

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradnorm_ext.layers.calls import Call
-from gradnorm_ext.layers.layouts import Examples, Kind, Layout
+from gradnorm_ext.layers.layouts import Examples, Kind, Layout, Packing
 from gradnorm_ext.layers.observation import Observation, Plan, Slot, Use
+from gradnorm_ext.layers.sources import Sources
 from gradnorm_ext.layers.taps import LookedUp, Tap
 from gradnorm_ext.segments import Segments
 
@@ -177,7 +178,7 @@ class _Graph:
         refusal = self.refusal or self._mismatch(observation, slots)
         if refusal is not None or self.compiled is None:
             observation.memory.unobservable = refusal
-            observation.look_at_call(tuple(one for i, one in enumerate(inputs) if i not in slots), {})
+            observation.sources.look_at_data(tuple(one for i, one in enumerate(inputs) if i not in slots))
             taps = {place: Tap.of(observation, slot, inputs[place]) for place, slot in slots.items()}
             return self.module.forward(*(taps.get(i, one) for i, one in enumerate(inputs)))
         if not self.audited:
@@ -251,7 +252,7 @@ class _Batch(Examples):
     def segments(self, rows: int) -> Segments:
         return self.groups.equal(0)  # looked at by no forward
 
-    def packed(self, inner: int) -> Segments:
+    def packed(self, packing: Packing, inner: int) -> Segments:
         return self.groups.equal(0)
 
 
@@ -260,8 +261,7 @@ class _Traced:
 
     traces = True
     examples = 2  # any number but one
-    derives = verify = False
-    rows_per_example: frozenset[int] = frozenset()
+    derives = verify = closed = False
 
     def __init__(self, graph: _Graph, observation: Observation) -> None:
         assert observation.batch is not None
@@ -274,6 +274,7 @@ class _Traced:
         )
         self.plan, self.batch = Plan(), _Batch(batch.count, batch.groups, batch.batch_dim)
         self.probe_rows = [None] * len(observation.slots)  # norms leave through the block
+        self.sources = Sources(frozenset, gathers=False)
 
     def is_input(self, tensor: Tensor) -> bool:
         return True

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradnorm_ext.gradients import ConvGrad, Geometry, GradientTerm
 from gradnorm_ext.layers.calls import Backward, Call, Observed, first_order, no_autocast, summed, tapped_call
-from gradnorm_ext.layers.contributions import Contribution, Convolved, Geometry
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.reference import accumulator
 
@@ -48,12 +48,12 @@ class _Convolution(Observed):
                 dx = torch.ops.aten.convolution_backward(g, x, weight, None, *ctx.geometry, mask)[0].to(ctx.x_dtype)
                 run.tag(dx)
 
-            def weight_gradient() -> Contribution:
+            def weight_gradient() -> GradientTerm:
                 x_images, g_images = (call.layout.rows_of(side).view_as(side) for side in (x.detach(), g))
                 geometry, segments = ctx.geometry, call.segments
-                return Convolved(x_images, g_images, weight.shape, geometry, segments, run.backend).compact()
+                return ConvGrad(x_images, g_images, weight.shape, geometry, segments, run.backend).compact()
 
-            def bias_gradient() -> Contribution:
+            def bias_gradient() -> GradientTerm:
                 of_images = g.flatten(2).sum(2, dtype=accumulator(g.dtype))
                 return summed(call.layout.rows_of(of_images), call.segments, run.backend)
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradnorm_ext.backends import find
+from gradnorm_ext.gradients import ExpertRouting, GroupedOuter, PerSampleGrads
 from gradnorm_ext.layers.calls import Backward, Call, first_order, no_autocast
-from gradnorm_ext.layers.contributions import Route, Routed, Sums
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation
 from gradnorm_ext.layers.taps import Tap
@@ -31,52 +31,52 @@ class _Experts(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        route: Route,
+        routing: ExpertRouting,
         dtype: torch.dtype,
         *probes: Tensor | None,
     ) -> Tensor:
-        ctx.call, ctx.route, ctx.x_dtype = call, route, x.dtype
+        ctx.call, ctx.routing, ctx.x_dtype = call, routing, x.dtype
         x, weight = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(x, weight)
-        y = _products(x, weight if call.swapped else weight.mT, route)
-        return y if bias is None else y + bias.to(dtype)[route.expert]
+        y = _products(x, weight if call.swapped else weight.mT, routing)
+        return y if bias is None else y + bias.to(dtype)[routing.expert]
 
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         call: Call = ctx.call
-        route: Route = ctx.route
+        routing: ExpertRouting = ctx.routing
         with no_autocast(g.device):
             run = Backward(ctx, call)
             g = g.contiguous()
             dx = None
             if ctx.needs_input_grad[1]:
-                dx = _products(g, weight.mT if call.swapped else weight, route).to(ctx.x_dtype)
+                dx = _products(g, weight.mT if call.swapped else weight, routing).to(ctx.x_dtype)
                 run.tag(dx)
 
-            def weight_gradient() -> Routed:
+            def weight_gradient() -> GroupedOuter:
                 if call.swapped:
-                    return Routed(g, x.detach(), route, call.segments, run.backend, swapped=True)
-                return Routed(x.detach(), g, route, call.segments, run.backend)
+                    return GroupedOuter(g, x.detach(), routing, call.segments, run.backend, swapped=True)
+                return GroupedOuter(x.detach(), g, routing, call.segments, run.backend)
 
-            def bias_gradient() -> Sums:
-                sums = find("sum_sums", g.device.type, run.backend)(g, route.segments)
-                by_example = sums.view(route.experts, call.segments.count, -1).transpose(0, 1)
-                return Sums(by_example, call.segments, run.backend)
+            def bias_gradient() -> PerSampleGrads:
+                sums = find("segment_sum", g.device.type, run.backend)(g, routing.segments)
+                by_example = sums.view(routing.experts, call.segments.count, -1).transpose(0, 1)
+                return PerSampleGrads(by_example, call.segments, run.backend)
 
             dw, of_weight = run.deliver(0, 2, weight_gradient)
             db, of_bias = run.deliver(1, 3, bias_gradient)
         return None, dx, dw, db, None, None, of_weight, of_bias
 
 
-def _products(x: Tensor, matrices: Tensor, route: Route) -> Tensor:
+def _products(x: Tensor, matrices: Tensor, routing: ExpertRouting) -> Tensor:
     """``x[r] M[e]`` of matrices ``[experts, in, out]``."""
     aligned = all(size * x.element_size() % 16 == 0 for size in matrices.shape[1:])
     if x.dtype in (torch.float32, torch.bfloat16, torch.float16) and aligned and len(x):
-        grouped: Tensor = F.grouped_mm(x, matrices, offs=route.ends)
+        grouped: Tensor = F.grouped_mm(x, matrices, offs=routing.ends)
         return grouped
-    parts = x.split(route.ends.diff(prepend=route.ends.new_zeros(1)).tolist())
+    parts = x.split(routing.ends.diff(prepend=routing.ends.new_zeros(1)).tolist())
     return torch.cat([rows @ matrix for rows, matrix in zip(parts, matrices.unbind(0), strict=True)])
 
 
@@ -103,7 +103,7 @@ def experts_module(observation: Observation, module: nn.Module, *args: Any, **kw
     expert, owner = top_k_index.reshape(-1), layout.owners.repeat_interleave(k)
     order = (expert * batch.count + owner).argsort(stable=True)
     first: str = "gate_up_proj" if options.has_gate else "up_proj"
-    route = Route.of(expert[order], owner[order], len(module._parameters[first]), batch.groups)  # type: ignore[arg-type]
+    routing = ExpertRouting.of(expert[order], owner[order], len(module._parameters[first]), batch.groups)  # type: ignore[arg-type]
     rows = Layout.of_owners(owner[order], batch)
     autocast = torch.is_autocast_enabled(hidden_states.device.type)
     eager = getattr(options.config, "_experts_implementation", None) == "eager"
@@ -117,7 +117,7 @@ def experts_module(observation: Observation, module: nn.Module, *args: Any, **kw
         weight, bias = (p if u is None else u.operand for p, u in zip(parameters, uses, strict=True))
         assert weight is not None
         dtype = torch.get_autocast_dtype(x.device.type) if autocast and eager else weight.dtype
-        y: Tensor = _Experts.apply(call, x, weight, bias, route, dtype, *call.probes)
+        y: Tensor = _Experts.apply(call, x, weight, bias, routing, dtype, *call.probes)
         return y
 
     h = linear(hidden_states[order // k], first)

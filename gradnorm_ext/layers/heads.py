@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradnorm_ext.gradients import ChunkedOuter
 from gradnorm_ext.layers.calls import Backward, Call, first_order, no_autocast, tapped_call
-from gradnorm_ext.layers.contributions import Parted
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.reference import accumulator
@@ -194,9 +194,9 @@ class _FusedHead(torch.autograd.Function):
                 if dx is not None:
                     run.tag(dx)
                 ordered = rows.by_example(call.layout)
-                head = Parted(ordered.x, ordered, len(weight), call.segments, run.backend)
+                head = ChunkedOuter(ordered.x, ordered, len(weight), call.segments, run.backend)
                 dw, of_weight = run.deliver(0, 2, lambda: head)
-                db, of_bias = run.deliver(1, 3, head.row_sums)
+                db, of_bias = run.deliver(1, 3, head.bias_grads)
         return None, dx, dw, db, None, None, None, of_weight, of_bias
 
 
@@ -256,5 +256,5 @@ class _LogitGradients:
         return _LogitGradients(x, self.weight, self.bias, targets, partition, entropy, g, self.transform)
 
     @property
-    def kept(self) -> tuple[Tensor, ...]:
+    def saved_tensors(self) -> tuple[Tensor, ...]:
         return self.x, self.weight, *([] if self.bias is None else [self.bias])

@@ -9,14 +9,15 @@ features set aside, are compared with the number of examples B:
 3. *flat*: ``B * T`` rows in batch-major order (``x.view(B * T, d)``), where some tensor of the same block is known to
    have T rows per example: the model's input or the input of an earlier use. *flat, second*: the same rows in the order
    of ``[T, B]``.
-4. *packed*: as many rows as ``cu_seqlens`` or ``example_ids`` speak of, and whose those say.
+4. *packed*: as many rows as ``cu_seqlens`` or ``example_ids`` speak of, and whose those say. Where ``example_ids`` speak of rows
+   of several kinds (images beside tokens), their number tells which; the row test tries the others where that is not enough.
 5. *followed*: the graph leads from rows that were selected (``h[mask]``, ``h[:, :-1]`` as flat rows) to rows that are
    known (`gradnorm_ext.layers.provenance`).
 6. *shared*: no batch dimension (a position table's ids). Taken for a lookup whose ids have another first size than B,
    for every later lookup of that table with as many dimensions, and where 1 was tried and refuted. The gradient is
    taken where the looked-up rows meet the batch, so that it arrives per example.
 
-1 to 5 are hypotheses until the *tagging test* (`gradnorm_ext.layers.observation`) has passed. Where it fails and the
+1 to 5 are hypotheses until the *row test* (`gradnorm_ext.layers.row_test`) has passed. Where it fails and the
 sizes allow another of them (T == B; either order of flat rows), that one is tested in its place, before anything is
 measured, and remembered for this use.
 """
@@ -46,44 +47,57 @@ class Packing:
         offsets: ``[B + 1]``: where each example's rows begin, once they are in ``order``.
         order: ``[R]``: the rows, example by example; None where they are in that order already.
         rows: R.
+        label: what these rows are called, where there are several kinds.
+        named: that is the name of an argument of the model.
     """
 
     offsets: Tensor
     order: Tensor | None
     rows: int
+    label: str = ""
+    named: bool = False
 
     @staticmethod
     def of_lengths(offsets: Tensor, rows: int) -> Packing:
         return Packing(offsets, None, rows)
 
     @staticmethod
-    def of_ids(ids: Tensor, examples: int) -> Packing:
+    def of_ids(ids: Tensor, examples: int, label: str = "", named: bool = False) -> Packing:
         """From one example id per row, in any order."""
         lengths = torch.zeros(examples, dtype=torch.int64, device=ids.device).index_add_(0, ids, torch.ones_like(ids))
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        return Packing(offsets, torch.argsort(ids, stable=True), len(ids))
+        return Packing(offsets, torch.argsort(ids, stable=True), len(ids), label, named)
 
 
 @dataclass(eq=False)
 class Examples:
-    """The examples of a block: how many, their groups, and what was said of where they are."""
+    """The examples of a block: how many, their groups, and what was said of where they are.
+
+    ``packing``: of a batch that is packed. ``kinds``: of further kinds of rows beside a batch that is not.
+    """
 
     count: int
     groups: Groups
     batch_dim: int = 0
     packing: Packing | None = None
-    _packed: dict[int, Segments] = field(default_factory=dict, repr=False)
+    kinds: tuple[Packing, ...] = ()
+    _packed: dict[tuple[str, int, int], Segments] = field(default_factory=dict, repr=False)
 
     def segments(self, rows: int) -> Segments:
         """The segments of ``rows`` rows in batch-major order, equally many per example."""
         return self.groups.equal(rows // max(1, self.count))
 
-    def packed(self, inner: int) -> Segments:
-        """The segments of the packed rows, of ``inner`` rows each."""
-        assert self.packing is not None
-        if inner not in self._packed:
-            self._packed[inner] = Segments(self.packing.offsets * inner, None, self.groups)
-        return self._packed[inner]
+    def packed(self, packing: Packing, inner: int) -> Segments:
+        """The segments of packed rows, of ``inner`` rows each."""
+        key = packing.label, packing.rows, inner
+        if key not in self._packed:
+            self._packed[key] = Segments(packing.offsets * inner, None, self.groups)
+        return self._packed[key]
+
+    def told(self, shape: Sequence[int]) -> list[Packing]:
+        """What was said of rows of these sizes."""
+        said = self.kinds if self.packing is None else (self.packing, *self.kinds)
+        return [packing for packing in said if _prefix(shape, packing.rows) is not None]
 
     def kind_of(self, shape: Sequence[int], rows_per_example: set[int]) -> Kind | None:
         """Which hypothesis speaks for a tensor of these sizes, its features set aside; None: none does."""
@@ -95,14 +109,16 @@ class Examples:
             return "second"
         if first == self.count:
             return "leading"
-        if first and first % self.count == 0 and math.prod(shape) // self.count in rows_per_example:
+        if self.kinds and self.told(shape):
+            return "packed"
+        if first and self.count and first % self.count == 0 and math.prod(shape) // self.count in rows_per_example:
             return "flat, second" if self.batch_dim == 1 else "flat"
         return None
 
     def allows(self, kind: Kind, shape: Sequence[int]) -> bool:
         """Whether rows of these sizes can be of a kind that was proven for others."""
         if kind == "packed":
-            return self.packing is not None and _prefix(shape, self.packing.rows) is not None
+            return bool(self.told(shape))
         if kind == "leading":
             return bool(shape) and shape[0] == self.count
         if kind == "second":
@@ -122,19 +138,25 @@ def _prefix(shape: Sequence[int], rows: int) -> int | None:
 
 @dataclass(eq=False)
 class Layout:
-    """Of one call: the kind its tensors have, and their sizes without the features. The tagging test may correct it.
+    """Of one call: the kind its tensors have, and their sizes without the features. The row test may correct it.
 
-    ``anchored``: the call consumes an input of the model, whose batch dimension is known. ``of_constant``: it consumes a
-    buffer, which as a rule has none. ``own``: whose the rows are, where they are those of this call only.
+    ``anchored``: the call consumes an argument of the model, or what was made of one row by row. ``source``: the argument,
+    ``"derived"`` of other data, ``""`` of an activation; None where it is not known. ``reordered``: the rows are an argument's
+    in another order. ``own``: whose the rows are, where they are those of this call only. ``picked``: whose they are by the
+    graph, where their number is that of the examples. ``others``: what else was said of rows of these sizes.
     """
 
     kind: Kind
     shape: tuple[int, ...]
     examples: Examples
     anchored: bool = False
-    of_constant: bool = False
+    source: str | None = None
+    reordered: bool = False
     corrected: bool = False
     own: Packing | None = None
+    picked: Packing | None = None
+    told: bool = False
+    others: tuple[tuple[Kind, Packing | None], ...] = ()
 
     @staticmethod
     def of_owners(owners: Tensor, examples: Examples) -> Layout:
@@ -144,9 +166,7 @@ class Layout:
 
     @property
     def packing(self) -> Packing:
-        packing = self.own or self.examples.packing
-        assert packing is not None
-        return packing
+        return self.own or self.examples.told(self.shape)[0]
 
     @property
     def owners(self) -> Tensor:
@@ -170,8 +190,12 @@ class Layout:
     @property
     def alternative(self) -> Kind | None:
         """Which other hypothesis the same sizes allow."""
+        if self.others:
+            return self.others[0][0]
         both = not self.anchored and len(self.shape) > 1 and self.shape[0] == self.shape[1] == self.examples.count
         others: dict[Kind, Kind] = {"flat": "flat, second", "flat, second": "flat"}
+        if self.picked is not None:
+            others |= {"leading": "followed", "followed": "leading"}
         if both:
             others |= {"leading": "second", "second": "leading"}
         return others.get(self.kind)
@@ -187,8 +211,13 @@ class Layout:
         return self.kind in ("packed", "followed")
 
     @property
+    def is_told(self) -> bool:
+        """Whether the caller has said whose the rows are."""
+        return self.told or self.kind == "packed"
+
+    @property
     def _packed_segments(self) -> Segments:
-        return self.examples.packed(1) if self.kind == "packed" else self.segments
+        return self.examples.packed(self.packing, 1) if self.kind == "packed" else self.segments
 
     def proves(self, rows_per_example: set[int]) -> bool:
         """Whether the sizes leave no other choice: ``[B]`` alone may be positions, where some example has B of them."""
@@ -201,7 +230,12 @@ class Layout:
     def correct(self) -> None:
         """Take the alternative."""
         assert self.alternative is not None
-        self.kind, self.corrected = self.alternative, not self.corrected
+        if self.others:
+            (self.kind, self.own), self.others = self.others[0], (*self.others[1:], (self.kind, self.own))
+        else:
+            self.kind, self.corrected = self.alternative, not self.corrected
+        if self.picked is not None:
+            self.own = self.picked if self.kind == "followed" else None
         for cached in ("segments", "in_order"):
             self.__dict__.pop(cached, None)
 
@@ -209,7 +243,7 @@ class Layout:
     def segments(self) -> Segments:
         """The segments of what `rows_of` returns."""
         if self.kind == "packed":
-            return self.examples.packed(self.rows // max(1, self.packing.rows))
+            return self.examples.packed(self.packing, self.rows // max(1, self.packing.rows))
         if self.kind == "followed":
             return Segments(self.packing.offsets, None, self.examples.groups)
         return self.examples.segments(self.rows)
@@ -229,7 +263,12 @@ class Layout:
         if self.kind == "flat, second":
             return tensor.reshape(-1, self.examples.count, inner).transpose(0, 1).reshape(-1, inner)
         assert self.packing.order is not None
-        return tensor.reshape(self.packing.rows, -1).index_select(0, self.packing.order).view(-1, inner)
+        rows = self.packing.rows
+        return (
+            tensor.reshape(rows, -1).index_select(0, self.packing.order).view(-1, inner)
+            if rows
+            else tensor.view(-1, inner)
+        )
 
     def ids_of(self, ids: Tensor) -> Tensor:
         """``[rows]``: `rows_of` a tensor without features."""
@@ -238,6 +277,8 @@ class Layout:
     def scaled(self, tensor: Tensor, factor: Tensor) -> Tensor:
         """A tensor of these sizes, or one that has only its batch in the same place, times its example's factor."""
         count = self.examples.count
+        if not tensor.numel():
+            return tensor
         if self.kind == "second":
             return tensor * factor.view(1, count, *[1] * (tensor.dim() - 2))
         if self.kind == "flat, second":
@@ -266,6 +307,8 @@ class Layout:
         aligned = [1] * (gradient.dim() - len(shape)) + list(shape)
         if count == 1:
             return gradient.sum_to_size(shape)[None]
+        if not gradient.numel():
+            return gradient.new_zeros(count, *shape)
         if self.is_packed:
             packing = self.packing
             prefix = _prefix(self.shape, packing.rows)
@@ -275,7 +318,7 @@ class Layout:
             rows = by_row.reshape(packing.rows, -1)
             if packing.order is not None:
                 rows = rows.index_select(0, packing.order)
-            sums: Tensor = find("sum_sums", rows.device.type, backend)(rows, self._packed_segments)
+            sums: Tensor = find("segment_sum", rows.device.type, backend)(rows, self._packed_segments)
             return sums.view(count, *shape)
         if self.kind == "second":
             by_example = gradient.movedim(1, 0).unsqueeze(2)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradnorm_ext.gradients import Outer
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
@@ -18,7 +19,6 @@ from gradnorm_ext.layers.calls import (
     summed,
     tapped_call,
 )
-from gradnorm_ext.layers.contributions import Outer
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation
 from gradnorm_ext.layers.taps import Tap
@@ -43,7 +43,8 @@ class _Linear(Observed):
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.t() if call.swapped else weight, bias)
+        y = F.linear(x, weight.t() if call.swapped else weight, bias)
+        return y.data if y._is_view() else y  # as a view it could not be written to
 
     @staticmethod
     @first_order
@@ -113,22 +114,26 @@ def linear_module(observation: Observation, module: nn.Linear, input: Tensor) ->
     return _apply_linear(call, input, weight, bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return multiply_rows(x, weight, bias, "linear")
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return multiply_rows(input, weight, bias, "linear")
 
 
-def addmm(bias: Tensor, x: Tensor, weight: Tensor, **scaled: Any) -> Any:
-    return NotImplemented if scaled else multiply_rows(x, weight, bias, "addmm", swapped=True)
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    return NotImplemented if beta != 1 or alpha != 1 else multiply_rows(mat1, mat2, input, "addmm", swapped=True)
 
 
-def matmul(first: Tensor, second: Tensor) -> Any:
+def matmul(input: Tensor, other: Tensor) -> Any:
     """``x W``, or ``W x``, which is ``(xᵀ Wᵀ)ᵀ``."""
-    if isinstance(second, Tap):
-        return multiply_rows(first, second, None, "matmul", swapped=True)
-    if first.dim() != 2 or second.dim() < 3:
+    if isinstance(other, Tap):
+        return multiply_rows(input, other, None, "matmul", swapped=True)
+    if input.dim() != 2 or other.dim() < 3:
         return NotImplemented
-    y = multiply_rows(second.mT, first, None, "matmul")
-    return y if y is NotImplemented else y.mT
+    y = multiply_rows(other.mT, input, None, "matmul")
+    return y if y is NotImplemented else y.mT.contiguous()  # as torch returns it: some callers view it
+
+
+def mm(input: Tensor, mat2: Tensor) -> Any:
+    return matmul(input, mat2)
 
 
 class _Bilinear(Observed):

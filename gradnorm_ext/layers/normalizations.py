@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradnorm_ext.gradients import GradientTerm
 from gradnorm_ext.layers.calls import (
     Backward,
     Call,
@@ -20,7 +21,7 @@ from gradnorm_ext.layers.calls import (
     summed,
     tapped_call,
 )
-from gradnorm_ext.layers.contributions import Contribution
+from gradnorm_ext.layers.elementwise import multiply
 from gradnorm_ext.layers.observation import Observation
 from gradnorm_ext.layers.taps import Tap
 from gradnorm_ext.reference import accumulator
@@ -138,7 +139,7 @@ class _GroupNorm(Observed):
                 dx = dx.view_as(x)
                 run.tag(dx)
 
-            def of_examples(sums: Tensor) -> Contribution:
+            def of_examples(sums: Tensor) -> GradientTerm:
                 return summed(call.layout.rows_of(sums.view(x.shape[:2])), call.segments, run.backend)
 
             dw, of_weight = run.deliver(0, 2, lambda: of_examples(of_scales))
@@ -181,7 +182,7 @@ class _Affine(Observed):
                 dx = (g if weight is None else g * _per_channel(weight, g)).to(x.dtype)
                 run.tag(dx)
 
-            def over_positions(products: Tensor) -> Contribution:
+            def over_positions(products: Tensor) -> GradientTerm:
                 sums = products.reshape(*x.shape[:2], -1).sum(2, dtype=accumulator(g.dtype))
                 return summed(call.layout.rows_of(sums), call.segments, run.backend)
 
@@ -244,3 +245,10 @@ def batch_norm(
         return NotImplemented
     normalised = F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)
     return _affine(input, normalised, weight, bias, "batch_norm")
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Any:
+    """The normalised input is an activation like any other; only the scale is a parameter's business."""
+    return multiply(F.rms_norm(input, normalized_shape, None, eps), weight)

@@ -1,11 +1,8 @@
 """One observe block: which parameters were used how, and what their uses' backward passes deliver.
 
-Which row belongs to which example is a hypothesis (`gradnorm_ext.layers.layouts`) until the *tagging test* has passed:
-in the first block, in the 10th, 100th and so on, and whenever a use of a new kind appears, the backward runs again from
-the most downstream use, every example's gradient scaled by its own power of two. Each row of every use must then scale
-bit for bit by the factor of the example it is counted for (nearly, where float16 rounds small numbers). The layout of
-that most downstream use itself is taken as its sizes say; where they say only a count of rows, or had to be corrected,
-a use upstream whose sizes leave no choice must confirm it.
+Which row belongs to which example is a hypothesis (`gradnorm_ext.layers.layouts`) until the row test
+(`gradnorm_ext.layers.row_test`) has passed: in the first block, in the 10th, 100th and so on, and whenever a use of a
+new kind appears, or one that no test has proven yet.
 
 The *audit* of the same block compares, for every parameter, the gradient that autograd accumulates with the sum of
 what the uses delivered: a use that was not seen is an error, not a missing summand.
@@ -16,39 +13,30 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
-from torch.utils import _pytree as pytree
 
 from gradnorm_ext.backends import choose
-from gradnorm_ext.layers.contributions import (
-    Contribution,
-    Convolved,
-    Lookup,
-    Outer,
-    Parted,
-    Place,
-    Placed,
-    Routed,
-    Sums,
-    TiedOuter,
+from gradnorm_ext.gradients import (
+    GradientTerm,
+    PerSampleGrads,
+    StridedView,
+    ViewedTerm,
     combined_gram,
     combined_sqnorm,
-    copied,
+    compress_tied_head,
     gram_of,
-    tied_sqnorm,
 )
-from gradnorm_ext.layers.layouts import Examples, Kind, Layout
+from gradnorm_ext.layers.layouts import Examples, Kind, Layout, Packing
 from gradnorm_ext.layers.provenance import follow
+from gradnorm_ext.layers.row_test import Evidence, RowTest
+from gradnorm_ext.layers.sources import DERIVED, Sources, arguments_of, calls_from
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
-
-Input = tuple[GradientEdge, Tensor, Layout]  # of a use: where its gradient goes, the gradient, and whose its rows are
 
 
 class Slot:
@@ -61,8 +49,8 @@ class Slot:
         self.arrived = 0  # backward passes of uses
         self.measured = False  # by a single use
         self.norms: Tensor | None = None  # by a single use, past the probe
-        self.deferred: list[tuple[Use, Contribution | TiedOuter]] = []  # several uses: combined when the block closes
-        self.kept: list[tuple[Use, Contribution | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
+        self.deferred: list[ViewedTerm] = []  # several uses: combined when the block closes
+        self.kept: list[tuple[Use, GradientTerm | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
         self.weights: Tensor | None = None  # per example, where the parameter has its own
         self.hooked = False  # audited in this block
         self.shard: nn.Parameter | None = None  # FSDP2 puts the whole parameter in place of it
@@ -87,14 +75,22 @@ class Use:
     shared: bool = False  # looked-up rows that all examples share
     path: tuple[Callable[[Tensor], Tensor], ...] = ()  # from the parameter to the value, where views lead there
     followers: tuple[Use, ...] = ()  # the same use, of the other parameters that ``value`` was derived from
-    needs_proof: bool = False  # what it meets may have no batch dimension: the tagging test has to pass through it
-    fingerprint: Tensor | None = field(default=None, repr=False)
-    tagged: bool = False  # the tagging test has passed through it, or has started from it
-    confirmed: bool = True  # the test started from it: something upstream proves its layout, where that is needed
+    is_known: bool = False  # an earlier block has proven such uses
+    tested: bool = False  # a row test has gone through it, or has started from it
+    evidence: Evidence | None = None  # what ties its rows to the caller's order
+    with_input: bool = False  # in a test that went through what consumes an argument of the model
+    seen: Tensor | None = field(default=None, repr=False)  # ``[B]``: by nonzero gradients of which examples
+    delivered_of: Tensor | None = field(default=None, repr=False)  # ``[B]``: which examples have a gradient at all
+    row_sums: Tensor | None = field(default=None, repr=False)  # of the running test
 
     @property
     def key(self) -> tuple[str, str, str, tuple[str, ...]]:
         return self.slot.name, self.function, "shared" if self.shared else self.layout.kind, self.views
+
+    @property
+    def place_in_code(self) -> str:
+        """The use as a message names it."""
+        return f"{self.slot.name} ({self.function}, rows {list(self.layout.shape)})"
 
     @property
     def is_derived(self) -> bool:
@@ -113,15 +109,15 @@ class Use:
         return self.value.detach() if late else self.value
 
     @property
-    def place(self) -> Place | None:
+    def strided_view(self) -> StridedView | None:
         """Where the value lies in the parameter's memory; None where it is not a view of it."""
         value, parameter = self.value, self.slot.parameter
         if hasattr(parameter, "device_mesh"):
             return None
         is_view = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
-        if not is_view or value.dtype != parameter.dtype:
+        if not is_view or value.dtype != parameter.dtype or _overlaps_itself(value):
             return None
-        return Place(int(value.storage_offset()), tuple(value.shape), value.stride())
+        return StridedView(int(value.storage_offset()), tuple(value.shape), value.stride())
 
     def adjoint(self, gradient: Tensor, *, several: bool = False) -> Tensor:
         """A gradient of the consumed tensor as one of the parameter; ``several``: a stack of them."""
@@ -142,12 +138,16 @@ class Use:
             self.observation.placing = False
         return placed.to(gradient.dtype)
 
-    def measured(self, contribution: Contribution) -> Contribution:
+    def measured(self, contribution: GradientTerm) -> GradientTerm:
         """The contribution whose norms are those of the parameter's gradient."""
         if not self.is_curved:
             return contribution
-        assert isinstance(contribution, Sums)
-        return replace(contribution, sums=self.adjoint(contribution.sums, several=True))
+        sums = self.adjoint(contribution.per_segment(), several=True)
+        return PerSampleGrads(sums, contribution.segments, self.observation.backend)
+
+    def viewed(self, contribution: GradientTerm) -> ViewedTerm:
+        """The contribution as one to the parameter."""
+        return ViewedTerm(contribution, self.views, self.adjoint, self.strided_view)
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,16 @@ class Plan:
 class Memory:
     """What a Meter learns about its model from block to block."""
 
-    verified: set[tuple[str, str, str, tuple[str, ...]]] = field(default_factory=set)
+    verified: dict[tuple[str, str, str, tuple[str, ...]], set[str]] = field(default_factory=dict)  # and from where
     shared_lookups: set[tuple[str, int]] = field(default_factory=set)  # (parameter, dimensions of the ids)
     corrected: dict[tuple[str, str, int], Kind] = field(default_factory=dict)  # (parameter, function, dimensions)
     kinds: dict[tuple[str, str], set[Kind]] = field(default_factory=dict)  # (parameter, function): what was verified
+    labels: dict[tuple[str, str], str] = field(
+        default_factory=dict
+    )  # (parameter, function): which of several kinds of rows
+    picked: set[tuple[str, str]] = field(
+        default_factory=set
+    )  # (parameter, function): of rows that index tensors choose
     unobservable: str | None = None  # why the model's compiled graphs run as they were written
     audited: set[str] = field(default_factory=set)  # parameters whose whole gradient was accounted for
     blocks: int = 0  # closed so far
@@ -217,14 +223,14 @@ def _computes_in_half(parameter: Tensor) -> bool:
     return autocast or parameter.dtype == torch.float16
 
 
-def _memory_of(tensor: Tensor) -> int | None:
-    """Where a tensor's entries lie; None of one that has none itself: a DTensor, or what a collective has yet to bring."""
-    if hasattr(tensor, "device_mesh"):
-        return None
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except RuntimeError:  # torch's, of wrappers without a storage
-        return None
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two entries may lie in one place of memory, as those of expanded and unfolded tensors do."""
+    end = 0  # of what smaller strides reach
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= end:
+            return True
+        end += stride * (size - 1)
+    return False
 
 
 def _sum_over(group: Any, tensor: Tensor) -> Tensor:
@@ -250,6 +256,7 @@ class Observation:
     """The state of one observe block. `begin` must be called before the first use, when B is known."""
 
     traces = False  # this is a block, and no compiler's trace of one
+    closed = False
 
     def __init__(
         self,
@@ -268,6 +275,7 @@ class Observation:
         verify: bool = False,
         reduces_early: bool = False,
         shards: Shards | None = None,
+        rows_of: Mapping[str, Tensor] | None = None,
         places: Mapping[int, tuple[tuple[int, str], ...]] | None = None,
         graphs: bool = False,
     ) -> None:
@@ -284,38 +292,33 @@ class Observation:
                 self.slots[key].shard = self.slots[key].parameter
                 self.by_place |= dict.fromkeys(found, self.slots[key])
         self.batch_dim, self.backwards = batch_dim, backwards
+        self.rows_of = rows_of or {}  # by parameter or module: each row's example
         self.derives = derives  # uses without a rule are differentiated one example at a time
-        self.constants = functools.cache(constants)  # where the model's buffers and frozen parameters lie
-        self.frozen: dict[int, Tensor] = {}  # and where those lie that FSDP2 gathers anew each time
+        self.sources = Sources(constants, gathers=shards is not None)
+        self.modules: frozenset[int] = frozenset()  # of the model
+        self.inside = False  # a call of a module that came from outside is running
+        self.calls = 0  # that came from outside
         self.examples: int | None = None
         self.batch: Examples | None = None
         self.weights: Tensor | None = None  # per example
         self.verify = verify
-        self.half = False  # something is computed in float16
-        self.blurred = False  # the tagging test met numbers that were not finite, and is to be run again
+        self.row_test = RowTest(self)
         self.graphs = graphs  # compiled graphs are observed
         self.graphs_audited = False
         self.runs: dict[int, list[Any]] = {}  # of these graphs, by their numbers
         self._of_graphs: Tensor | None = None  # figures that came from there
         self.backward_once = graphs  # also through a selective checkpoint: verifying has to wait for the next block
         self.phase: Literal["norms", "weigh"] | None = None  # of two passes
-        self.tagging: Literal["base", "scaled"] | None = None
-        self.tag_factor: Tensor | None = None
         self.placing = False
         self.failures: list[str] = []
         self.called_with: list[tuple[int, ...]] = []  # sizes, in a block without examples
-        self.refuted: list[Use] = []  # in the running test
-        self.proven = False  # in the running test, a use has passed whose sizes leave no choice
-        self.refuted_lookups: list[Use] = []  # taken for batched, and not
         self._layouts: dict[tuple[int, ...], Layout] = {}  # of activations, by their sizes
         self._layouts_in_graphs: dict[tuple[Kind, tuple[int, ...]], Layout] = {}
-        self.rows_per_example: set[int] = set()  # of tensors that show the batch
-        self.inputs: set[int] = set()  # where the model's inputs lie that show the batch
-        self.data: set[int] = set()  # where the arguments of modules lie that carry no gradient
         self.budget = plan.budget
         self.at_once = False  # gradient and norms are taken when a backward arrives, and nothing else
         self.measured_uses = 0
         self._hooks: list[Any] = []
+        self.taps: dict[int, Any] = {}  # of parameters that were read, by their ids
 
     def begin(self, batch: Examples, tasks: Tensor) -> None:
         """Fix the examples and their groups, and make the probe: a leaf of zeros whose gradient is the norms."""
@@ -371,11 +374,6 @@ class Observation:
                     self._audit(slot)
         return slot
 
-    def look_at_frozen(self, parameter: nn.Parameter) -> None:
-        """Under FSDP2 a frozen parameter lies elsewhere whenever it is whole, which is when it is read."""
-        if self.shards is not None and not hasattr(parameter, "device_mesh"):
-            self.frozen[parameter.untyped_storage().data_ptr()] = parameter
-
     def layout_of_kind(self, kind: Kind, shape: tuple[int, ...]) -> Layout:
         """The layout of rows in a compiled graph: of the kind that was proven, if the sizes allow it."""
         assert self.batch is not None
@@ -414,27 +412,43 @@ class Observation:
                 'is split among ranks; leave out gram, exact_tasks, ranks="exact" and scope="layer"'
             )
 
-    def look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What a module's arguments say; the first ones are the model's inputs."""
-        for one in args:
-            if isinstance(one, Tensor) and not one.requires_grad and (where := _memory_of(one)) is not None:
-                self.data.add(where)
-        if not self.rows_per_example:
-            self._look_at_inputs(args, kwargs)
+    def call(self, run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module's call. Those that come from outside of the model have the caller's order."""
+        sources = self.sources
+        sources.look_at_data(args)
+        if isinstance(module, nn.parallel.DistributedDataParallel):  # only the module inside belongs to the model
+            return run(module, *args, **kwargs)
+        if self.inside or torch._C._current_graph_task_id() != -1:  # or a checkpoint computes it again
+            if not sources.rows_per_example:
+                self._look_at_arguments(arguments_of(module, args, kwargs), of_model=False)
+            return run(module, *args, **kwargs)
+        of_model = not calls_from(self.modules)
+        named = arguments_of(module, args, kwargs)
+        self._look_at_arguments(named, of_model=of_model)
+        self.inside = True
+        try:
+            if not (of_model and self.verify and self.batch is not None):
+                result = run(module, *args, **kwargs)
+            else:
+                with sources.following(self.batch):
+                    result = run(module, *args, **kwargs)
+        finally:
+            self.inside = False
+        if of_model and self.verify:
+            self.calls += 1
+            self.row_test.watch_given(named)
+            self.row_test.watch_returned(result, "output" if self.calls == 1 else f"output of call {self.calls}")
+        return result
 
-    def _look_at_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _look_at_arguments(self, named: Sequence[tuple[str, Tensor]], *, of_model: bool) -> None:
         """How many examples there are, where nothing else says so, and how many rows each."""
-        inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
+        named = [(name, one) for name, one in named if one.dim() > 0]
         if self.examples == 0:
-            self.called_with += [tuple(t.shape) for t in inputs]
+            self.called_with += [tuple(one.shape) for _, one in named]
         if self.examples is None:
-            self._begin_with([t.shape[self.batch_dim] for t in inputs if t.dim() > self.batch_dim])
-        for one in inputs:
-            if one.dim() > self.batch_dim and one.shape[self.batch_dim] == self.examples:
-                first = one.shape[1 - self.batch_dim] if one.dim() > 1 else 1
-                self.rows_per_example |= {first * math.prod(one.shape[2:end]) for end in range(2, one.dim() + 1)}
-                if (where := _memory_of(one)) is not None:
-                    self.inputs.add(where)
+            self._begin_with([one.shape[self.batch_dim] for _, one in named if one.dim() > self.batch_dim])
+        assert self.batch is not None
+        self.sources.look_at_arguments(named, self.batch, of_model=of_model)
 
     def _begin_with(self, sizes: Sequence[int]) -> None:
         if not sizes or sizes[0] == 0:
@@ -456,25 +470,82 @@ class Observation:
         shape = tuple(tensor.shape)[: tensor.dim() - features]
         if self.examples is not None and self.examples <= 1:
             return Layout("leading", shape, self.batch)
+        if self.rows_of and (told := self._told_rows(name, shape)) is not None:
+            return told
         followable = features == 1 and tensor.requires_grad
         if followable and len(shape) == 1 and (followed := self._followed(tensor, shape)) is not None:
             return followed
+        if followable and len(shape) > 1 and (self.verify or (name, function) in self.memory.picked):
+            picked = self._picked(tensor, name, function)
+            if picked is not None:
+                return picked
         if tensor.requires_grad and (known := self._layouts.get(shape)) is not None:
             return known
-        kind = self.batch.kind_of(shape, self.rows_per_example)
+        kind = self.batch.kind_of(shape, self.sources.rows_per_example)
         if followable and len(shape) > 1 and kind in (None, "second") and (followed := self._followed(tensor, shape)):
             return followed
-        if kind is None or (kind == "second" and self.batch_dim == 0 and not self.inputs):
+        if kind is None and 0 in shape:  # whatever they would be
+            return Layout.of_owners(torch.empty(shape, dtype=torch.int64, device=tensor.device), self.batch)
+        if kind is None or (kind == "second" and self.batch_dim == 0 and not self.sources.arguments):
             raise self._unexplained(shape, name)
-        layout = Layout(kind, shape, self.batch, anchored=not tensor.requires_grad and self.is_input(tensor))
-        layout.of_constant = not tensor.requires_grad and self.is_constant(tensor)
+        layout = Layout(kind, shape, self.batch, source="")
+        if not tensor.requires_grad:
+            self._look_at_source(layout, tensor)
+        if self.batch.kinds:
+            self._look_at_kinds(layout, tensor, name, function)
         corrected = self.memory.corrected.get((name, function, len(shape)))
         if corrected is not None and corrected == layout.alternative:
             layout.correct()
-        if kind == "leading" or kind == "second":
-            self.rows_per_example.add(layout.rows // self.batch.count)
+        if layout.kind == "leading" or layout.kind == "second":
+            self.sources.rows_per_example.add(layout.rows // self.batch.count)
         if tensor.requires_grad and layout.alternative is None:
             self._layouts[shape] = layout  # nothing will be corrected, and nothing but the sizes decided
+        return layout
+
+    def _look_at_source(self, layout: Layout, data: Tensor) -> None:
+        """What the data's origin says of its rows."""
+        argument = self.sources.argument_of(data)
+        if argument is not None:
+            kind = argument.kind_of(data, layout.kind, layout.examples.count)
+            if kind is not None and layout.alternative == kind:
+                layout.correct()
+            layout.source, layout.anchored = argument.name, kind == layout.kind
+            return
+        layout.source = DERIVED
+        layout.reordered = self.sources.is_reordered(data)
+        steady = layout.kind in ("leading", "second", "packed") and layout.alternative is None
+        layout.anchored = steady and self.sources.derivation_of(data) is not None
+
+    def _look_at_kinds(self, layout: Layout, tensor: Tensor, name: str, function: str) -> None:
+        """Which of several kinds of rows these are, where their number leaves a choice."""
+        said = layout.examples.told(layout.shape)
+        argument = None if tensor.requires_grad else self.sources.argument_of(tensor)
+        choices: list[tuple[Kind, Packing | None]] = [("packed", packing) for packing in said]
+        if layout.kind != "packed":
+            at = 0 if argument is not None and argument.name == self.sources.first else len(choices)
+            choices.insert(at, (layout.kind, None))
+        label = self.memory.labels.get((name, function)) if argument is None else argument.name
+        if known := [one for one in choices if (one[1].label if one[1] else "") == label]:
+            choices = known
+        elif argument is not None:  # which has none of the names that were given
+            choices = [one for one in choices if one[1] is None or not one[1].named]
+        if choices:
+            (layout.kind, layout.own), layout.others = choices[0], tuple(choices[1:])
+            layout.anchored = layout.anchored and len(choices) == 1
+
+    def _told_rows(self, name: str, shape: tuple[int, ...]) -> Layout | None:
+        """Of rows of which the caller has said, for this parameter, whose they are."""
+        assert self.batch is not None
+        given = next((ids for key, ids in self.rows_of.items() if name == key or name.startswith(f"{key}.")), None)
+        if given is None:
+            return None
+        if len(given) != math.prod(shape):
+            raise ValueError(
+                f"{self.who}: rows_of must give one example for each row of {name}, got {len(given)} for rows of shape "
+                f"{list(shape)}; give {math.prod(shape)} integers"
+            )
+        layout = Layout.of_owners(given.view(shape), self.batch)
+        layout.told, layout.source = True, None
         return layout
 
     def _followed(self, tensor: Tensor, shape: tuple[int, ...]) -> Layout | None:
@@ -487,36 +558,49 @@ class Observation:
             return None
         if not followed.regular:
             return Layout.of_owners(followed.owners, self.batch)
-        self.rows_per_example.add(math.prod(shape) // self.batch.count)
+        self.sources.rows_per_example.add(math.prod(shape) // self.batch.count)
         return Layout("leading" if shape[0] == self.examples else "flat", shape, self.batch)
+
+    def _picked(self, tensor: Tensor, name: str, function: str) -> Layout | None:
+        """Of rows that an index tensor has taken from examples to others, which sizes do not show: ``h[order]``."""
+        assert self.batch is not None
+        found = follow(tensor, self._layout_of_sizes, unselected=False)
+        if found is None or not found.picked or (self.verify and tensor.grad_fn in self.sources.steady_nodes):
+            return None
+        self.memory.picked.add((name, function))
+        return Layout.of_owners(found.owners, self.batch)
+
+    def picked_rows(self, tensor: Tensor, shape: tuple[int, ...]) -> Packing | None:
+        """Whose the rows of what the model returned are, if index tensors have chosen them among others."""
+        assert self.batch is not None
+        found = follow(tensor, self._layout_of_sizes, unselected=False) if tensor.dim() > 1 else None
+        if found is None or found.regular or found.owners.shape != shape:
+            return None
+        return Packing.of_ids(found.owners.reshape(-1), self.batch.count)
 
     def _layout_of_sizes(self, shape: tuple[int, ...]) -> Layout | None:
         assert self.batch is not None
-        kind = self.batch.kind_of(shape, self.rows_per_example)
+        kind = self.batch.kind_of(shape, self.sources.rows_per_example)
         return None if kind is None else Layout(kind, shape, self.batch)
 
     def is_input(self, tensor: Tensor) -> bool:
-        """Whether this is an input of the model that shows the batch, or a view of one."""
-        return _memory_of(tensor) in self.inputs
+        """Whether this is an argument of the model that shows the batch, or a view of one."""
+        return self.sources.argument_of(tensor) is not None
 
     def is_constant(self, tensor: Tensor) -> bool:
-        """Whether this is a buffer or a frozen parameter, which has no batch dimension whatever its sizes."""
-        if (where := _memory_of(tensor)) is None:
-            return False
-        gathered = self.frozen.get(where)
-        return where in self.constants() or (
-            gathered is not None and gathered.untyped_storage().data_ptr() == where  # else its memory is another's now
-        )
+        return self.sources.is_constant(tensor)
 
     def is_data(self, tensor: Tensor) -> bool:
-        """Whether this is known to be no constant: an activation, or an argument of the model or one of its modules."""
-        return tensor.requires_grad or _memory_of(tensor) in self.data
+        return self.sources.is_data(tensor)
 
     def _unexplained(self, shape: Sequence[int], name: str) -> ValueError:
         assert self.batch is not None
-        known = ", ".join(str(self.batch.count * rows) for rows in sorted(self.rows_per_example - {1})) or "none yet"
-        packing = self.batch.packing
-        packed = f" nor the {packing.rows} packed rows" if packing else ""
+        known = (
+            ", ".join(str(self.batch.count * rows) for rows in sorted(self.sources.rows_per_example - {1}))
+            or "none yet"
+        )
+        packings = [*([self.batch.packing] if self.batch.packing else []), *self.batch.kinds]
+        packed = "".join(f" nor the {packing.rows} {packing.label or 'packed'} rows" for packing in packings)
         return ValueError(
             f"{self.who}: the rows of {name} must belong to the batch's {self.examples} examples, got rows of shape "
             f"{list(shape)}, neither {self.examples} in front nor as many rows as this block's tensors with the batch in "
@@ -542,19 +626,21 @@ class Observation:
         """
         followers = tuple(self.use(other, value, views, function, layout) for other in others) if others else ()
         use = Use(slot, value, views, function, layout, self, shared=shared, followers=followers)
-        use.needs_proof = layout.of_constant
         recomputed = torch._C._current_graph_task_id() != -1 and slot.uses
         if not recomputed:
             slot.uses.append(use)
-        if use.key not in self.memory.verified:
+        known = self.memory.verified.get(use.key)
+        use.is_known = known is not None and (layout.source is None or layout.source in known) and not layout.others
+        use.is_known = use.is_known or not layout.rows
+        if not use.is_known:
             if self.shards is None and not self.backward_once:
                 self.verify = self.verify or self.examples != 1
             else:  # ranks that verify alone would wait for the others' collectives
                 self.memory.unverified |= not self.verify and (self.examples or 0) > 1
             if self.examples != 0:
                 self._audit(slot)
-        if self.verify and not self.half:
-            self.half = _computes_in_half(value)
+        if self.verify and not self.row_test.half:
+            self.row_test.half = _computes_in_half(value)
         return use
 
     def look_up(self, use: Use, ids: Tensor) -> Tensor:
@@ -568,11 +654,19 @@ class Observation:
         return ids
 
     def deliver(
-        self, use: Use, contribution: Contribution, needs_gradient: bool
+        self, use: Use, contribution: GradientTerm, needs_gradient: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """What a use's backward returns for the parameter and for the probe."""
         slot = use.slot
-        if self.at_once and needs_gradient and self.tagging is None and self._is_plain(use):
+        if slot.rows_over is not None:
+            sums = _sum_over(slot.rows_over, contribution.per_segment())
+            contribution = PerSampleGrads(sums, contribution.segments, self.backend)
+        if self.verify:
+            if self.row_test.running is not None:
+                self.row_test.receive(use, contribution)
+                return None, None
+            self.row_test.look_at_delivered(use, contribution)
+        if self.at_once and needs_gradient and self._is_plain(use):
             slot.arrived, slot.measured = 1, True
             self.measured_uses += 1
             formed, measured = contribution.wgrad(self.weights)
@@ -580,14 +674,8 @@ class Observation:
                 return self._audited(use, formed), self._counted(measured)
             slot.norms = measured
             return self._audited(use, formed), self._unmeasured
-        if slot.rows_over is not None:
-            assert isinstance(contribution, Sums)
-            contribution = replace(contribution, sums=_sum_over(slot.rows_over, contribution.sums))
-        if self.tagging is not None:
-            self._tag(use, contribution)
-            return None, None
         if self.phase == "weigh":
-            return self._audited(use, contribution.total(self.weights) if needs_gradient else None), None
+            return self._audited(use, contribution.grad(self.weights) if needs_gradient else None), None
         if self.plan.passes == 2 and self.phase is None:
             raise RuntimeError(
                 f"{self.who}: with passes=2 the backward must be the optimizer's, got another one; call "
@@ -605,11 +693,11 @@ class Observation:
         apart = several or not slot.wanted  # its norm is not taken here
         gradient, norms = self._formed(use, contribution, needs_gradient and self.phase is None, apart)
         if several and slot.wanted:
-            slot.deferred.append((use, self._thinned(slot, use, contribution)))
+            slot.deferred.append(self._thinned(use, contribution))
         slot.measured = not several
         for follower in use.followers:
             if follower.slot.wanted:
-                follower.slot.deferred.append((follower, contribution))
+                follower.slot.deferred.append(follower.viewed(contribution))
         self.measured_uses += 1
         gradient = self._audited(use, gradient)
         return gradient, self._unmeasured if norms is None else self._counted(norms)
@@ -629,8 +717,10 @@ class Observation:
     def deliver_nothing(self, use: Use, needs_gradient: bool) -> tuple[Tensor | None, Tensor | None]:
         """What a use's backward returns where this rank has no examples."""
         gradient = torch.zeros_like(use.value) if needs_gradient else None
-        if self.tagging is not None or self.phase == "weigh":
-            use.tagged = use.tagged or self.tagging == "scaled"
+        if self.row_test.running is not None:
+            self.row_test.receive_nothing(use)
+            return gradient, None
+        if self.phase == "weigh":
             return gradient, None
         use.slot.arrived += 1
         self.measured_uses += 1
@@ -646,7 +736,7 @@ class Observation:
         return len(slot.uses) > 1 or self.backwards > 1
 
     def _formed(
-        self, use: Use, contribution: Contribution, needs_gradient: bool, apart: bool
+        self, use: Use, contribution: GradientTerm, needs_gradient: bool, apart: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """A use's gradient, or what it is formed of at the block's end, and its norms unless they are taken apart."""
         if use.is_derived and self.reduces_early:
@@ -662,7 +752,7 @@ class Observation:
                 f'only together with {together}; use scope="model"'
             )
         if self.plan.totals is not None:
-            of_tasks, norms = contribution.by_new_group()
+            of_tasks, norms = contribution.per_group()
             gram: Callable[[], Tensor] = functools.partial(gram_of, of_tasks)
             if use.is_curved and not apart:
                 measured = use.measured(contribution)
@@ -675,30 +765,25 @@ class Observation:
             return self._of_known_tasks(of_tasks) if needs_gradient else None, figures
         keep = self.plan.keep or use.is_derived or (by_layer is not None and apart)
         measured = contribution if apart else use.measured(contribution)
-        if (
-            self.plan.keep
-            and not apart
-            and isinstance(contribution, (Outer, Parted, Routed, Convolved))
-            and (out := self._buffer(slot, contribution)) is not None
-        ):
-            norms = self._with_gram(contribution.by_group(out), functools.partial(gram_of, out))
+        if self.plan.keep and not apart and (out := self._buffer(slot, contribution)) is not None:
+            norms = self._with_gram(contribution.per_group(out)[1], functools.partial(gram_of, out))
             slot.kept.append((use, out, ()))
             return out.sum(0) if needs_gradient else None, norms
         if keep:
             _keep(use, contribution)
             audited = self.plan.keep or slot.hooked
-            unweighted = contribution.total() if needs_gradient and audited else None
+            unweighted = contribution.grad() if needs_gradient and audited else None
             return unweighted, None if apart else self._with_gram(measured.sqnorm(), measured.gram)
         if apart:
-            return contribution.total(self.weights) if needs_gradient else None, None
+            return contribution.grad(self.weights) if needs_gradient else None, None
         if not needs_gradient or by_layer is not None or use.is_curved:
             norms = self._with_gram(measured.sqnorm(), measured.gram)
             if not needs_gradient:
                 return None, norms
-            return contribution.total(self.weights if by_layer is None else by_layer(slot.name, norms)), norms
-        if self.plan.gram and isinstance(contribution, (Outer, Parted, Routed, Convolved)):
+            return contribution.grad(self.weights if by_layer is None else by_layer(slot.name, norms)), norms
+        if self.plan.gram and contribution.fuses_groups:
             # The tasks' gradients first: one product for all.
-            out, norms = contribution.by_new_group()
+            out, norms = contribution.per_group()
             return self._of_known_tasks(out), self._with_gram(norms, functools.partial(gram_of, out))
         total, norms = contribution.wgrad(self.weights)
         return total, self._with_gram(norms, contribution.gram)
@@ -760,32 +845,32 @@ class Observation:
             slot.delivered = placed if slot.delivered is None else slot.delivered + placed
         return gradient
 
-    def _buffer(self, slot: Slot, contribution: Outer | Parted | Routed | Convolved) -> Tensor | None:
+    def _buffer(self, slot: Slot, contribution: GradientTerm) -> Tensor | None:
         """Where a parameter's gradients per task go, as far as the budget reaches."""
-        if not self.plan.by_task:
+        if not (self.plan.by_task and contribution.fuses_groups):
             return None
-        shape = contribution.segments.groups.counts[-1], *contribution.shape
-        dtype = accumulator(contribution.x.dtype)
+        shape, device = contribution.group_shape, contribution.like.device
+        dtype = accumulator(contribution.like.dtype)
         size = math.prod(shape) * dtype.itemsize
-        kept = sum(tensor.nbytes for tensor in contribution.kept)
+        kept = sum(tensor.nbytes for tensor in contribution.saved_tensors)
         if size > (self.budget if self.plan.gram else min(self.budget, kept)):  # whichever is smaller is kept
             return None
         self.budget -= size
         buffer = self.plan.buffers.get(slot.name)
-        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != contribution.x.device:
-            buffer = self.plan.buffers[slot.name] = contribution.x.new_empty(shape, dtype=dtype)
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype or buffer.device != device:
+            buffer = self.plan.buffers[slot.name] = contribution.empty_groups()
         return buffer
 
-    def _thinned(self, slot: Slot, use: Use, contribution: Contribution) -> Contribution | TiedOuter:
+    def _thinned(self, use: Use, contribution: GradientTerm) -> ViewedTerm:
         """Of a head tied to embeddings, what their cross term needs, so that its rows can go; else the contribution."""
-        lookups = [other.lookup_ids for other in slot.uses if other.lookup_ids is not None]
+        others = [other for other in use.slot.uses if other is not use]
+        lookups = [other.lookup_ids for other in others if other.lookup_ids is not None and not other.views]
         whole = self.plan.keep or self.plan.gram or self.backwards > 1
-        if len(lookups) != len(slot.uses) - 1 or not isinstance(contribution, (Outer, Parted)) or whole:
-            return copied(contribution) if self.graphs else contribution
-        placed = Placed(contribution, use.views, use.adjoint).in_parameter_space()
-        if placed.views or not isinstance(placed.contribution, (Outer, Parted)):
-            return copied(contribution) if self.graphs else contribution
-        return TiedOuter.of(placed.contribution, lookups)
+        if lookups and len(lookups) == len(others) and not whole:
+            thinned = compress_tied_head(use.viewed(contribution), lookups)
+            if thinned is not None:
+                return thinned
+        return use.viewed(contribution.clone_saved() if self.graphs else contribution)
 
     def _audit(self, slot: Slot) -> None:
         if slot.parameter is slot.shard:
@@ -802,13 +887,15 @@ class Observation:
 
     def _auditor(self, slot: Slot) -> Callable[[Tensor], Tensor | None]:
         def compare(total: Tensor) -> Tensor | None:
-            if self.tagging is not None or self.placing:
+            if self.row_test.running is not None or self.placing:
                 return None
             delivered, slot.delivered = slot.delivered, None
             given = total
             if hasattr(total, "to_local"):
                 total = total.to_local()
-            if delivered is None:
+            if delivered is None and not bool(total.any()):  # 0 * sum(parameters): it has no norm to account for
+                pass
+            elif delivered is None:
                 self.failures.append(f"{slot.name} got a gradient from a use that was not seen")
             elif delivered is not total and not torch.equal(delivered, total):
                 eps = torch.finfo(total.dtype).eps * (len(slot.uses) + 1)
@@ -835,93 +922,6 @@ class Observation:
     def _refuse_gradient(self, slot: Slot, total: Tensor) -> None:
         if bool(total.any()):
             self.failures.append(f"{slot.name} got a gradient from a use that was not seen")
-
-    def run_tagging(self, inputs: Sequence[Input], uses: Sequence[Use]) -> None:
-        """The tagging test of everything upstream of a use: called in its backward, with the gradients of its inputs."""
-        alone = self.examples == 1 and self.shards is None
-        if alone or self.tagging is not None or all(use.tagged for use in uses):
-            return
-        root = uses[0].layout
-        tried: set[Layout] = set()
-        assert self.examples is not None
-        digits = max(1, math.ceil(math.log(max(1, self.examples), 8)))
-        if self.shards is not None:
-            (digits,) = self.shards.agree(digits)
-        while True:
-            with nullcontext() if self.shards is None else self.shards.paused():
-                self._run_tagging_once(inputs, digits)
-            again = {use.layout for use in self.refuted if use.layout.alternative is not None} - tried
-            if not again and self.refuted and not self.proven and root.alternative is not None and root not in tried:
-                for layout in tried:  # they were judged by a root that was not right
-                    layout.correct()
-                tried, again = {root}, {root}
-            if not (again if self.shards is None else self.shards.agree(len(again))[0]):
-                break
-            for layout in again:
-                layout.correct()
-            tried |= again
-        self.failures += [self._not_per_example(use) for use in self.refuted]
-        self.refuted_lookups += [use for use in self.refuted if use.lookup_dim and not use.shared]
-        for use in uses:
-            use.tagged = True
-            use.confirmed = self.proven or not (tried or root.is_flat)
-
-    def _not_per_example(self, use: Use) -> str:
-        return (
-            f"{use.slot.name} ({use.function}, rows {list(use.layout.shape)}) was used with rows that do not belong to one "
-            "example each, or not to the example their place says"
-        )
-
-    def _run_tagging_once(self, inputs: Sequence[Input], digits: int) -> None:
-        assert self.examples is not None
-        edges, gradients, layouts = zip(*inputs, strict=True)
-        example = torch.arange(self.examples, device=gradients[0].device)
-        self.refuted, self.proven = [], False
-        try:
-            self.tagging = "base"
-            self._backward_to_probe(edges, gradients)
-            self.tagging = "scaled"
-            for digit in range(digits):
-                power = ((example // 8**digit) % 8).to(torch.float32)
-                factor = self.tag_factor = 2.0 ** (
-                    power - 7 if self.half else power
-                )  # 1: all that float16 has room for
-                scaled = gradients
-                if self.examples > 0:
-                    each = zip(gradients, layouts, strict=True)
-                    scaled = tuple(layout.scaled(g, factor.to(g.dtype)) for g, layout in each)
-                self._backward_to_probe(edges, scaled)
-        finally:
-            self.tagging = None
-
-    def _backward_to_probe(self, edges: Sequence[GradientEdge], gradients: Sequence[Tensor]) -> None:
-        torch.autograd.grad(edges, (self.probe,), gradients, retain_graph=True, allow_unused=True)
-
-    def _tag(self, use: Use, contribution: Contribution) -> None:
-        fingerprint = contribution.fingerprint()
-        if self.tagging == "base":
-            use.fingerprint = fingerprint
-            return
-        assert self.tag_factor is not None and use.fingerprint is not None
-        factor = self.tag_factor.to(fingerprint.dtype)
-        if isinstance(contribution, (Outer, Parted, Lookup, Convolved)):
-            factor = contribution.segments.per_row(factor)
-        elif isinstance(contribution, Routed):
-            factor = contribution.route.segments.per_row(factor.repeat(contribution.route.experts))
-        expected = use.fingerprint * factor
-        use.tagged = True
-        if torch.equal(fingerprint, expected) or (self.half and self._nearly_equal(fingerprint, expected)):
-            proves = use.layout.proves(self.rows_per_example) and (use.layout.anchored or not use.needs_proof)
-            self.proven |= proves and bool((fingerprint > 0).any())
-        elif not bool(torch.isfinite(fingerprint).all()):
-            self.blurred = True
-        elif use not in self.refuted:
-            self.refuted.append(use)
-
-    def _nearly_equal(self, fingerprint: Tensor, expected: Tensor) -> bool:
-        """float16 rounds small numbers to multiples of 2^-24: another example's factor is off by two at least."""
-        small = fingerprint.new_tensor(2.0**-10)
-        return bool(((fingerprint - expected).abs() <= torch.maximum(expected / 8, small)).all())
 
     def norms_pass(self, loss: Tensor) -> None:
         """The first of two backward passes: norms only, no weight gradient."""
@@ -985,30 +985,19 @@ class Observation:
         self._learn()  # not before: what a second pass refutes is not proven
 
     def _refuse_unproven(self, used: Sequence[Use]) -> None:
-        if self.verify and self.examples is not None and self.examples > 1:
-            for use in used:
-                if use.needs_proof and use.slot.arrived and not (use.tagged or use.layout.anchored):
-                    self.failures.append(self._not_per_example(use))
-                    if use.lookup_dim:
-                        self.refuted_lookups.append(use)
-            self.failures += [
-                f"{use.slot.name} ({use.function}, rows {list(use.layout.shape)}) was used with rows whose sizes do not say "
-                "in which order they are, and nothing before it whose sizes say so proves it"
-                for use in used
-                if use.slot.arrived and not (use.confirmed and (use.tagged or not use.layout.is_flat))
-            ]
-        if not self.failures:
+        judged = self.row_test.judge([use for use in used if use.slot.arrived]) if self.verify else []
+        failures = list(dict.fromkeys([*self.failures, *(one.message for one in judged)]))
+        if not failures:
             return
-        failures = list(dict.fromkeys(self.failures))
+        lookups = {one.use for one in judged if one.word == "refuted" and one.use.lookup_dim and not one.use.shared}
         learnt = ""
-        if len(failures) == len({use.slot.name for use in self.refuted_lookups}):
-            self.memory.shared_lookups |= {(use.slot.name, use.lookup_dim) for use in self.refuted_lookups}
+        if len(failures) == len({use.slot.name for use in lookups}):
+            self.memory.shared_lookups |= {(use.slot.name, use.lookup_dim) for use in lookups}
             learnt = " (from now on it is taken for a table that all examples share: run the batch again)"
+        advice = list(dict.fromkeys(one.advice for one in judged)) or [_ADVICE]
         raise RuntimeError(
             f"{self.who}: every use of a trainable parameter must be measured by rules, per example; but "
-            f"{'; '.join(failures)}{learnt}; expand inputs without a batch dimension to the batch, read parameters "
-            "through their modules, tell what a custom autograd.Function computes with gradnorm_ext.measure_as, or freeze these "
-            "parameters"
+            f"{'; '.join(failures)}{learnt}; {'; or '.join(advice)}"
         )
 
     def _check_use_counts(self, counted: Tensor) -> None:
@@ -1023,29 +1012,25 @@ class Observation:
 
     def _combined(self, slot: Slot) -> Tensor:
         """The figures of a parameter with several uses."""
-        parts = [part for _, part in slot.deferred]
-        heads = [part for part in parts if isinstance(part, TiedOuter)]
-        if heads:
-            lookups = [part for part in parts if isinstance(part, Lookup)]
-            return tied_sqnorm(heads[0], lookups).clamp(min=0) if lookups else heads[0].norms
-        placed = [
-            Placed(part, use.views, use.adjoint, use.place)
-            for use, part in slot.deferred
-            if not isinstance(part, TiedOuter)
-        ]
-        return self._with_gram(combined_sqnorm(placed).clamp(min=0), functools.partial(combined_gram, placed))
+        norms = combined_sqnorm(slot.deferred).clamp(min=0)
+        return self._with_gram(norms, functools.partial(combined_gram, slot.deferred))
 
     def _learn(self) -> None:
         self.memory.blocks += 1
-        if self.verify:
-            self.memory.unverified = self.blurred
+        if self.verify and (self.examples or 0) > 1:
+            self.memory.unverified = self.row_test.blurred
         seen = [slot for slot in self.slots.values() if slot.arrived or slot.deferred]
         if self.examples != 0:
             self.memory.audited |= {slot.name for slot in seen}
-        if self.examples is not None and self.examples > 1 and self.verify and not self.blurred:
-            self.memory.verified |= {use.key for slot in seen for use in slot.uses}
+        if self.examples is not None and self.examples > 1 and self.verify and not self.row_test.blurred:
             for use in (use for slot in seen for use in slot.uses):
-                self.memory.kinds.setdefault((use.slot.name, use.function), set()).add(use.layout.kind)
+                if self.row_test.proves(use) and not use.layout.others:
+                    self.memory.verified.setdefault(use.key, set()).add(use.layout.source or "")
+                    self.memory.kinds.setdefault((use.slot.name, use.function), set()).add(use.layout.kind)
+                    if use.layout.examples.kinds:
+                        self.memory.labels[use.slot.name, use.function] = use.layout.own.label if use.layout.own else ""
+                else:
+                    self.memory.unverified |= not use.is_known
         for slot in self.slots.values():
             for use in slot.uses:
                 if use.shared and use.lookup_ids is not None:
@@ -1067,13 +1052,13 @@ class Observation:
                     assert by_task is not None
                     gradient = torch.mv(kept.flatten(1).t(), by_task.to(kept.dtype))
                 else:
-                    if versions != tuple(tensor._version for tensor in kept.kept):
+                    if versions != tuple(tensor._version for tensor in kept.saved_tensors):
                         raise RuntimeError(
                             f"{self.who}: what the backward of {slot.name} kept must not change before the block "
                             "closes, got an in-place change; avoid in-place operations on gradients and activations, "
                             'or use apply="next_step"'
                         )
-                    gradient = kept.total(weights if slot.weights is None else slot.weights)
+                    gradient = kept.grad(weights if slot.weights is None else slot.weights)
                 self._accumulate(use, gradient.view_as(use.value).to(use.value.dtype))
             slot.kept.clear()
 
@@ -1084,8 +1069,16 @@ class Observation:
             with torch.enable_grad():  # through views
                 torch.autograd.backward((use.value,), (gradient,), retain_graph=use.is_derived)
 
+    def evidence(self) -> dict[str, list[str]]:
+        """By parameter, what each of its uses was proven by in this block."""
+        return {
+            slot.name: [f"{use.place_in_code}: {self.row_test.evidence_of(use)}" for use in slot.uses]
+            for slot in self.slots.values()
+        }
+
     def release(self) -> None:
-        """Take the audit's hooks off the parameters."""
+        """Take the hooks off the parameters and off what the model returned."""
+        self.row_test.release()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -1095,15 +1088,22 @@ class Observation:
         for slot in self.slots.values():
             for kept in (slot.uses, slot.deferred, slot.kept):
                 kept.clear()
+        self.closed = True
         self.slots.clear()
-        self.frozen.clear()
-        del self.start
+        self.taps.clear()
+        del self.start, self.row_test, self.sources
 
 
-def _keep(use: Use, contribution: Contribution) -> None:
+_ADVICE = (
+    "read parameters through their modules, tell what a custom autograd.Function computes with gradnorm_ext.measure_as, or "
+    "freeze these parameters"
+)
+
+
+def _keep(use: Use, contribution: GradientTerm) -> None:
     if use.observation.graphs:
-        contribution = copied(contribution)
-    versions = tuple(kept._version for kept in contribution.kept)
+        contribution = contribution.clone_saved()
+    versions = tuple(kept._version for kept in contribution.saved_tensors)
     use.slot.kept.append((use, contribution, versions))
 
 

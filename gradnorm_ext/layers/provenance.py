@@ -25,10 +25,12 @@ class Followed(NamedTuple):
     Attributes:
         owners: each row's example, in the shape of the rows.
         regular: they are in batch-major order, equally many.
+        picked: an index tensor has chosen them.
     """
 
     owners: Tensor
     regular: bool
+    picked: bool
 
 
 def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None], *, unselected: bool) -> Followed | None:
@@ -71,7 +73,7 @@ def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None], *, unsel
             return None
         owners = found
         regular = regular and step.name() not in _MOVING and _keeps_batch(step, source)
-    return Followed(owners, regular)
+    return Followed(owners, regular, any(step.name() in _SAVING for step, _, _ in steps))
 
 
 def _shape_after(node: Any) -> Shape:

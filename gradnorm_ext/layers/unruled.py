@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gradnorm_ext.gradients import Pullback, group_members, one_hot_mask
 from gradnorm_ext.layers.calls import Backward, Call, first_order, no_autocast
-from gradnorm_ext.layers.contributions import Pulled, chosen, members_of_columns
 from gradnorm_ext.layers.layouts import Layout
 from gradnorm_ext.layers.observation import Observation, Use
 from gradnorm_ext.layers.taps import Tap, saving_themselves
@@ -32,7 +32,7 @@ def unruled(func: Callable[..., Any], name: str, leaves: Sequence[Any], spec: An
     met = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Tap)]
     derived = any(tap.is_derived for tap in taps)
     if not any(_may_be_batched(observation, leaf, derived) for leaf in met):
-        return pytree.tree_map(functools.partial(_derived, taps), result)
+        return pytree.tree_map(functools.partial(_derived, taps, name), result)
 
     outputs, out_spec = pytree.tree_flatten(result)
     where = [
@@ -48,15 +48,13 @@ def unruled(func: Callable[..., Any], name: str, leaves: Sequence[Any], spec: An
         return found
 
     layouts = [
-        observation.layout(out, min(1, max(0, out.dim() - 1)), taps[0].name, name)
+        observation.layout(out, min(1, max(0, out.dim() - 1)), taps[0].slot.name, name)
         for out in outputs
         if isinstance(out, Tensor) and out.is_floating_point()
     ]
     uses: list[Use | None] = []
     for i in where:
         use = leaves[i].use(name, layouts[0]) if isinstance(leaves[i], Tap) else None
-        if use is not None:
-            use.needs_proof = not any(leaf.requires_grad for leaf in met)
         uses.append(use)
     tensors = [leaves[i] for i in where]
     found = differentiated(observation, run, tensors, uses, [_like(layouts[0], one) for one in tensors], layouts)
@@ -90,14 +88,14 @@ def _may_be_batched(observation: Observation, tensor: Tensor, derived: bool) -> 
         return False
     if derived and not observation.is_data(tensor):
         return False
-    return observation.batch.kind_of(tensor.shape, observation.rows_per_example) is not None
+    return observation.batch.kind_of(tensor.shape, observation.sources.rows_per_example) is not None
 
 
-def _derived(taps: Sequence[Tap], leaf: Any) -> Any:
+def _derived(taps: Sequence[Tap], name: str, leaf: Any) -> Any:
     if not (isinstance(leaf, Tensor) and leaf.requires_grad):
         return leaf
     slots = list(dict.fromkeys(slot for tap in taps for slot in (tap.slot, *tap.others)))
-    return Tap.of(taps[0].observation, slots[0], leaf, ("derived",), tuple(slots[1:]))
+    return Tap.of(taps[0].observation, slots[0], leaf, ("derived",), tuple(slots[1:]), derived_by=name)
 
 
 def differentiated(
@@ -150,7 +148,7 @@ class _Unruled(torch.autograd.Function):
             outputs = zip(ctx.outputs, g, ctx.of_outputs, strict=True)
             graph = _Graph(ctx.inputs, [(out, one, at) for out, one, at in outputs if one is not None])
             met = [i for i in range(count) if call.uses[i] is None and ctx.needs_input_grad[4 + i]]
-            found = graph.pull(met, None) if met else []
+            found = graph.vjp(met, None) if met else []
             for i, gradient in zip(met, found, strict=True):
                 gradients[i] = gradient
             tested = [(i, gradient, ctx.of_inputs[i]) for i, gradient in zip(met, found, strict=True)]
@@ -158,13 +156,14 @@ class _Unruled(torch.autograd.Function):
             measured = [i for i in range(count) if call.uses[i] is not None]
             sweep = functools.cache(functools.partial(graph.sqnorms, measured))
             for place, i in enumerate(measured):
-                pulled = Pulled(
-                    functools.partial(graph.pull_one, i),
+                term = Pullback(
+                    functools.partial(graph.vjp_one, i),
                     functools.partial(_row, sweep, place),
                     graph.sizes,
+                    ctx.inputs[i],
                     call.segments,
                 )
-                gradients[i], probes[i] = run.deliver(i, 4 + i, functools.partial(_itself, pulled))
+                gradients[i], probes[i] = run.deliver(i, 4 + i, functools.partial(_itself, term))
         return None, None, None, None, *gradients, *probes
 
 
@@ -172,8 +171,8 @@ def _row(sweep: Callable[[], Tensor], place: int) -> Tensor:
     return sweep()[place]
 
 
-def _itself(pulled: Pulled) -> Pulled:
-    return pulled
+def _itself(term: Pullback) -> Pullback:
+    return term
 
 
 class _Graph:
@@ -182,7 +181,7 @@ class _Graph:
     def __init__(self, inputs: Sequence[Tensor], outputs: Sequence[tuple[Tensor, Tensor, Layout]]) -> None:
         self.inputs, self.outputs = inputs, outputs
 
-    def pull(self, which: Sequence[int], weight: Tensor | None) -> list[Tensor]:
+    def vjp(self, which: Sequence[int], weight: Tensor | None) -> list[Tensor]:
         """The gradients of these inputs, every example's output gradient times its weight."""
         gradients = [g if weight is None else layout.scaled(g, weight.to(g.dtype)) for _, g, layout in self.outputs]
         found = torch.autograd.grad(
@@ -194,15 +193,15 @@ class _Graph:
         )
         return list(found)
 
-    def pull_one(self, which: int, weight: Tensor | None) -> Tensor:
-        return self.pull([which], weight)[0]
+    def vjp_one(self, which: int, weight: Tensor | None) -> Tensor:
+        return self.vjp([which], weight)[0]
 
     def sqnorms(self, which: Sequence[int]) -> Tensor:
         """``[inputs, columns]``."""
         segments = self.outputs[0][2].segments
         columns = []
-        for members in members_of_columns(segments):
-            gradients = self.pull(which, chosen(members, segments))
+        for members in group_members(segments):
+            gradients = self.vjp(which, one_hot_mask(members, segments))
             columns.append(torch.stack([gradient.square().sum() for gradient in gradients]))
         return torch.stack(columns, 1)
 

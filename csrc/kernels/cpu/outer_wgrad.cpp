@@ -338,9 +338,9 @@ void outer_wgrad_cpu(const T* x, int64_t x_stride, const T* g, int64_t g_stride,
 }
 
 template <typename T>
-void windows_wgrad_cpu(const T* images, const Windows& windows, const T* g, int64_t g_stride,
-                       int64_t d, const Segments& segments, const T* weight, T* dw, T* sqnorm,
-                       bool segment_norms, const Host<T>& host) {
+void im2col_wgrad_cpu(const T* images, const Im2col& windows, const T* g, int64_t g_stride,
+                      int64_t d, const Segments& segments, const T* weight, T* dw, T* sqnorm,
+                      bool segment_norms, const Host<T>& host) {
   const auto rows = [&](int64_t begin, int64_t count, int64_t column, int64_t width) {
     static thread_local std::vector<T> memory;
     T* seen = aligned(memory, count * width);
@@ -357,11 +357,11 @@ template void outer_wgrad_cpu<float>(const float*, int64_t, const float*, int64_
 template void outer_wgrad_cpu<double>(const double*, int64_t, const double*, int64_t, int64_t,
                                       int64_t, const Segments&, const double*, double*, double*,
                                       bool, const Host<double>&);
-template void windows_wgrad_cpu<float>(const float*, const Windows&, const float*, int64_t, int64_t,
-                                       const Segments&, const float*, float*, float*, bool,
-                                       const Host<float>&);
-template void windows_wgrad_cpu<double>(const double*, const Windows&, const double*, int64_t,
-                                        int64_t, const Segments&, const double*, double*, double*,
-                                        bool, const Host<double>&);
+template void im2col_wgrad_cpu<float>(const float*, const Im2col&, const float*, int64_t, int64_t,
+                                      const Segments&, const float*, float*, float*, bool,
+                                      const Host<float>&);
+template void im2col_wgrad_cpu<double>(const double*, const Im2col&, const double*, int64_t,
+                                       int64_t, const Segments&, const double*, double*, double*,
+                                       bool, const Host<double>&);
 
 }  // namespace gradnorm

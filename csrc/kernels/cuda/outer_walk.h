@@ -3,7 +3,7 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/outer_wgrad.h"
-#include "kernels/sum_sums.h"
+#include "kernels/segment_sum.h"
 
 namespace gradnorm {
 
@@ -57,7 +57,7 @@ struct Blocks {
 inline void sum_slabs(const float* slabs, int64_t splits, const OuterProduct& product,
                       void* stream) {
   const int64_t size = product.d * product.p;
-  sum_sums_cuda<float>(slabs, size, splits, size, nullptr, 1, product.dw, nullptr, stream);
+  segment_sum_cuda<float>(slabs, size, splits, size, nullptr, 1, product.dw, nullptr, stream);
 }
 
 }  // namespace gradnorm

@@ -33,9 +33,9 @@ const OuterTile& tile_of(OuterKernel kernel) {
 
 }  // namespace
 
-SegmentSumsPlan plan_segment_sums(int64_t segments, int64_t rows, int64_t width,
-                                  int64_t element_bytes, bool aligned) {
-  SegmentSumsPlan plan = {};
+ScaledSegmentSumPlan plan_scaled_segment_sum(int64_t segments, int64_t rows, int64_t width,
+                                             int64_t element_bytes, bool aligned) {
+  ScaledSegmentSumPlan plan = {};
   plan.vector = vector_of(element_bytes, aligned);
   const int64_t vectors = ceil_div(width, plan.vector);
   const int64_t mean = segments ? ceil_div(rows, segments) : 0;
@@ -55,9 +55,9 @@ SegmentSumsPlan plan_segment_sums(int64_t segments, int64_t rows, int64_t width,
   return plan;
 }
 
-SumsWgradPlan plan_sums_wgrad(int64_t segments, int64_t levels, int64_t columns, int64_t width,
-                              int64_t element_bytes, bool aligned) {
-  SumsWgradPlan plan = {};
+PerSampleWgradPlan plan_per_sample_wgrad(int64_t segments, int64_t levels, int64_t columns,
+                                         int64_t width, int64_t element_bytes, bool aligned) {
+  PerSampleWgradPlan plan = {};
   plan.vector = vector_of(element_bytes, aligned);
   plan.stretches = ceil_div(ceil_div(width, plan.vector), kWarpSize);
   const int64_t entries = std::max<int64_t>(1, segments);
@@ -66,7 +66,7 @@ SumsWgradPlan plan_sums_wgrad(int64_t segments, int64_t levels, int64_t columns,
   plan.segment_blocks = ceil_div(segments * plan.splits, kThreads / kWarpSize);
   plan.group_blocks = levels * segments * plan.splits;
   plan.workspace = plan.splits > 1 ? columns * plan.splits : 0;
-  plan.total = plan_segment_sums(1, segments, width, element_bytes, aligned);
+  plan.total = plan_scaled_segment_sum(1, segments, width, element_bytes, aligned);
   return plan;
 }
 

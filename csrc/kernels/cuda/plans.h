@@ -13,7 +13,7 @@ constexpr int kThreads = 256;  // of a block
 
 // Sums of rows by segment. A team of columns x row_groups threads takes a chunk of one segment's
 // rows and a stretch of its columns; a block is several teams.
-struct SegmentSumsPlan {
+struct ScaledSegmentSumPlan {
   int64_t vector;         // entries that a thread loads as one
   unsigned columns;       // threads side by side, a vector each
   unsigned row_groups;    // threads above each other: every row_groups-th row
@@ -23,21 +23,21 @@ struct SegmentSumsPlan {
   int64_t blocks;
   int64_t workspace;  // entries: the sums of all chunks, 0 for one chunk
 };
-SegmentSumsPlan plan_segment_sums(int64_t segments, int64_t rows, int64_t width,
-                                  int64_t element_bytes, bool aligned);
+ScaledSegmentSumPlan plan_scaled_segment_sum(int64_t segments, int64_t rows, int64_t width,
+                                             int64_t element_bytes, bool aligned);
 
 // Norms and the total of gradients given per segment.
-struct SumsWgradPlan {
+struct PerSampleWgradPlan {
   int64_t vector;
-  int64_t stretches;       // of 32 vectors, side by side
-  int64_t splits;          // of the stretches; the norms' parts are added up in a second pass
-  int64_t segment_blocks;  // a warp takes a segment and a split
-  int64_t group_blocks;    // a block takes a place of the walk, a level, and a split
-  int64_t workspace;       // entries for the norms' parts, 0 for one split
-  SegmentSumsPlan total;   // of dw
+  int64_t stretches;           // of 32 vectors, side by side
+  int64_t splits;              // of the stretches; the norms' parts are added up in a second pass
+  int64_t segment_blocks;      // a warp takes a segment and a split
+  int64_t group_blocks;        // a block takes a place of the walk, a level, and a split
+  int64_t workspace;           // entries for the norms' parts, 0 for one split
+  ScaledSegmentSumPlan total;  // of dw
 };
-SumsWgradPlan plan_sums_wgrad(int64_t segments, int64_t levels, int64_t columns, int64_t width,
-                              int64_t element_bytes, bool aligned);
+PerSampleWgradPlan plan_per_sample_wgrad(int64_t segments, int64_t levels, int64_t columns,
+                                         int64_t width, int64_t element_bytes, bool aligned);
 
 // An embedding's gradient: a warp takes a run of equal ids and a stretch of columns.
 struct LookupPlan {

@@ -1,6 +1,6 @@
 // outer_wgrad_ampere on the CPU, fragments, asynchronous copies and all.
 #include "kernels/cuda/outer_wgrad.cu"
-#include "kernels/cuda/sum_sums.cu"
+#include "kernels/cuda/segment_sum.cu"
 #include "outer_cases.h"
 
 namespace {

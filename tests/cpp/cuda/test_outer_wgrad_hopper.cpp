@@ -1,6 +1,6 @@
 // outer_wgrad_hopper on the CPU: TMA, wgmma and barriers as hopper.h emulates them.
 #include "kernels/cuda/outer_wgrad_hopper.cu"
-#include "kernels/cuda/sum_sums.cu"
+#include "kernels/cuda/segment_sum.cu"
 #include "outer_cases.h"
 
 namespace {

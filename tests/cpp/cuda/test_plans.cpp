@@ -11,14 +11,14 @@ void expect(bool ok, const std::string& what) {
   check::failures += !ok;
 }
 
-void segment_sums() {
+void scaled_segment_sum() {
   for (const int64_t segments : {0, 1, 3, 64, 5000, 1 << 20}) {
     for (const int64_t mean : {0, 1, 7, 100, 5000}) {
       for (const int64_t width : {0, 1, 5, 33, 4096}) {
         for (const bool aligned : {false, true}) {
           const auto plan =
-              gradnorm::plan_segment_sums(segments, segments * mean, width, 2, aligned);
-          const std::string what = "segment_sums " + std::to_string(segments) + " x " +
+              gradnorm::plan_scaled_segment_sum(segments, segments * mean, width, 2, aligned);
+          const std::string what = "scaled_segment_sum " + std::to_string(segments) + " x " +
                                    std::to_string(mean) + " x " + std::to_string(width);
           expect(plan.columns * plan.row_groups * plan.teams == gradnorm::kThreads,
                  what + ": threads");
@@ -36,20 +36,21 @@ void segment_sums() {
       }
     }
   }
-  expect(gradnorm::plan_segment_sums(1 << 20, 1 << 20, 8, 4, true).row_groups == 1, "one row each");
-  expect(gradnorm::plan_segment_sums(1, 1 << 20, 8, 4, true).chunks > 1, "one long segment");
+  expect(gradnorm::plan_scaled_segment_sum(1 << 20, 1 << 20, 8, 4, true).row_groups == 1,
+         "one row each");
+  expect(gradnorm::plan_scaled_segment_sum(1, 1 << 20, 8, 4, true).chunks > 1, "one long segment");
 }
 
-void sums_wgrad() {
+void per_sample_wgrad() {
   for (const int64_t segments : {0, 1, 64, 100000}) {
     for (const int64_t width : {1, 700, 1 << 20}) {
-      const auto plan = gradnorm::plan_sums_wgrad(segments, 2, segments + 5, width, 4, true);
-      expect(plan.stretches * 128 >= width, "sums_wgrad: stretches");
-      expect(plan.splits >= 1 && plan.splits <= plan.stretches, "sums_wgrad: splits");
-      expect(plan.segment_blocks * 8 >= segments * plan.splits, "sums_wgrad: segments");
-      expect(plan.group_blocks == 2 * segments * plan.splits, "sums_wgrad: groups");
+      const auto plan = gradnorm::plan_per_sample_wgrad(segments, 2, segments + 5, width, 4, true);
+      expect(plan.stretches * 128 >= width, "per_sample_wgrad: stretches");
+      expect(plan.splits >= 1 && plan.splits <= plan.stretches, "per_sample_wgrad: splits");
+      expect(plan.segment_blocks * 8 >= segments * plan.splits, "per_sample_wgrad: segments");
+      expect(plan.group_blocks == 2 * segments * plan.splits, "per_sample_wgrad: groups");
       expect(plan.workspace == (plan.splits > 1 ? (segments + 5) * plan.splits : 0),
-             "sums_wgrad: workspace");
+             "per_sample_wgrad: workspace");
     }
   }
 }
@@ -93,8 +94,8 @@ void outer() {
 }  // namespace
 
 int main() {
-  segment_sums();
-  sums_wgrad();
+  scaled_segment_sum();
+  per_sample_wgrad();
   lookup();
   outer();
   return check::failures != 0;
