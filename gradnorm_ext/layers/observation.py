@@ -974,7 +974,6 @@ class Observation:
             figures[:, -grams.shape[1] :] = grams
             assert self.plan.totals is not None
             self.plan.totals.clear()  # a second pass would keep them in vain
-        self._learn()
         return figures
 
     def close(self) -> None:
@@ -983,6 +982,7 @@ class Observation:
         self._refuse_unproven([])
         if not self.plan.keep:
             self.accumulate_weighted(self.weights)
+        self._learn()  # not before: what a second pass refutes is not proven
 
     def _refuse_unproven(self, used: Sequence[Use]) -> None:
         judged = self.row_test.judge([use for use in used if use.slot.arrived]) if self.verify else []
