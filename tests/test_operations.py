@@ -151,3 +151,8 @@ class TestFromOutside:
         assert ("row_max", "native") in served()
         test_every_backend_gives_what_the_definition_gives("row_max", "native")
         test_its_operators_keep_to_their_schemas("row_max", "native")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="conftest leaves memory as it is where there is a GPU")
+def test_memory_that_nobody_has_written_is_nan():
+    assert torch.ones(1).new_empty(3).isnan().all() and torch.empty_like(torch.ones(2).half()).isnan().all()
