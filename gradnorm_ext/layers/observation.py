@@ -669,7 +669,7 @@ class Observation:
         if self.at_once and needs_gradient and self._is_plain(use):
             slot.arrived, slot.measured = 1, True
             self.measured_uses += 1
-            formed, measured = contribution.wgrad(self.weights)
+            formed, measured = contribution.wgrad_in(use.value.dtype, self.weights)
             if not self.on_cpu:  # autograd knows which stream they come from
                 return self._audited(use, formed), self._counted(measured)
             slot.norms = measured
@@ -785,7 +785,7 @@ class Observation:
             # The tasks' gradients first: one product for all.
             out, norms = contribution.per_group()
             return self._of_known_tasks(out), self._with_gram(norms, functools.partial(gram_of, out))
-        total, norms = contribution.wgrad(self.weights)
+        total, norms = contribution.wgrad_in(use.value.dtype, self.weights)
         return total, self._with_gram(norms, contribution.gram)
 
     def _of_known_tasks(self, gradients: Tensor) -> Tensor:
