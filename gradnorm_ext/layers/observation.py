@@ -31,6 +31,7 @@ from gradnorm_ext.gradients import (
     compress_tied_head,
     gram_of,
 )
+from gradnorm_ext.layers.callsites import calling_line
 from gradnorm_ext.layers.layouts import Examples, Kind, Layout, Packing
 from gradnorm_ext.layers.provenance import follow
 from gradnorm_ext.layers.row_test import Evidence, RowTest
@@ -75,6 +76,7 @@ class Use:
     shared: bool = False  # looked-up rows that all examples share
     path: tuple[Callable[[Tensor], Tensor], ...] = ()  # from the parameter to the value, where views lead there
     followers: tuple[Use, ...] = ()  # the same use, of the other parameters that ``value`` was derived from
+    called_at: tuple[str, int] | None = None  # the line of the caller's code, in a block that verifies
     is_known: bool = False  # an earlier block has proven such uses
     tested: bool = False  # a row test has gone through it, or has started from it
     evidence: Evidence | None = None  # what ties its rows to the caller's order
@@ -639,8 +641,9 @@ class Observation:
                 self.memory.unverified |= not self.verify and (self.examples or 0) > 1
             if self.examples != 0:
                 self._audit(slot)
-        if self.verify and not self.row_test.half:
-            self.row_test.half = _computes_in_half(value)
+        if self.verify:
+            use.called_at = calling_line()
+            self.row_test.half = self.row_test.half or _computes_in_half(value)
         return use
 
     def look_up(self, use: Use, ids: Tensor) -> Tensor:

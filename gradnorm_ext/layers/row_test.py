@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradnorm_ext.gradients import GradientTerm
+from gradnorm_ext.layers.callsites import described
 from gradnorm_ext.layers.layouts import Examples, Layout
 from gradnorm_ext.layers.sources import DERIVED, Sources, tensors_in
 
@@ -371,7 +372,7 @@ class RowTest:
                 use,
                 "refuted",
                 f"{use.place_in_code} was used with rows that do not belong to one example each, or not to the example "
-                "their place says",
+                f"their place says{described(use.called_at)}",
                 _EXPAND,
             )
             for use in dict.fromkeys(self.refuted)
@@ -381,7 +382,9 @@ class RowTest:
         for use in uses:
             if use not in self.refuted and use.delivered_of is not None and bool(use.delivered_of.any()):
                 found = self._doubt(use)  # a zero is no one's
-                verdicts += [] if found is None else [Verdict(use, *found)]
+                if found is not None:
+                    word, message, advice = found
+                    verdicts.append(Verdict(use, word, f"{message}{described(use.called_at)}", advice))
         return verdicts
 
     def _doubt(self, use: Use) -> tuple[Word, str, str] | None:
