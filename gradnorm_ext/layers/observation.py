@@ -197,6 +197,7 @@ class Memory:
     shared_lookups: set[tuple[str, int]] = field(default_factory=set)  # (parameter, dimensions of the ids)
     corrected: dict[tuple[str, str, int], Kind] = field(default_factory=dict)  # (parameter, function, dimensions)
     kinds: dict[tuple[str, str], set[Kind]] = field(default_factory=dict)  # (parameter, function): what was verified
+    uses: dict[str, int] = field(default_factory=dict)  # how many uses of a parameter in one block were verified
     labels: dict[tuple[str, str], str] = field(
         default_factory=dict
     )  # (parameter, function): which of several kinds of rows
@@ -632,7 +633,12 @@ class Observation:
         if not recomputed:
             slot.uses.append(use)
         known = self.memory.verified.get(use.key)
-        use.is_known = known is not None and (layout.source is None or layout.source in known) and not layout.others
+        use.is_known = (
+            known is not None
+            and (layout.source is None or layout.source in known)
+            and not layout.others
+            and len(slot.uses) <= self.memory.uses.get(slot.name, 0)
+        )
         use.is_known = use.is_known or not layout.rows
         if not use.is_known:
             if self.shards is None and not self.backward_once:
@@ -1026,6 +1032,8 @@ class Observation:
         if self.examples != 0:
             self.memory.audited |= {slot.name for slot in seen}
         if self.examples is not None and self.examples > 1 and self.verify and not self.row_test.blurred:
+            for slot in seen:
+                self.memory.uses[slot.name] = max(len(slot.uses), self.memory.uses.get(slot.name, 0))
             for use in (use for slot in seen for use in slot.uses):
                 if self.row_test.proves(use) and not use.layout.others:
                     self.memory.verified.setdefault(use.key, set()).add(use.layout.source or "")
