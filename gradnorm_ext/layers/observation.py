@@ -35,7 +35,7 @@ from gradnorm_ext.layers.callsites import calling_line
 from gradnorm_ext.layers.layouts import Examples, Kind, Layout, Packing
 from gradnorm_ext.layers.provenance import follow
 from gradnorm_ext.layers.row_test import Evidence, RowTest
-from gradnorm_ext.layers.sources import DERIVED, Sources, arguments_of, calls_from
+from gradnorm_ext.layers.sources import DERIVED, Sources, arguments_of, calls_from, memory_of
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
@@ -850,7 +850,7 @@ class Observation:
             gradient = gradient.view_as(use.value).to(use.value.dtype)
         slot = use.slot
         if slot.hooked:
-            placed = use.adjoint(gradient)
+            placed = use.adjoint(gradient).to(slot.parameter.dtype)  # autograd adds up what a cast brought back
             slot.delivered = placed if slot.delivered is None else slot.delivered + placed
         return gradient
 
@@ -907,7 +907,7 @@ class Observation:
             elif delivered is None:
                 self.failures.append(f"{slot.name} got a gradient from a use that was not seen")
             elif delivered is not total and not torch.equal(delivered, total):
-                eps = torch.finfo(total.dtype).eps * (len(slot.uses) + 1)
+                eps = _rounding_of_sum(slot, total.dtype) * (len(slot.uses) + 1)
                 scale = torch.linalg.vector_norm(delivered.double()) + torch.linalg.vector_norm(total.double())
                 if not torch.linalg.vector_norm(delivered.double() - total.double()) <= eps * scale and bool(
                     torch.isfinite(scale)
@@ -1127,3 +1127,11 @@ def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
         parameter.grad = gradient
     else:
         parameter.grad += gradient
+
+
+def _rounding_of_sum(slot: Slot, dtype: torch.dtype) -> float:
+    """How far autograd rounds a parameter's gradient: what several uses of one cast gave it, it adds up in the cast's dtype."""
+    casts = [use.value for use in slot.uses if use.value.dtype != dtype]
+    places = [memory_of(cast) for cast in casts]
+    shared = (cast.dtype for cast, place in zip(casts, places, strict=True) if place is None or places.count(place) > 1)
+    return max(torch.finfo(one).eps for one in (dtype, *shared))
