@@ -26,9 +26,10 @@ from variants import Training, Variant, adamw, metered, plain, reweighted
 from gradnorm_ext import backends, triton_kernels
 from gradnorm_ext.policies import ClipExamples, InverseNorm
 from gradnorm_ext.segments import Groups, Segments
+from gradnorm_ext.triton_kernels.chips import chip_of
 from gradnorm_ext.triton_kernels.outer_wgrad import outer_costs, outer_method
 
-METHODS = ("gram", "fused", "split")
+METHODS = ("gram", "fused", "split", "grouped")
 AHEAD = 4_000_000  # cycles, about 2 ms: longer than the host takes to queue a call
 
 
@@ -173,8 +174,8 @@ GROUPS = (0, 1, 4)  # of the segments' one level: none, as norms of examples alo
 
 def outer(machine: Machine, refusals: list[str], *, cases: Sequence[Case], groups: Sequence[int]) -> Iterator[Measured]:
     """Every method's time for dW and norms over the library's for dW alone, beside what was predicted."""
-    line = "{:14} {:10} {:>6} {:>10} {:>8}   {:24} {:24} {:8} {:8} {}"
-    titles = ("gram, fused, split x plain", "predicted", "chosen", "best", "native: mma, wgmma, wide x plain")
+    line = "{:14} {:10} {:>6} {:>10} {:>8}   {:26} {:26} {:24} {:8} {}"
+    titles = ("gram, fused, split, grouped", "predicted", "chosen", "best", "native: mma, wgmma, wide x plain")
     print(line.format("dW", "segments", "groups", "plain µs", "TFLOP/s", *titles))
     cases = TINY_OUTER[-len(groups) :] if machine.interpret else cases
     layers = {layer: shape for layer, shape, _, _ in cases}
@@ -193,7 +194,16 @@ def outer(machine: Machine, refusals: list[str], *, cases: Sequence[Case], group
         of_rows = Segments.equal(segments, length, levels, machine.device)
         calls: dict[str, Callable[[], Any]] = {"plain": partial(torch.mm, g.t(), x)}
         truth = Truth.of(x, g, length, of_rows)
-        tried = {method: partial(triton_kernels.outer_wgrad, x, g, of_rows, method=method) for method in METHODS} | {
+        of_layer = {
+            "d": d,
+            "p": p,
+            "with_dw": True,
+            "groups": (len(x) / count,) if count > 1 else (),
+            "chip": chip_of(x),
+        }
+        predicted = outer_costs(length, equal=True, **of_layer)
+        methods = [method for method in METHODS if method in predicted and (method != "grouped" or x.is_cuda)]
+        tried = {method: partial(triton_kernels.outer_wgrad, x, g, of_rows, method=method) for method in methods} | {
             f"native {method}": partial(machine.native.outer_wgrad, x, g, of_rows, method=method)
             for method in machine.native_methods
         }
@@ -208,11 +218,10 @@ def outer(machine: Machine, refusals: list[str], *, cases: Sequence[Case], group
         seconds = machine.in_turns(calls)
         median = {call: statistics.median(samples) for call, samples in seconds.items()}
         ratios = {method: median[method] / median["plain"] for method in METHODS if method in median}
-        predicted = outer_costs(length, d, p, with_dw=True, equal=True)
         rate = 2 * segments * length * d * p / median["plain"] / 1e12
         cells = [", ".join(f"{costs[m]:.2f}" if m in costs else "-" for m in METHODS) for costs in (ratios, predicted)]
         chosen, best = (
-            outer_method(length, d, p, True, True),
+            outer_method(length, equal=True, **of_layer),
             min(ratios, key=lambda method: ratios[method], default="-"),
         )
         native = {call: median[call] / median["plain"] for call in median if call.startswith("native ")}
@@ -235,8 +244,9 @@ def outer(machine: Machine, refusals: list[str], *, cases: Sequence[Case], group
         if "gram alone" in median:  # half of the pairs of rows are needed, and counted
             pairs = segments * length**2 * (p + d)
             yield Measured("outer_sqnorm", size, "gram", "TFLOP/s", [pairs / median["gram alone"] / 1e12])
+    chip = chip_of(torch.empty(0, device=machine.device))
     for layer, (d, p) in layers.items():
-        by_length = ((length, outer_costs(length, d, p, with_dw=True, equal=False)) for length in itertools.count(1))
+        by_length = ((rows, outer_costs(rows, d, p, True, True, chip=chip)) for rows in itertools.count(1))
         predicted_length = next(length for length, costs in by_length if costs["fused"] < costs["gram"])
         measured = min(fused_wins[layer], default=math.nan)
         print(

@@ -24,6 +24,7 @@ from test_ops import (
     truth,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradnorm_ext import Meter, backends, ops
 from gradnorm_ext.operations import OPERATIONS
@@ -463,6 +464,33 @@ def test_a_meter_measures_with_it():
             model(ids).square().mean((1, 2)).sum().backward()
         stats.append((meter.stats.example_norm, meter.stats.prompt_norm, meter.stats.task_norm))
     torch.testing.assert_close(*stats)
+
+
+class Calls(TorchDispatchMode):
+    """The Triton operations that are called, and what with."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "gradnorm_triton":
+            self.made.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_linear_layers_gradient_leaves_in_the_dtype_of_its_weight(dtype):
+    """The kernel's last store rounds it: there is no float32 copy."""
+    layer = nn.Linear(8, 12, bias=False).to(DEVICE, dtype)
+    meter = Meter(layer, backend="triton")
+    x = torch.randn(4, 5, 8, device=DEVICE).to(dtype)
+    for _ in range(2):  # the first block also verifies itself
+        layer.weight.grad = None
+        with Calls() as calls, meter.observe():
+            layer(x).square().sum().backward()
+    formed = [arguments[9] for _, arguments in calls.made]
+    assert [dw.dtype for dw in formed] == [dtype] and formed[0].data_ptr() == layer.weight.grad.data_ptr()
 
 
 def one_of_each(length):

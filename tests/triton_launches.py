@@ -84,12 +84,12 @@ def groups_of(count: int, levels: int) -> Groups:
 
 
 def outer(dtype: torch.dtype, length: int, levels: int = 0, d: int = 384, p: int = 256, ragged: bool = False, **given):
-    """A linear layer's gradient and norms, on four segments; ``norms_alone``: without the gradient."""
-    x, g = torch.zeros(4 * length, p, dtype=dtype), torch.zeros(4 * length, d, dtype=dtype)
-    groups = groups_of(4, levels)
-    segments = Segments.equal(4, length, groups)
+    """A linear layer's gradient and norms, on eight segments; ``norms_alone``: without the gradient."""
+    x, g = torch.zeros(8 * length, p, dtype=dtype), torch.zeros(8 * length, d, dtype=dtype)
+    groups = groups_of(8, levels)
+    segments = Segments.equal(8, length, groups)
     if ragged:
-        segments = Segments.from_lengths(torch.full((4,), length), groups)
+        segments = Segments.from_lengths(torch.full((8,), length), groups)
     if given.pop("norms_alone", False):
         triton_kernels.outer_sqnorm(x, g, segments, **given)
     else:
@@ -98,8 +98,8 @@ def outer(dtype: torch.dtype, length: int, levels: int = 0, d: int = 384, p: int
 
 def everything(scale: int) -> None:
     """Every operation, with segments ``scale`` times as long as they are at least."""
-    length, weight = 80 * scale, torch.ones(4)
-    by_group = {"outputs": groups_of(4, 1).levels[-1], "n_outputs": 2}
+    length, weight = 80 * scale, torch.ones(8)
+    by_group = {"outputs": groups_of(8, 1).levels[-1], "n_outputs": 2}
     for levels, ragged in itertools.product((0, 1, 2), (False, True)):
         of_levels = {"levels": levels, "ragged": ragged, "method": "fused"}
         outer(torch.bfloat16, length, **of_levels, out=torch.zeros(384, 256, dtype=torch.bfloat16))
@@ -125,15 +125,16 @@ def everything(scale: int) -> None:
         outer(torch.float32, length, 1, method="fused", weight=weight)
         outer(torch.float32, length, method="gram")
 
-    groups = groups_of(4, 2)
+    groups = groups_of(8, 2)
     for rows in (1, 8 + scale, length):
-        segments = Segments.equal(4, rows, groups)
-        g, ids = torch.zeros(4 * rows, 256, dtype=torch.bfloat16), torch.arange(4 * rows) % 7
+        segments = Segments.equal(8, rows, groups)
+        g, ids = torch.zeros(8 * rows, 256, dtype=torch.bfloat16), torch.arange(8 * rows) % 7
         triton_kernels.segment_sum(g, segments)
         triton_kernels.segment_scale_grad(g, g, segments, shift=g[:, 0], scale=g[:, 0])
     triton_kernels.lookup_wgrad(ids, g, 7, segments, weight=weight)
     triton_kernels.outer_gram(g, g, segments)
-    triton_kernels.per_sample_wgrad(torch.zeros(4, 256), segments, weight=weight)
+    triton_kernels.outer_gram(g, g, Segments.from_lengths(torch.full((8,), rows)))
+    triton_kernels.per_sample_wgrad(torch.zeros(8, 256), segments, weight=weight)
     for dtype, vocabulary in ((torch.bfloat16, 1 << 17), (torch.float32, 50257), (torch.float64, 100)):
         logits, labels = torch.zeros(70 * scale, vocabulary, dtype=dtype), torch.arange(70 * scale) % 7
         triton_kernels.logit_scores(logits, labels, ignore_index=-100)

@@ -59,7 +59,7 @@ def tile(dtype: torch.dtype, tf32: bool, aligned: bool, ordered: bool, three: bo
         return Tile(64, 64, 32, 4, 3)
     if chip.has_warpgroups:
         p = 64 if three and chip.is_blackwell else 128  # a tile comes from tensor memory whole
-        return Tile(128, p, 64, 8, *((7, 150) if ordered else (4, 130)))
+        return Tile(128, p, 64, 8, *((7, 165) if ordered else (4, 140)))
     return Tile(128, 128, 32, 8, *((5, 130) if ordered else (3, 110)))
 
 

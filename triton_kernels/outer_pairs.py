@@ -28,7 +28,7 @@ class Tile:
     width: int
     warps: int
     stages: int
-    instructions: int = 120
+    instructions: int = 140
 
     @property
     def options(self) -> dict[str, int]:
@@ -45,7 +45,7 @@ def tile(dtype: torch.dtype, tf32: bool, rows_per_segment: float, aligned: bool,
     """
     rows = next((rows for rows in (16, 64) if rows_per_segment <= rows), 128)
     if dtype == torch.float64:
-        return Tile(min(rows, 32), 16, 4, 2)
+        return Tile(min(rows, 16 if chip.capability[0] == 12 else 32), 16, 4, 2)  # Triton 3.6 spills one there
     if dtype == torch.float32:
         return Tile(min(rows, 64), 32, 4, 3) if tf32 else Tile(min(rows, 64), 16, 8, 2)
     if not aligned:

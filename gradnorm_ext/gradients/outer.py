@@ -50,6 +50,13 @@ class Outer(GradientTerm):
         run = find("outer_wgrad", self.x.device.type, self.backend)
         return run(self.x, self.g, self.segments, weight=weight)  # type: ignore[no-any-return]
 
+    def wgrad_in(self, dtype: torch.dtype, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if dtype != self.x.dtype or dtype.itemsize != 2:  # others are not rounded
+            return self.wgrad(weight)
+        run = find("outer_wgrad", self.x.device.type, self.backend)
+        out = self.x.new_empty(self.shape)
+        return run(self.x, self.g, self.segments, weight=weight, out=out)  # type: ignore[no-any-return]
+
     def grad(self, weight: Tensor | None = None) -> Tensor:
         where = "outer_sum", self.x.device.type, self.backend
         run = find(*where) if serves(*where) else reference.outer_sum

@@ -47,6 +47,10 @@ class GradientTerm(Protocol):
     def wgrad(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The gradient, of segments times ``weight [S]``, and the norms without it, from one pass."""
 
+    def wgrad_in(self, dtype: torch.dtype, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`wgrad`, whose gradient is already rounded to ``dtype`` where the operation writes that; else it is as it was."""
+        return self.wgrad(weight)
+
     @abstractmethod
     def grad(self, weight: Tensor | None = None) -> Tensor:
         """The gradient alone."""

@@ -177,7 +177,7 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
         return NotImplemented
     if any(tap.is_met_by_constant(input1) and tap.is_met_by_constant(input2) for tap in taps):
         return NotImplemented
-    both = torch.cat([input1, input2], -1)  # the tagging test goes up through one input
+    both = torch.cat([input1, input2], -1)  # the row test goes up through one input
     if torch.is_autocast_enabled(both.device.type):
         both = both.to(torch.result_type(both, weight))  # as autocast does on GPUs; on CPUs plain torch refuses
     call, weight, bias = tapped_call(both, weight, bias, "bilinear")

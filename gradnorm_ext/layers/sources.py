@@ -267,7 +267,8 @@ def calls_from(modules: frozenset[int]) -> bool:
     """Whether the running call comes from inside of one of these modules: then it is not the caller's."""
     frame: Any = sys._getframe(3)  # past this, the block and the module's own call
     while frame is not None:
-        if id(frame.f_locals.get("self")) in modules:
+        names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+        if names and id(frame.f_locals.get(names[0])) in modules:  # a method of one
             return True
         frame = frame.f_back
     return False
