@@ -81,7 +81,7 @@ tests)
     if [[ -n $interpret ]]; then
         few=(--processes 2 tests/test_triton_gpu.py)
     fi
-    run tests "$python" bench/gpu_tests.py --logs "$logs/tests" -m gpu "${few[@]:-tests}"
+    run tests "$python" bench/gpu_tests.py --logs "$logs/tests" --seconds $((limit - SECONDS - 20)) -m gpu "${few[@]:-tests}"
     ;;
 rest)
     for figures in memory launch outer_rest; do

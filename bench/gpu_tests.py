@@ -1,8 +1,9 @@
 """Runs tests in several processes; one that leaves the GPU unusable, or kills its process, does not take the others along.
 
-    python bench/gpu_tests.py [--processes 8] [--logs FOLDER] [arguments of pytest]
+    python bench/gpu_tests.py [--processes 8] [--seconds 420] [--logs FOLDER] [arguments of pytest]
 
-Prints what failed and how many tests there were; the exit status is 1 if any failed. FOLDER gets each process's output.
+Prints what failed and how many tests there were; the exit status is 1 if any failed, or was not reached after so many
+seconds. FOLDER gets each process's output.
 Needs torch and pytest alone.
 """
 
@@ -13,6 +14,7 @@ import collections
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import pytest
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=420)
     parser.add_argument("--logs", type=Path)
     parser.add_argument(
         "--of", type=Path, help=argparse.SUPPRESS
@@ -33,39 +36,51 @@ def main() -> int:
     logs.mkdir(parents=True, exist_ok=True)
     listed = subprocess.run([*PYTEST, "--collect-only", "-q", *options], capture_output=True, text=True)
     tests = [line for line in listed.stdout.splitlines() if "::" in line]
-    if listed.returncode or not tests:
+    if listed.returncode:  # what cannot be imported does not keep the others from running
         print(listed.stdout + listed.stderr)
+    if not tests:
         return listed.returncode or 1
     shares = [tests[i :: given.processes] for i in range(min(given.processes, len(tests)))]
     with ThreadPoolExecutor(len(shares)) as threads:
-        found = [*threads.map(run_all, shares, (logs / f"process-{i}" for i in range(len(shares))))]
+        end = time.monotonic() + given.seconds
+        found = [
+            *threads.map(run_all, shares, (logs / f"process-{i}" for i in range(len(shares))), [end] * len(shares))
+        ]
     outcomes = {test: outcome for share in found for test, outcome in share.items()}
     for test, outcome in outcomes.items():
         if outcome not in ("passed", "skipped"):
             print(f"{outcome.upper()} {test}")
     counts = collections.Counter(outcomes.values())
     print(f"{len(tests)} tests: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()))
-    return 0 if set(counts) <= {"passed", "skipped"} else 1
+    return listed.returncode or (0 if set(counts) <= {"passed", "skipped"} else 1)
 
 
 PYTEST = (sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist")
 
 
-def run_all(tests: list[str], place: Path) -> dict[str, str]:
-    """Each test's outcome, from as many processes, one after the other, as it takes."""
+def run_all(tests: list[str], place: Path, end: float) -> dict[str, str]:
+    """Each test's outcome, from as many processes, one after the other, as it takes and as there is time for."""
     found: dict[str, str] = {}
     log, notes = place.with_suffix(".log"), place.with_suffix(".txt")
     log.unlink(missing_ok=True)
     while left := [test for test in tests if test not in found]:
         notes.write_text("\n".join(left))
+        is_late = False
         with log.open("a") as output:
-            subprocess.run([sys.executable, __file__, "--of", notes], stdout=output, stderr=subprocess.STDOUT)
-        lines = [line.split(" ", 1) for line in notes.with_suffix(".out").read_text().splitlines()]
+            command = [sys.executable, __file__, "--of", str(notes)]
+            try:
+                seconds = max(0.0, end - time.monotonic())
+                subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=seconds)
+            except subprocess.TimeoutExpired:
+                is_late = True
+        out = notes.with_suffix(".out")
+        lines = [line.split(" ", 1) for line in out.read_text().splitlines()] if out.exists() else []
+        out.unlink(missing_ok=True)
         found |= {test: outcome for outcome, test in lines}
-        if not lines:
-            found |= dict.fromkeys(left, "never started")
-        elif lines[-1][0] == "started":
-            found[lines[-1][1]] = "crashed"
+        if lines and lines[-1][0] == "started":
+            found[lines[-1][1]] = "unfinished" if is_late else "crashed"
+        if not lines or is_late:
+            found |= {test: "not started" for test in left if test not in found}
     return found
 
 

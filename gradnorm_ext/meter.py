@@ -593,7 +593,14 @@ class Meter:
             modules: dict[str, list[int]] = {}
             for index, name in enumerate(names):
                 modules.setdefault(name.rpartition(".")[0], []).append(index)
-            layers = {module: stats(figures[rows]) for module, rows in modules.items()}
+            layers = {
+                module: stats(
+                    figures[rows[0] : rows[-1] + 1]
+                    if rows[-1] - rows[0] + 1 == len(rows)
+                    else torch.stack([figures[row] for row in rows])  # a list as an index would wait for the device
+                )
+                for module, rows in modules.items()
+            }
         return stats(figures, layers=layers, reward=batch.reward)
 
     def _task_of_prompt(self, batch: _Batch) -> Tensor | None:

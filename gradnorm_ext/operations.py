@@ -210,7 +210,7 @@ for _row in (
     Operation(
         "segment_sum",
         "each segment's gradient of a bias",
-        serves=("PerSampleGrads", "ConvGrad", "ChunkedOuter"),
+        serves=("PerSampleGrads", "ConvGrad", "ChunkedOuter", "Lookup"),
         examples=_sum,
         kernels=("segment_sum(Tensor g, Tensor offsets, Tensor(a!) out) -> ()",),
     ),

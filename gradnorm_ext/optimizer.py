@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+_TAKE_FOUND_INF = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # where they are fused
+_UNDECIDED = 256  # steps, of which nobody asks what became of them
+
+
+def _would_wait(tensor: Tensor) -> bool:
+    """Whether to look at its numbers is to wait for a device."""
+    return tensor.device.type != "cpu"
+
+
 class Reweighted(torch.optim.Optimizer):
     """An optimizer that steps along reweighted gradients:  ``.grad = Σ_k w_k g_k`` (tasks) or ``Σ_b w_b g_b`` (examples).
 
@@ -134,7 +143,9 @@ class Reweighted(torch.optim.Optimizer):
         self.optimizer, self.policy, self.apply, self.decay = optimizer, policy, apply, decay
         self.passes, self.scope = passes, scope
         self.gradient_budget, self.unobserved = gradient_budget, unobserved
-        self.skipped_steps = 0
+        self._skipped_steps = 0  # that are known
+        self._late: Tensor | None = None  # on the device: further ones, and those whose weights were not finite
+        self._undecided = 0  # steps that these are of
         self.weights: Tensor | None = None
         self.layer_weights: dict[str, Tensor] = {}
         self._block: Block | None = None  # that is open
@@ -187,7 +198,7 @@ class Reweighted(torch.optim.Optimizer):
             if ranks is not None:
                 self._next_weights = ranks.same(self._next_weights)
         block.observation.forget()
-        self._observed.append(torch.stack([stats.finite, self._usable.to(stats.finite.device)]))
+        self._observed.append(torch.stack([stats.finite, self._usable.to(stats.finite.device, non_blocking=True)]))
 
     def backward(self, loss: Tensor) -> None:
         """``loss.backward()``; with ``passes=2`` the two of them. Inside an observe block, in place of it.
@@ -225,14 +236,70 @@ class Reweighted(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: nothing was observed since the last step; the policy's weights were not finite, though what was
-                measured was.
+                measured was. Where the device decides (torch's fused optimizers on a GPU, from their second step on), it is
+                raised when ``skipped_steps`` is read, or after 256 steps; none of the steps before was taken along such
+                weights.
         """
         if closure is not None:
             return self._step_with(closure)
+        if self._observed and self._device_decides():
+            return self._step_on_device()
         if self._may_step():
             return self.optimizer.step()
         self.skipped_steps += 1
         return None
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were not taken, for what they were made of was not finite. Where the device decides, it waits."""
+        late, self._late, self._undecided = self._late, None, 0
+        if late is not None:
+            skipped, unusable = late.tolist()
+            self._skipped_steps += skipped
+            if unusable:
+                raise RuntimeError(self._not_usable())
+        return self._skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        self._skipped_steps, self._late, self._undecided = count, None, 0
+
+    def _device_decides(self) -> bool:
+        """Whether the wrapped optimizer takes no step where a number on the device says so: nobody waits for it."""
+        takes_it = type(self.optimizer) in _TAKE_FOUND_INF and all(group.get("fused") for group in self.param_groups)
+        if not takes_it or not _would_wait(self._observed[0]):
+            return False
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if hasattr(parameter, "device_mesh"):
+                    return False
+                if group.get("momentum") and self.state.get(parameter, {}).get("momentum_buffer") is None:
+                    return False  # torch makes it of memory as it is, and does not fill it where it takes no step
+        return True
+
+    def _step_on_device(self) -> Any:
+        finite, usable = torch.stack(self._observed, 1).unbind()
+        skipped, unusable = ~finite.all(), (finite & ~usable).any()
+        late = torch.stack([skipped & ~unusable, unusable]).long()
+        self._late = late if self._late is None else self._late + late
+        self._begin_step()
+        self.optimizer.found_inf = (skipped | unusable).float()  # type: ignore[attr-defined]
+        try:
+            result = self.optimizer.step()
+        finally:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+        self._undecided += 1
+        if self._undecided == _UNDECIDED:
+            _ = self.skipped_steps
+        return result
+
+    def _not_usable(self) -> str:
+        return (
+            f"Reweighted: the policy must return finite weights for finite statistics, got others from {self.policy!r}; "
+            "no step was taken: have it return 1 where it divides by a norm of 0"
+        )
 
     def _step_with(self, closure: Callable[[], Any]) -> Any:
         loss, evaluations = None, 0
@@ -293,10 +360,7 @@ class Reweighted(torch.optim.Optimizer):
         blocks: list[list[bool]] = [block.tolist() for block in self._observed]
         self._begin_step()
         if any(finite and not usable for finite, usable in blocks):
-            raise RuntimeError(
-                f"Reweighted: the policy must return finite weights for finite statistics, got others from {self.policy!r}; "
-                "no step was taken: have it return 1 where it divides by a norm of 0"
-            )
+            raise RuntimeError(self._not_usable())
         return all(finite for finite, _ in blocks)
 
     @property
@@ -368,11 +432,12 @@ class Reweighted(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("optimizer", "meter", "policy", "apply", "passes", "scope", "decay", "gradient_budget", "unobserved")
-        more = ("skipped_steps", "weights", "layer_weights", "history", "_next_weights", "_usable", "_observed")
+        more = ("_skipped_steps", "weights", "layer_weights", "history", "_next_weights", "_usable", "_observed")
+        _ = self.skipped_steps  # waits for what the device decides
         return {name: getattr(self, name) for name in (*names, *more)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _buffers={}, _grads={}, _block=None, _ranks=None)
+        self.__dict__.update(state, _buffers={}, _grads={}, _block=None, _ranks=None, _late=None, _undecided=0)
         self._share_hooks()
 
     def _share_hooks(self) -> None:
@@ -432,7 +497,7 @@ class Reweighted(torch.optim.Optimizer):
         stats = self._block.stats_of(sqnorms[None])
         usable_so_far = self._usable
         self.layer_weights[name] = self._usable_weights(stats)
-        self._usable = self._usable & usable_so_far.to(self._usable.device)
+        self._usable = self._usable & usable_so_far.to(self._usable.device, non_blocking=True)
         return self._of_examples(self.layer_weights[name], stats)
 
     def _of_examples(self, weights: Tensor, stats: Stats) -> Tensor:

@@ -1,7 +1,9 @@
 """Models of transformers as they are shipped, small, from their configs; a batch for each; autograd one example at a time."""
 
+import functools
 import logging
 
+import oracle
 import torch
 import torch.nn.functional as F
 import transformers as hf
@@ -294,25 +296,16 @@ def loss_of(model, inputs, labels):
 
 def gradients_of(model, inputs, labels):
     """Each example's gradients, from a forward and a backward of its own."""
-    found = []
-    for b in range(len(labels)):
-        model.zero_grad()
-        one = {name: value[b : b + 1] for name, value in inputs.items()}
-        loss_of(model, one, labels[b : b + 1]).backward()
-        found.append(
-            {
-                name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-                for name, p in model.named_parameters()
-                if p.requires_grad
-            }
-        )
-    model.zero_grad()
-    return found
+
+    def loss(b):
+        return loss_of(model, {name: value[b : b + 1] for name, value in inputs.items()}, labels[b : b + 1])
+
+    return oracle.gradients_of(model, [functools.partial(loss, b) for b in range(len(labels))])
 
 
 def same_gradients(model, gradients, weights):
     """Whether ``.grad`` is the weighted sum of the examples' gradients, to the rounding of float64."""
-    expected = {key: sum(w * g[key] for w, g in zip(weights, gradients, strict=True)) for key in gradients[0]}
+    expected = oracle.weighted(gradients, weights)
     scale = max(float(one.abs().max()) for one in expected.values())
     found = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
     off = [(expected[key] - (0 if one is None else one)).abs().max() for key, one in found.items()]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,18 +34,49 @@ class Case:
         return self.loss(self.model(self.x), self.y)
 
 
+def gradients_of(model: nn.Module, losses: Iterable[Callable[[], Tensor | None]]) -> list[dict[str, Tensor]]:
+    """What each loss alone adds to ``.grad``: each runs the model and returns a loss, or runs its backward as well."""
+    found = []
+    for run in losses:
+        model.zero_grad()
+        loss = run()
+        if loss is not None:
+            loss.backward()
+        found.append({name: _gradient(p) for name, p in model.named_parameters() if p.requires_grad})
+    model.zero_grad()
+    return found
+
+
 def per_example_gradients(case: Case) -> list[dict[str, Tensor]]:
     """Each example's gradients, from a forward and a backward of its own."""
-    model, found = copy.deepcopy(case.model), []
-    for i in range(len(case.x)):
-        model.zero_grad()
-        case.loss(model(case.x[i : i + 1]), case.y[i : i + 1]).backward()
-        found.append({name: _gradient(p) for name, p in model.named_parameters() if p.requires_grad})
-    return found
+    model = copy.deepcopy(case.model)
+
+    def loss_of(i: int) -> Tensor:
+        return case.loss(model(case.x[i : i + 1]), case.y[i : i + 1])
+
+    return gradients_of(model, [functools.partial(loss_of, i) for i in range(len(case.x))])
 
 
 def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+
+
+def weighted(gradients: list[dict[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
+    """The examples' gradients times their weights, added up."""
+    return {name: sum(w * of[name] for w, of in zip(weights, gradients, strict=True)) for name in gradients[0]}
+
+
+def same_norms(
+    stats: Any, gradients: list[dict[str, Tensor]], tasks: Tensor | None = None, within: float = 1e3
+) -> None:
+    """A block's statistics have the norms of the examples' gradients and of the tasks'.
+
+    ``within``: roundings of float64.
+    """
+    examples, close = torch.arange(len(gradients)), within * torch.finfo(torch.float64).eps
+    assert relative(stats.example_norm, group_norms(gradients, examples, len(gradients))) < close
+    if tasks is not None:
+        assert relative(stats.task_norm, group_norms(gradients, tasks, len(stats.task_norm))) < close
 
 
 def group_norms(gradients: list[dict[str, Tensor]], ids: Tensor, count: int) -> Tensor:

@@ -35,6 +35,7 @@ def refusal_of(
     on: str = "error",
     blocks: int = 2,
     narrow: torch.dtype = torch.float64,
+    backend: str = "auto",
 ) -> str | None:
     """None if every figure and gradient of some blocks is right; the message if one is refused; else an AssertionError.
 
@@ -43,7 +44,7 @@ def refusal_of(
     truth = contributions(model, losses)
     norms = torch.stack([torch.cat([g.flatten() for g in one]).norm() for one in truth])
     tasks = torch.tensor([i % 2 for i in range(len(truth))])
-    options = {"on_unsupported": on, "tasks": 2}
+    options = {"on_unsupported": on, "tasks": 2, "backend": backend}
     if mode == "Meter":
         meter = observer = Meter(model, **options)
     else:
@@ -82,3 +83,20 @@ def assert_close(found: Tensor, expected: Tensor, what: str, narrow: torch.dtype
     eps = max(torch.finfo(found.dtype).eps * 1e4, torch.finfo(narrow).eps * 8)
     error = (found.double() - expected.double()).norm()
     assert error <= eps * expected.double().norm(), f"{what}: {found} for {expected}"
+
+
+def frozen(module: nn.Module, name: str) -> nn.Module:
+    """A module one of whose parameters is not trained."""
+    module.get_parameter(name).requires_grad_(False)
+    return module
+
+
+class Then(nn.Module):
+    """A module, and what is done to its output."""
+
+    def __init__(self, module: nn.Module, what: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.module, self.what = module, what
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.what(self.module(x))

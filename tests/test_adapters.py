@@ -186,7 +186,9 @@ class Sizes(TorchDispatchMode):
 def test_the_frozen_base_costs_nothing_and_no_gradient_is_formed_per_example():
     """Wide adapters on short sequences: an example's gradient of one of them would be the largest tensor of all."""
     model = architectures.build("llama", "eager", dtype=torch.float32)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=512, target_modules=["down_proj"])).train()
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=512, target_modules=["down_proj"], init_lora_weights=False)
+    ).train()
     inputs, labels = architectures.batch("llama")
     meter, sizes = Meter(model), {}
     with meter.observe():

@@ -284,3 +284,31 @@ def test_each_argument_by_its_place_or_by_its_name(call, on):
         )
         assert refused is None or "no rule for" in refused or "rows" in refused, refused
     assert ran > 0
+
+
+@pytest.mark.parametrize("on", ["error", "vmap"])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("layer", ["embedding", "shared", "tied", "bag", "bag of offsets"])
+def test_ids_may_be_of_any_integer_type(layer, dtype, backend, on):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.last = nn.Parameter(torch.randn(9, 4)), nn.Linear(4, 2)
+
+        def forward(self, ids):
+            if layer == "bag":
+                h = F.embedding_bag(ids, self.table, padding_idx=0)
+            elif layer == "bag of offsets":
+                h = F.embedding_bag(ids.flatten(), self.table, torch.arange(B, dtype=dtype) * 3, mode="sum")
+            else:
+                h = F.embedding(ids, self.table, padding_idx=0).sum(1)
+            if layer == "shared":
+                h = h[:, None] + F.embedding(torch.arange(2, dtype=dtype), self.table)
+            return F.linear(h, self.table) if layer == "tied" else self.last(h)
+
+    model, ids = Model().double(), torch.randint(0, 9, (B, 3), dtype=dtype)
+    refused = right_or_refused.refusal_of(
+        model, lambda: model(ids).square().flatten(1).sum(1), on=on, blocks=2, backend=backend
+    )
+    assert refused is None

@@ -260,3 +260,14 @@ def test_tests_after_a_crash_are_run_in_a_new_process(tmp_path: Path) -> None:
         "FAILED test_crashing.py::test_that_leaves_the_gpu_unusable",
         "7 tests: 4 passed, 2 failed, 1 crashed",
     ]
+    (tmp_path / "test_crashing.py").write_text(
+        "import time\ndef test_that_hangs():\n    time.sleep(600)\ndef test_later(): 0\n"
+    )
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
+    done = subprocess.run([*command, "--seconds", "4", "."], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode and "no_such_module" in done.stdout
+    assert done.stdout.splitlines()[-3:] == [
+        "UNFINISHED test_crashing.py::test_that_hangs",
+        "NOT STARTED test_crashing.py::test_later",
+        "2 tests: 1 unfinished, 1 not started",
+    ]

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import threading
+from functools import partial
 
 import oracle
 import pytest
@@ -72,21 +73,10 @@ WAYS = {
 
 
 def gradients_of(model, way, ids):
-    found = []
-    for b in range(len(ids)):
-        model.zero_grad()
+    def run(b):
         way(model, ids[b : b + 1], lambda loss, **options: loss.backward(**options))
-        found.append(
-            {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
-        )
-    model.zero_grad()
-    return found
 
-
-def agrees(stats, gradients):
-    examples = torch.arange(len(gradients))
-    assert oracle.relative(stats.example_norm, oracle.group_norms(gradients, examples, len(gradients))) < EXACT
-    assert oracle.relative(stats.task_norm, oracle.group_norms(gradients, TASKS, 2)) < EXACT
+    return oracle.gradients_of(model, [partial(run, b) for b in range(len(ids))])
 
 
 @pytest.mark.parametrize("tied", (False, True))
@@ -101,11 +91,11 @@ def test_forwards_and_backwards_of_one_block_are_one_gradient(way, tied, backend
     for _ in range(2):
         with meter.observe(tasks=TASKS, backwards=WAYS[way]):
             way(model, ids, lambda loss, **options: loss.backward(**options))
-        agrees(meter.stats, gradients)
+        oracle.same_norms(meter.stats, gradients, TASKS)
         model.zero_grad()
         with clipping.observe(tasks=TASKS, backwards=WAYS[way]):
             way(model, ids, lambda loss, **options: loss.backward(**options))
-        agrees(clipping.stats, gradients)
+        oracle.same_norms(clipping.stats, gradients, TASKS)
         for name, parameter in model.named_parameters():
             expected = sum(w * g[name] for w, g in zip(clipping.weights, gradients, strict=True))
             found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -123,7 +113,7 @@ def test_by_layer_forwards_and_backwards_are_one_gradient_too(way):
         model.zero_grad()
         with optimizer.observe(tasks=TASKS, backwards=WAYS[way]):
             way(model, ids, lambda loss, **options: loss.backward(**options))
-        agrees(optimizer.stats, gradients)
+        oracle.same_norms(optimizer.stats, gradients, TASKS)
         for name, weights in optimizer.layer_weights.items():
             norms = torch.stack([g[name].norm() for g in gradients])
             torch.testing.assert_close(weights, torch.where(norms > 1, 1 / norms, 1.0))
@@ -155,15 +145,10 @@ def mlp():
 
 def measured(meter, model, x):
     """Measures a block and compares it with autograd."""
-    gradients = []
-    for b in range(len(x)):
-        model.zero_grad()
-        model(x[b : b + 1]).square().sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
-    model.zero_grad()
+    gradients = oracle.gradients_of(model, [lambda one=one: model(one).square().sum() for one in x.split(1)])
     with meter.observe(tasks=TASKS):
         model(x).square().sum().backward()
-    agrees(meter.stats, gradients)
+    oracle.same_norms(meter.stats, gradients, TASKS)
     assert list(meter.parameter_sqnorm) == [n for n, p in model.named_parameters() if p.requires_grad]
 
 

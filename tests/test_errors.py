@@ -256,7 +256,7 @@ def test_batch_norm_with_the_batchs_statistics_and_no_module():
     refused(Model(7).eval(), torch.randn(4, 7), RuntimeError, "no rule for batch_norm of weight [7]")
 
 
-def test_examples_that_influence_each_other_are_found_by_tagging():
+def test_examples_that_influence_each_other_are_found_by_the_row_test():
     class Centred(nn.Module):
         def __init__(self):
             super().__init__()

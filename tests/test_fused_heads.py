@@ -76,14 +76,11 @@ def batch(empty=False, examples=EXAMPLES, length=6):
     return ids, labels
 
 
-def gradients_of(model, ids, labels):
-    """Each example's gradients, by autograd with logits."""
-    found, model = [], copy.deepcopy(model)
-    for b in range(len(ids)):
-        model.zero_grad()
-        model(ids[b : b + 1], labels[b : b + 1], plain).sum().backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    return found
+def gradients_of(model, ids, labels, score=plain):
+    """Each example's gradients, by autograd, with logits by default."""
+    model = copy.deepcopy(model)
+    rows = zip(ids.split(1), labels.split(1), strict=True)
+    return oracle.gradients_of(model, [lambda one=one: model(*one, score).sum() for one in rows])
 
 
 @pytest.mark.parametrize("score", (ours, pytest.param(trl, marks=needs_trl)))
@@ -161,11 +158,7 @@ def test_a_frozen_head_costs_nothing():
     torch.manual_seed(0)
     model, (ids, labels) = Model().double(), batch()
     model.head.requires_grad_(False)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    alone = []
-    for b in range(EXAMPLES):
-        found = torch.autograd.grad(model(ids[b : b + 1], labels[b : b + 1], plain).sum(), list(trainable.values()))
-        alone.append(dict(zip(trainable, found, strict=True)))
+    alone = gradients_of(model, ids, labels)
     meter = Meter(model)
     with meter.observe():
         model(ids, labels, ours, "masked").sum().backward()
@@ -206,11 +199,7 @@ def test_errs_at_most_twice_as_much_as_trl_itself(dtype):
     truth = oracle.group_norms(gradients_of(wide, ids, labels), torch.arange(EXAMPLES), EXAMPLES)
     model = copy.deepcopy(wide).to(torch.float32 if dtype == "autocast" else dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
-        alone = []
-        for b in range(EXAMPLES):
-            model.zero_grad()
-            model(ids[b : b + 1], labels[b : b + 1], trl).sum().backward()
-            alone.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        alone = gradients_of(model, ids, labels, trl)
         meter = Meter(model)
         with meter.observe():
             model(ids, labels, trl, "masked").sum().backward()

@@ -13,25 +13,6 @@ LENGTHS = [3, 1, 5, 2]
 WIDTH = 6
 
 
-def gradients_of(model, losses):
-    """Each example's gradients: of the model's parameters, from that example's loss alone."""
-    found = []
-    for loss in losses:
-        model.zero_grad()
-        loss().backward()
-        found.append(
-            {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
-        )
-    model.zero_grad()
-    return found
-
-
-def agrees(stats, gradients, tasks):
-    examples = torch.arange(len(gradients))
-    assert oracle.relative(stats.example_norm, oracle.group_norms(gradients, examples, len(gradients))) < EXACT
-    assert oracle.relative(stats.task_norm, oracle.group_norms(gradients, tasks, len(stats.task_norm))) < EXACT
-
-
 class Packed(nn.Module):
     """A transformer over packed rows: attention stays inside a document, as a varlen kernel's would."""
 
@@ -82,7 +63,7 @@ def test_packed_rows(order, leading, tied, backend):
         logits = model(*(t.view(-1)[rows].view(*leading, -1) for t in inputs))
         return F.cross_entropy(logits.flatten(0, -2), y[rows], reduction="sum")
 
-    gradients = gradients_of(model, [lambda b=b: loss_of(document == b) for b in range(len(LENGTHS))])
+    gradients = oracle.gradients_of(model, [lambda b=b: loss_of(document == b) for b in range(len(LENGTHS))])
     meter = Meter(model, tasks=2, backend=backend)
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
     where = {"cu_seqlens": offsets} if order != "mixed" else {"example_ids": document.view(*leading, -1)}
@@ -90,7 +71,7 @@ def test_packed_rows(order, leading, tied, backend):
         model.zero_grad()
         with meter.observe(tasks=tasks, **where):
             loss_of(document >= 0).backward()
-        agrees(meter.stats, gradients, tasks)
+        oracle.same_norms(meter.stats, gradients, tasks)
     optimizer = Reweighted(torch.optim.SGD(model.parameters(), 0.1), model, InverseNorm(), tasks=2, backend=backend)
     model.zero_grad()
     with optimizer.observe(tasks=tasks, **where):
@@ -116,12 +97,12 @@ def test_a_pooled_head_has_one_row_an_example_beside_packed_rows():
         )
         for b in range(3)
     ]
-    gradients = gradients_of(model, alone)
+    gradients = oracle.gradients_of(model, alone)
     meter = Meter(model)
     for _ in range(2):
         with meter.observe(cu_seqlens=[0, 2, 3, 6]):
             outputs(x, document, 3).square().sum().backward()
-        agrees(meter.stats, gradients, torch.zeros(3, dtype=torch.long))
+        oracle.same_norms(meter.stats, gradients, torch.zeros(3, dtype=torch.long))
 
 
 class SequenceFirst(nn.Module):
@@ -151,13 +132,13 @@ def test_sequence_first_models(length):
         logits = model(ids[:, examples])
         return F.cross_entropy(logits.flatten(0, 1), y[:, examples].flatten(), reduction="sum")
 
-    gradients = gradients_of(model, [lambda b=b: loss_of(slice(b, b + 1)) for b in range(4)])
+    gradients = oracle.gradients_of(model, [lambda b=b: loss_of(slice(b, b + 1)) for b in range(4)])
     tasks = torch.tensor([0, 1, 1, 0])
     meter = Meter(model, tasks=2)
     for _ in range(2):
         with meter.observe(tasks=tasks, batch_dim=1):
             loss_of(slice(None)).backward()
-        agrees(meter.stats, gradients, tasks)
+        oracle.same_norms(meter.stats, gradients, tasks)
 
 
 class SequenceFirstInside(nn.Module):
@@ -190,7 +171,7 @@ def test_sequence_first_layers_inside_batch_first_models(length, last):
         case.model.zero_grad()
         with meter.observe(tasks=tasks):
             case.run().backward()
-        agrees(meter.stats, gradients, tasks)
+        oracle.same_norms(meter.stats, gradients, tasks)
 
 
 def test_a_bias_per_pair_of_positions_is_not_taken_for_a_batch_of_as_many():
@@ -213,7 +194,7 @@ def test_a_bias_per_pair_of_positions_is_not_taken_for_a_batch_of_as_many():
     for _ in range(2):
         with meter.observe():
             case.run().backward()
-        agrees(meter.stats, gradients, torch.zeros(4, dtype=torch.long))
+        oracle.same_norms(meter.stats, gradients, torch.zeros(4, dtype=torch.long))
 
 
 def test_positions_prove_nothing_where_there_are_as_many_as_examples():

@@ -278,7 +278,7 @@ def test_checker_names_what_differs(monkeypatch):
     assert found.differing == ["tokens.weight"] and "tokens.weight" in str(found)
 
 
-def test_tagging_refuses_rows_of_another_example():
+def test_the_row_test_refuses_rows_of_another_example():
     class Rolled(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,5 +1,6 @@
 """What follows from the table of operations: backends, reports, the README, the sources, and opcheck's cases."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -66,6 +67,20 @@ def test_every_operation_has_a_meaning_or_is_for_gradients_alone():
 def test_what_operations_serve_is_there():
     known = {*gradients.__all__, *gradnorm_ext.__all__, "GSA", "ops"}
     assert {name for operation in OPERATIONS.values() for name in operation.serves} <= known
+
+
+def asked_for():
+    """``(form, operation)`` of every ``find`` and ``serves`` in the forms of gradients."""
+    for path in Path(gradients.__file__).parent.glob("*.py"):
+        for form in (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)):
+            strings = {node.value for node in ast.walk(form) if isinstance(node, ast.Constant)}
+            for name in strings & OPERATIONS.keys():
+                yield {"Im2colOuter": "ConvGrad"}.get(form.name, form.name), name
+
+
+def test_the_table_has_what_each_form_of_gradient_asks_for():
+    of_table = {(form, name) for name, row in OPERATIONS.items() for form in row.serves}
+    assert set(asked_for()) <= of_table
 
 
 @needs_sources
@@ -136,3 +151,8 @@ class TestFromOutside:
         assert ("row_max", "native") in served()
         test_every_backend_gives_what_the_definition_gives("row_max", "native")
         test_its_operators_keep_to_their_schemas("row_max", "native")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="conftest leaves memory as it is where there is a GPU")
+def test_memory_that_nobody_has_written_is_nan():
+    assert torch.ones(1).new_empty(3).isnan().all() and torch.empty_like(torch.ones(2).half()).isnan().all()

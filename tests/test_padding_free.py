@@ -1,5 +1,7 @@
 """Padding-free batches, as the collators of transformers make them: several examples a row."""
 
+import functools
+
 import architectures
 import oracle
 import pytest
@@ -30,14 +32,11 @@ def loss_of(model, input_ids, position_ids, labels):
 
 
 def gradients_of(model, features):
-    found = []
-    for one in features:
-        model.zero_grad()
+    def loss(one):
         ids = torch.tensor([one["input_ids"]])
-        loss_of(model, ids, torch.arange(ids.shape[1])[None], ids).backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    model.zero_grad()
-    return found
+        return loss_of(model, ids, torch.arange(ids.shape[1])[None], ids)
+
+    return oracle.gradients_of(model, [functools.partial(loss, one) for one in features])
 
 
 def built(name, attention, checkpointing=False):
@@ -81,12 +80,12 @@ def test_the_models_own_loss_of_kept_logits():
     assert oracle.relative(meter.stats.example_norm, oracle.group_norms(gradients, torch.arange(4), 4)) < EXACT
     kept = torch.arange(1, sum(LENGTHS) - 1)
     model.zero_grad()
-    gradients = []
     owner = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))[kept]
-    for b in range(4):
-        model.zero_grad()
-        model(**inputs, use_cache=False).logits[:, kept][0, owner == b].square().sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    def loss(b):
+        return model(**inputs, use_cache=False).logits[:, kept][0, owner == b].square().sum()
+
+    gradients = oracle.gradients_of(model, [functools.partial(loss, b) for b in range(4)])
     with meter.observe(tasks=TASKS, cu_seqlens=batch["cu_seq_lens_q"]):
         model(**inputs, use_cache=False, logits_to_keep=kept).logits.square().sum().backward()
     assert oracle.relative(meter.stats.example_norm, oracle.group_norms(gradients, torch.arange(4), 4)) < EXACT
@@ -130,11 +129,12 @@ class Sinks(nn.Module):
 def test_parameters_that_are_given_to_every_packed_row():
     torch.manual_seed(0)
     model, document = Sinks().double(), torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))
-    x, gradients = torch.randn(1, sum(LENGTHS), 3, dtype=torch.float64), []
-    for b in range(4):
-        model.zero_grad()
-        model(x[:, document == b], document[document == b]).square().sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    x = torch.randn(1, sum(LENGTHS), 3, dtype=torch.float64)
+
+    def loss(b):
+        return model(x[:, document == b], document[document == b]).square().sum()
+
+    gradients = oracle.gradients_of(model, [functools.partial(loss, b) for b in range(4)])
     meter = Meter(model)
     for _ in range(2):
         with meter.observe(example_ids=document):

@@ -197,22 +197,67 @@ def test_reweighted_in_every_mode(name, mode, device, fused):
     assert not any(map(torch.equal, before, case.model.parameters()))
 
 
-@pytest.mark.parametrize(("fused", "device"), cases("plain", "fused", here=OPTIMIZERS))
-def test_a_step_that_is_not_finite_is_not_taken(fused, device):
+@pytest.fixture(params=["looked at on the CPU", "decided on the device"])
+def decides(request, monkeypatch):
+    """On the CPU as well as where to look is to wait."""
+    if request.param == "decided on the device":
+        monkeypatch.setattr("gradnorm_ext.optimizer._would_wait", lambda tensor: True)
+
+
+FUSED = {
+    "Adam": lambda parameters, **how: torch.optim.Adam(parameters, 0.1, **how),
+    "AdamW": lambda parameters, **how: torch.optim.AdamW(parameters, 0.1, **how),
+    "SGD": lambda parameters, **how: torch.optim.SGD(parameters, 0.1, **how),
+    "SGD with momentum": lambda parameters, **how: torch.optim.SGD(parameters, 0.1, momentum=0.9, **how),
+}
+
+
+@pytest.mark.usefixtures("decides")
+@pytest.mark.parametrize("fused", (False, True), ids=("plain", "fused"))
+@pytest.mark.parametrize(("kind", "device"), cases(*FUSED, here=FUSED))
+def test_a_step_that_is_not_finite_is_not_taken(kind, device, fused):
     torch.manual_seed(0)
     model = nn.Linear(4, 3).to(device)
-    plain = torch.optim.AdamW(model.parameters(), 0.1, **OPTIMIZERS[fused])
+    plain = FUSED[kind](model.parameters(), fused=fused)
     optimizer = Reweighted(plain, model, InverseNorm(), tasks=2)
-    x = torch.randn(4, 4, device=device)
-    for scale in (1.0, float("inf"), 1.0, float("nan")):
+    x, twin = torch.randn(4, 4, device=device), copy.deepcopy(model)
+    alone = FUSED[kind](twin.parameters())  # takes the finite steps, with the same gradients
+    for scale in (float("inf"), 1.0, float("inf"), 1.0, float("nan")):
         before = [parameter.detach().clone() for parameter in model.parameters()]
         optimizer.zero_grad()
         with optimizer.observe(tasks=[0, 1, 1, 0]):
             (scale * model(x).square()).sum().backward()
+        if scale == 1:
+            for one, other in zip(twin.parameters(), model.parameters(), strict=True):
+                one.grad = other.grad.clone()
+            alone.step()
         optimizer.step()
         assert all(map(torch.equal, before, model.parameters())) == (scale != 1)
-    assert optimizer.skipped_steps == 2
-    assert all(int(state["step"]) == 2 for state in plain.state.values())
+        for one, other in zip(twin.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(one, other)
+    assert optimizer.skipped_steps == copy.deepcopy(optimizer).skipped_steps == 3
+    assert optimizer.state_dict()["gradnorm"]["skipped_steps"] == 3
+    assert all(int(state.get("step", 2)) == 2 for state in plain.state.values())
+
+
+@pytest.mark.usefixtures("decides")
+@pytest.mark.parametrize(("when", "device"), cases("asked", "in time", here=("asked", "in time")))
+def test_weights_that_are_not_finite_are_an_error_and_no_step(when, device, monkeypatch):
+    if when == "in time":
+        monkeypatch.setattr("gradnorm_ext.optimizer._UNDECIDED", 1)
+    model = nn.Linear(2, 2).to(device)
+    optimizer = Reweighted(
+        torch.optim.AdamW(model.parameters(), 0.1, fused=True), model, lambda stats: stats.task_norm * torch.nan
+    )
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with optimizer.observe():
+        model(torch.ones(3, 2, device=device)).sum().backward()
+    with pytest.raises(RuntimeError, match="the policy must return finite weights for finite statistics"):
+        optimizer.step()
+        assert when == "asked"
+        optimizer.skipped_steps  # noqa: B018  # raises, where the device decided
+    assert all(map(torch.equal, before, model.parameters()))
+    assert optimizer.skipped_steps == 0
 
 
 @pytest.mark.parametrize(("mode", "device"), cases("measured", "same_step", "next_step", here=("same_step",)))
@@ -386,11 +431,9 @@ def test_a_step_of_grpo(head, device):
         surrogate = torch.minimum(ratio * advantages[:, None], ratio.clamp(0.8, 1.2) * advantages[:, None])
         return -(surrogate * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)
 
-    batch, gradients = (ids, old, advantages, mask), []
-    for i in range(6):
-        case.model.zero_grad()
-        losses(case.model, *(one[i : i + 1] for one in batch)).sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in case.model.named_parameters()})
+    batch = (ids, old, advantages, mask)
+    rows = zip(*(one.split(1) for one in batch), strict=True)
+    gradients = oracle.gradients_of(case.model, [lambda one=one: losses(case.model, *one).sum() for one in rows])
     model, batch = case.model.to(device), [one.to(device) for one in batch]
     optimizer = Reweighted(torch.optim.SGD(model.parameters(), 0.0), model, RewardStd(), tasks=2)
     for _ in range(2):

@@ -45,13 +45,8 @@ class Selecting(nn.Module):
 def gradients_of(model, x, keep):
     """Each example's gradients, from the rows that are its own: ids go the way of the rows."""
     owners = torch.arange(EXAMPLES, dtype=x.dtype).view(-1, 1, 1).expand(*x.shape[:2], WIDTH).clone()
-    owners, found = model.select(owners, keep)[..., 0], []
-    for b in range(EXAMPLES):
-        model.zero_grad()
-        model(x, keep)[owners == b].square().sum().backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    model.zero_grad()
-    return found
+    owners = model.select(owners, keep)[..., 0]
+    return oracle.gradients_of(model, [lambda b=b: model(x, keep)[owners == b].square().sum() for b in range(EXAMPLES)])
 
 
 def batch():
@@ -104,11 +99,10 @@ def test_packed_rows_that_a_mask_selects():
     model, lengths = Selecting(SELECTIONS["mask"]).double(), [3, 1, 4, 2]
     document = torch.repeat_interleave(torch.arange(EXAMPLES), torch.tensor(lengths))[torch.randperm(10)]
     x, keep = torch.randn(1, 10, 3, dtype=torch.float64), torch.rand(1, 10) < 0.7
-    gradients = []
-    for b in range(EXAMPLES):
-        model.zero_grad()
-        model(x, keep)[document[keep[0]] == b].square().sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    owners = document[keep[0]]
+    gradients = oracle.gradients_of(
+        model, [lambda b=b: model(x, keep)[owners == b].square().sum() for b in range(EXAMPLES)]
+    )
     meter = Meter(model)
     with meter.observe(example_ids=document):
         model(x, keep).square().sum().backward()

@@ -117,7 +117,7 @@ def test_triton_kernels_import_torch_and_triton_only(path):
             foreign |= {alias.name for alias in node.names if not alias.name.startswith(("torch", "triton"))}
         elif isinstance(node, ast.ImportFrom) and not node.module.startswith(("torch", "triton", "gradnorm_ext")):
             foreign.add(node.module)
-    assert foreign <= {"__future__", "collections.abc", "dataclasses", "functools", "math"}
+    assert foreign <= {"__future__", "collections.abc", "dataclasses", "functools", "math", "typing"}
 
 
 def test_the_core_needs_only_torch_and_numpy():

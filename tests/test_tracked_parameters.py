@@ -272,3 +272,23 @@ def test_a_tensor_may_be_made_like_a_parameter(ask):
     model = Model()
     with Meter(model).observe():
         model(torch.randn(4, 4)).square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    "compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(5, 4))], ids=["script", "trace"]
+)
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_modules_that_torch_jit_compiled_are_refused_before_anything_runs(compiled, inside):
+    scripted = compiled(nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), scripted) if inside else scripted
+    name = "1" if inside else "the model"
+    message = rf"must be Python, got {name}, which torch.jit has compiled"
+    with pytest.raises(RuntimeError, match=message), Meter(model).observe():
+        raise AssertionError("this must not run")
+    assert not inside or type(model[0]) is nn.Linear
+    for parameter in scripted.parameters():
+        parameter.requires_grad_(False)
+    if inside:
+        with Meter(model).observe():
+            model(torch.randn(5, 4)).sum().backward()

@@ -282,11 +282,9 @@ def test_in_every_layout(layout, timing):
         told = {"example_ids": owner} if layout == "mixed" else {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0)}
         owner = owner[None] if layout == "packed, one more dimension" else owner
     x = torch.randn(*owner.shape, 3, dtype=torch.float64)
-    gradients = []
-    for b in range(EXAMPLES):
-        model.zero_grad()
-        model(x[owner == b][None]).square().sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    gradients = oracle.gradients_of(
+        model, [lambda b=b: model(x[owner == b][None]).square().sum() for b in range(EXAMPLES)]
+    )
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     optimizer = Reweighted(optimizer, model, ClipExamples(1.0), tasks=2, on_unsupported="vmap", **timing)
     for _ in range(2):

@@ -194,7 +194,7 @@ def _outer_wgrad(x, g, offsets, length, walk, columns, counts, weight, outputs, 
         kept -= 1
     total = sqnorm.new_zeros(1) if kept < len(counts) else None
     norms = sqnorm.new_zeros(len(walk) + sum(counts[:kept]) + 1)  # the last is for those that nobody wants
-    walked = Walk(len(x), offsets, None if length < 0 else length, walk, columns[:kept], counts[:kept], weight, outputs)
+    walked = Walk.of(len(x), offsets, None if length < 0 else length, walk, columns, counts[:kept], weight, outputs)
     _carry_out(x, g, walked, dw, norms, total, accumulate, method)
     sqnorm[: len(norms) - 1] = norms[:-1]
     if total is not None:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradnorm_ext.triton_kernels.registration import constexpr_of, operation, sqnorm_length
+from gradnorm_ext.triton_kernels.remembered import remembered
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 8, 512
 
@@ -46,7 +47,7 @@ def _per_sample_wgrad(
             *(
                 grads,
                 walk,
-                _ranges(walk, columns, entries),
+                remembered(_ranges, walk, columns, entries),
                 grads if weight is None else weight,
                 partial if dw is None else dw,
                 partial,

@@ -6,10 +6,13 @@ All of it is worked out on the device, in tensors as long as there are segments 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from gradnorm_ext.triton_kernels.remembered import remembered
 
 BEYOND = 128  # entries that a block of rows may read past the last
 
@@ -59,9 +62,24 @@ class Walk:
     length: int | None
     walk: Tensor
     columns: Tensor
-    counts: list[int]
+    counts: Sequence[int]
     weight: Tensor | None = None
     outputs: Tensor | None = None
+    _made: dict[tuple, Entries] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def of(
+        rows: int,
+        offsets: Tensor,
+        length: int | None,
+        walk: Tensor,
+        columns: Tensor,
+        counts: Sequence[int],
+        weight: Tensor | None = None,
+        outputs: Tensor | None = None,
+    ) -> Walk:
+        """The same for all layers of a block: what is worked out of it is worked out once."""
+        return remembered(_of, offsets, rows, length, walk, columns, tuple(counts), weight, outputs)
 
     @property
     def sizes(self) -> list[int]:
@@ -70,6 +88,22 @@ class Walk:
 
     def segments(self, grouped: bool) -> Entries:
         """One entry a segment, where it lies; ``grouped``: in the order of the walk, with the groups around it."""
+        return self._once(self._segments, grouped)
+
+    def groups(self, level: int, weighted: bool) -> Entries:
+        """One entry a group of a level, from 1, in walk order; ``weighted``: a group is cut where the weight changes.
+
+        Beyond the coarsest level there are only runs of equal weight.
+        """
+        return self._once(self._groups, level, weighted)
+
+    def _once(self, make: Callable[..., Entries], *how: int | bool) -> Entries:
+        key = make.__name__, *how
+        if key not in self._made:
+            self._made[key] = make(*how)
+        return self._made[key]
+
+    def _segments(self, grouped: bool) -> Entries:
         begin, end, count = self.offsets[:-1], self.offsets[1:], len(self.walk)
         if not grouped or (not self.counts and self.outputs is None):
             return Entries(begin, end, count, self.length, weight=self.weight)
@@ -87,11 +121,7 @@ class Walk:
         """One entry."""
         return Entries(self.offsets[:1], self.offsets[-1:], 1, self.rows)
 
-    def groups(self, level: int, weighted: bool) -> Entries:
-        """One entry a group of a level, from 1, in walk order; ``weighted``: a group is cut where the weight changes.
-
-        Beyond the coarsest level there are only runs of equal weight.
-        """
+    def _groups(self, level: int, weighted: bool) -> Entries:
         first, wanted = sum(self.sizes[:level]), sum(self.sizes[level:])
         columns = self._columns[level - 1 :] - first
         ends = _ends(columns)
@@ -154,6 +184,10 @@ class Walk:
             for extreme in ("amin", "amax")
         )
         return (low == high).gather(1, columns[1:]).sum(0)
+
+
+def _of(offsets: Tensor, rows: int, length, walk, columns: Tensor, counts: tuple[int, ...], weight, outputs) -> Walk:
+    return Walk(rows, offsets.clone(), length, walk, columns[: len(counts)], counts, weight, outputs)
 
 
 def _ends(values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from gradnorm_ext.history import History
 from gradnorm_ext.meter import Meter
@@ -52,6 +54,10 @@ class TrainerMixin(_AnyTrainer):
     micro-batch by its own statistics. With ``meter_options={"exact_tasks": True}`` all of these are of the step as a whole.
     Evaluation is not measured.
 
+    Under DDP the model is measured as accelerate wraps it: norms are those of contributions to the averaged ``.grad``, and
+    figures are of all processes' examples (see ``ranks`` of :class:`~gradnorm_ext.Meter`). A policy's weights must be known
+    before gradients are averaged: ``reweighted_options={"apply": "next_step"}``.
+
     Args:
         args, kwargs: of the trainer.
         task_column: the dataset's column that names each row's task; None: all rows are one task.
@@ -62,8 +68,8 @@ class TrainerMixin(_AnyTrainer):
         reweighted_options: of :class:`~gradnorm_ext.Reweighted`: ``{"apply": "next_step"}``.
 
     Raises:
-        ValueError: before training: a dataset without the column or with rows that have no task in it; a task that is
-            not among ``tasks``; options of the trainer that the measuring cannot follow, by their names.
+        ValueError: before a model is loaded: a dataset without the column or with rows that have no task in it; a task that
+            is not among ``tasks``; options of the trainer that the measuring cannot follow, by their names.
 
     Warns:
         UserWarning: figures that can never be formed, with the reason: a task of one row, a batch of one example.
@@ -102,8 +108,13 @@ class TrainerMixin(_AnyTrainer):
         self._blocks: list[tuple[Stats, Tensor | None]] = []  # since the last optimizer step, with the weights they got
         self._steps: list[dict[str, Any]] = []  # since the last log: what `_figures` gives
         self._told: set[str] = set()  # tasks whose missing figures were explained
+        if (arguments := given.get("args")) is not None:  # else the trainer makes its defaults
+            self.args = arguments
+            self._refuse_setup(who)
         super().__init__(*args, **kwargs)
-        self._refuse_setup(who)
+        self._refuse_setup(who)  # what came of the arguments, and what accelerate was told
+        if isinstance(self.optimizer, Reweighted):
+            raise ValueError(f"{who}: the optimizer must be a plain one, got a Reweighted; pass its policy as policy=")
         self._warn_of_single_units(who)
 
     def get_train_dataloader(self) -> Any:
@@ -186,8 +197,13 @@ class TrainerMixin(_AnyTrainer):
 
     def _observing(self) -> Meter | Reweighted:
         meter = self._observer if isinstance(self._observer, Meter) else None
-        if self._observer is None or (meter is not None and meter.model is not self.model):  # anew after a search
-            self._observer = Meter(self.model, tasks=self.task_names, **self._meter_options)
+        if self._observer is None or (meter is not None and meter.model not in (self.model, self.model_wrapped)):
+            self._observer = Meter(self.model, tasks=self.task_names, **self._meter_options)  # anew after a search
+        meter = self._observer.meter if isinstance(self._observer, Reweighted) else self._observer
+        if isinstance(self.model_wrapped, DistributedDataParallel) and meter.model is not self.model_wrapped:
+            # Accelerate wraps the model after the optimizer was made. What DDP wraps it names module.
+            meter.model = self.model_wrapped
+            meter.modules = None if meter.modules is None else tuple(f"module.{one}" for one in meter.modules)
         return self._observer
 
     def _end_step(self) -> None:
@@ -215,7 +231,7 @@ class TrainerMixin(_AnyTrainer):
 
     def _figures(self, stats: Stats, weights: Tensor | None, of: str) -> dict[str, Any]:
         """What `_averages` needs of a step; nothing here waits for the device."""
-        figures: dict[str, Any] = {"stats": stats, "more": self._more_figures(stats)}
+        figures: dict[str, Any] = {"stats": stats, "of_examples": self._of_examples(stats)}
         if weights is not None:
             if of == "examples":
                 total = torch.zeros_like(stats.task_sqnorm_unbiased).index_add_(0, stats.tasks, weights)
@@ -223,16 +239,31 @@ class TrainerMixin(_AnyTrainer):
             figures["weights"] = weights
         return figures
 
-    def _more_figures(self, stats: Stats) -> dict[str, Tensor]:
-        """Scalars that a trainer adds to a step's figures."""
-        return {}
+    def _of_examples(self, stats: Stats) -> dict[str, Tensor]:
+        """By name, what the log has means of over a step's examples: this process's."""
+        return {"example_norm": stats.example_norm}
+
+    def _means_of_examples(self) -> list[dict[str, float]]:
+        """Of every step, the means (and the largest norm) over the examples of all processes."""
+        names = list(self._steps[0]["of_examples"])
+        values = [step["of_examples"][name] for step in self._steps for name in names]
+        parts = torch.stack([torch.stack([v.sum(), torch.ones_like(v).sum(), v.max()]) for v in values])
+        parts = parts.view(1, len(self._steps), len(names), 3)
+        if self.args.world_size > 1:
+            parts = self.accelerator.gather(parts)
+        means, largest = (parts[..., 0].sum(0) / parts[..., 1].sum(0)).tolist(), parts[..., 2].amax(0).tolist()
+        found = []
+        for of_step, top in zip(means, largest, strict=True):
+            figures = {PREFIX + name: mean for name, mean in zip(names, of_step, strict=True)}
+            figures[PREFIX + "example_norm/mean"] = figures.pop(PREFIX + "example_norm")
+            found.append(figures | {PREFIX + "example_norm/max": top[names.index("example_norm")]})
+        return found
 
     def _averages(self) -> dict[str, float]:
         """The log's figures: means over the steps that have them; the noise scale is a quotient of two such means."""
         columns: dict[str, list[float]] = {}
-        for step in self._steps:
-            figures = step["stats"].log_dict(PREFIX)
-            figures |= {PREFIX + name: figure.item() for name, figure in step["more"].items()}
+        for step, of_examples in zip(self._steps, self._means_of_examples(), strict=True):
+            figures = step["stats"].log_dict(PREFIX) | of_examples
             if "weights" in step:
                 weights = zip(self.task_names, step["weights"].tolist(), strict=True)
                 figures |= {f"{PREFIX}task/{name}/weight": weight for name, weight in weights}
@@ -257,8 +288,6 @@ class TrainerMixin(_AnyTrainer):
         """Options of the trainer that the measuring cannot follow."""
         for reason in self._refusals():
             raise ValueError(f"{who}: {reason}")
-        if isinstance(self.optimizer, Reweighted):
-            raise ValueError(f"{who}: the optimizer must be a plain one, got a Reweighted; pass its policy as policy=")
 
     def _refusals(self) -> Iterable[str]:
         """What must hold, what came, and what to do, of every option that does not fit."""
@@ -268,22 +297,47 @@ class TrainerMixin(_AnyTrainer):
                 f"one process must train on one device, got nn.DataParallel over {args.n_gpu}; launch with accelerate or "
                 "torchrun, or make one device visible"
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+        if engine := self._sharding_engine():
             yield f"parameters must be whole on every process, got {engine}; train with one process or DDP"
         if args.torch_compile:
             yield "the model must run eagerly, got torch_compile=True; leave it out"
         if str(getattr(args.optim, "value", args.optim)) in ("lomo", "adalomo"):
             yield f"gradients must be there after the backward, got optim={args.optim}, which steps during it; use another"
         if self.policy is not None and args.world_size > 1:
-            yield (
-                f"a policy weighs one process's examples, got {args.world_size} processes, which would weigh "
-                "differently; measure only (policy=None)"
-            )
+            yield from self._refusals_of_processes()
         for policy in self._policies():
             needs = next((needs for kind, needs in _NEEDS.items() if isinstance(policy, kind)), None)
             if needs is not None and not isinstance(policy, self._serves):
                 yield f"the policy must need no more than norms here, got {type(policy).__name__}, which needs {needs}"
+
+    def _sharding_engine(self) -> str | None:
+        """What would divide parameters among processes; before accelerate is set up, by what it will be told."""
+        known = hasattr(self, "is_fsdp_enabled")
+        deepspeed = self.is_deepspeed_enabled if known else getattr(self.args, "deepspeed", None)
+        fsdp = self.is_fsdp_enabled if known else getattr(self.args, "fsdp", None)
+        told = (name for name in ("DeepSpeed", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true")
+        return "DeepSpeed" if deepspeed else "FSDP" if fsdp else next(told, None)
+
+    def _refusals_of_processes(self) -> Iterable[str]:
+        """What a policy cannot do where several processes train one model."""
+        count = self.args.world_size
+        apply = self._reweighted_options.get("apply", "same_step")
+        if weighs_of(self.policy) == "examples":
+            yield (
+                f"over {count} processes a policy must weigh tasks, got one that weighs examples, whose weights would be "
+                "known after gradients are averaged; use one that weighs tasks, or measure only (policy=None)"
+            )
+        if apply != "next_step":
+            yield (
+                f"over {count} processes weights must be known before the backward, in which gradients are averaged, got "
+                f'apply="{apply}"; pass reweighted_options={{"apply": "next_step"}}, or measure only (policy=None)'
+            )
+        for policy in self._policies():
+            if isinstance(policy, tuple(_NEEDS)) or hasattr(policy, "feed"):
+                yield (
+                    f"over {count} processes a policy must need no more than norms, got {type(policy).__name__}, which "
+                    "each process would feed for itself; use another, or measure only (policy=None)"
+                )
 
     def _policies(self) -> tuple[Any, ...]:
         """The policy, or those of a chain."""

@@ -102,7 +102,7 @@ class GRPOMixin(_TRLMixin):
 
     def _merged(self) -> tuple[Stats, Tensor | None]:
         stats, weights = super()._merged()
-        if len(self._blocks) > 1:
+        if len(self._blocks) > 1 and self.args.world_size == 1:  # else every prompt lies in one of them
             blocks = [block for block, _ in self._blocks]
             generation = torch.stack([prompts[0] for prompts in self._prompts]) // self._groups
             parts = [
@@ -125,6 +125,14 @@ class GRPOMixin(_TRLMixin):
 
     def _refusals(self) -> Iterable[str]:
         yield from super()._refusals()
+        args, size = self.args, self.args.per_device_train_batch_size
+        if args.world_size > 1 and (args.steps_per_generation > 1 or size % args.num_generations):
+            yield (
+                f"over {args.world_size} processes all completions of a prompt must lie in one micro-batch, got "
+                f"num_generations={args.num_generations}, per_device_train_batch_size={size} and steps_per_generation="
+                f"{args.steps_per_generation}; set steps_per_generation to 1, and per_device_train_batch_size to a multiple "
+                "of num_generations"
+            )
         if self._exact and self.args.steps_per_generation > 1:
             yield (
                 "exact_tasks takes what a prompt has in each micro-batch for a unit of its own, got steps_per_generation="
@@ -166,10 +174,10 @@ class DPOMixin(_TRLMixin):
                 self._block.callback(self.model.register_forward_hook(_Feeder(policy)).remove)
         return given, rest
 
-    def _more_figures(self, stats: Stats) -> dict[str, Tensor]:
+    def _of_examples(self, stats: Stats) -> dict[str, Tensor]:
         chosen, rejected = zip(*(block.chunk(2) for block in stats.example_norm.split(self._sizes)), strict=True)
         self._sizes.clear()
-        return {"chosen_norm": torch.cat(chosen).mean(), "rejected_norm": torch.cat(rejected).mean()}
+        return {**super()._of_examples(stats), "chosen_norm": torch.cat(chosen), "rejected_norm": torch.cat(rejected)}
 
 
 class SFTMixin(_TRLMixin):
@@ -181,12 +189,13 @@ class SFTMixin(_TRLMixin):
 
     def _refusals(self) -> Iterable[str]:
         yield from super()._refusals()
-        if self.args.packing:
+        if getattr(self.args, "packing", False):
             yield (
                 "a row of the dataset must stay one example, got packing=True, which cuts and joins rows and drops their "
                 "tasks; set packing=False (padding_free=True saves padding as well)"
             )
-        if self.padding_free and self.args.pad_to_multiple_of is not None:
+        padding_free = getattr(self, "padding_free", getattr(self.args, "padding_free", False))
+        if padding_free and self.args.pad_to_multiple_of is not None:
             yield (
                 "every token must belong to an example, got padding_free=True with pad_to_multiple_of="
                 f"{self.args.pad_to_multiple_of}, whose padding does not; leave one of them out"

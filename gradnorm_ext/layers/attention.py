@@ -34,15 +34,15 @@ def multi_head_attention_forward(query: Tensor, *args: Any, **kwargs: Any) -> An
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not (isinstance(weight, Tap) or isinstance(bias, Tap)):
             return F.linear(x, weight, bias)
-        rows = x if x.dim() == 3 else x.unflatten(0, (-1, attended))
+        rows = x if x.dim() == 3 else x.unflatten(0, (len(x) // max(1, attended), attended))
         if is_known:
             layout = Layout("second", tuple(rows.shape[:2]), batch, anchored=True)
             with torch._C.DisableTorchFunctionSubclass():
                 y: Tensor = multiply_rows(rows, weight, bias, "linear", layout=layout)
         else:
             flat = F.linear(rows.transpose(0, 1).flatten(0, 1), weight, bias)
-            y = flat.unflatten(0, (attended, -1)).transpose(0, 1).contiguous()
-        return y.view(*x.shape[:-1], -1)
+            y = flat.unflatten(0, (attended, len(rows))).transpose(0, 1).contiguous()
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     projections = {name: _with(getattr(F, name), linear=linear) for name in ("_in_projection_packed", "_in_projection")}
     body = _with(

@@ -44,7 +44,8 @@ class _EmbeddingBag(Observed):
 
             def table_gradient() -> Lookup:
                 lengths = ends.diff()
-                bag = torch.repeat_interleave(torch.arange(len(lengths), device=ids.device), lengths)
+                each = torch.arange(len(lengths), device=ids.device)
+                bag = torch.repeat_interleave(each, lengths, output_size=len(ids))
                 rows = g[bag]
                 if ctx.mode == "mean":
                     counted = torch.ones_like(ids) if ctx.padding_idx is None else (ids != ctx.padding_idx).long()

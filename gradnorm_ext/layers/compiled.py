@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from gradnorm_ext.layers.calls import Call
 from gradnorm_ext.layers.layouts import Examples, Kind, Layout, Packing
 from gradnorm_ext.layers.observation import Observation, Plan, Slot, Use
+from gradnorm_ext.layers.sources import Sources
 from gradnorm_ext.layers.taps import LookedUp, Tap
 from gradnorm_ext.segments import Segments
 
@@ -273,6 +274,7 @@ class _Traced:
         )
         self.plan, self.batch = Plan(), _Batch(batch.count, batch.groups, batch.batch_dim)
         self.probe_rows = [None] * len(observation.slots)  # norms leave through the block
+        self.sources = Sources(frozenset, gathers=False)
 
     def is_input(self, tensor: Tensor) -> bool:
         return True

@@ -72,7 +72,7 @@ def _is_shared(observation: Observation, weight: Tap, ids: Tensor) -> bool:
     assert batch is not None
     if (weight.slot.name, ids.dim()) in observation.memory.shared_lookups:
         return True
-    if batch.count <= 1:
+    if batch.count <= 1 or not ids.numel():
         return False
     if batch.told((ids.numel(),)):
         return False

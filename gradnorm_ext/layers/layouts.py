@@ -263,7 +263,12 @@ class Layout:
         if self.kind == "flat, second":
             return tensor.reshape(-1, self.examples.count, inner).transpose(0, 1).reshape(-1, inner)
         assert self.packing.order is not None
-        return tensor.reshape(self.packing.rows, -1).index_select(0, self.packing.order).view(-1, inner)
+        rows = self.packing.rows
+        return (
+            tensor.reshape(rows, -1).index_select(0, self.packing.order).view(-1, inner)
+            if rows
+            else tensor.view(-1, inner)
+        )
 
     def ids_of(self, ids: Tensor) -> Tensor:
         """``[rows]``: `rows_of` a tensor without features."""
@@ -272,6 +277,8 @@ class Layout:
     def scaled(self, tensor: Tensor, factor: Tensor) -> Tensor:
         """A tensor of these sizes, or one that has only its batch in the same place, times its example's factor."""
         count = self.examples.count
+        if not tensor.numel():
+            return tensor
         if self.kind == "second":
             return tensor * factor.view(1, count, *[1] * (tensor.dim() - 2))
         if self.kind == "flat, second":
@@ -300,6 +307,8 @@ class Layout:
         aligned = [1] * (gradient.dim() - len(shape)) + list(shape)
         if count == 1:
             return gradient.sum_to_size(shape)[None]
+        if not gradient.numel():
+            return gradient.new_zeros(count, *shape)
         if self.is_packed:
             packing = self.packing
             prefix = _prefix(self.shape, packing.rows)

@@ -43,7 +43,8 @@ class _Linear(Observed):
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.t() if call.swapped else weight, bias)
+        y = F.linear(x, weight.t() if call.swapped else weight, bias)
+        return y.data if y._is_view() else y  # as a view it could not be written to
 
     @staticmethod
     @first_order
@@ -128,7 +129,7 @@ def matmul(input: Tensor, other: Tensor) -> Any:
     if input.dim() != 2 or other.dim() < 3:
         return NotImplemented
     y = multiply_rows(other.mT, input, None, "matmul")
-    return y if y is NotImplemented else y.mT
+    return y if y is NotImplemented else y.mT.contiguous()  # as torch returns it: some callers view it
 
 
 def mm(input: Tensor, mat2: Tensor) -> Any:
@@ -176,7 +177,7 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
         return NotImplemented
     if any(tap.is_met_by_constant(input1) and tap.is_met_by_constant(input2) for tap in taps):
         return NotImplemented
-    both = torch.cat([input1, input2], -1)  # the tagging test goes up through one input
+    both = torch.cat([input1, input2], -1)  # the row test goes up through one input
     if torch.is_autocast_enabled(both.device.type):
         both = both.to(torch.result_type(both, weight))  # as autocast does on GPUs; on CPUs plain torch refuses
     call, weight, bias = tapped_call(both, weight, bias, "bilinear")

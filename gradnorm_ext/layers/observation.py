@@ -31,6 +31,7 @@ from gradnorm_ext.gradients import (
     compress_tied_head,
     gram_of,
 )
+from gradnorm_ext.layers.callsites import calling_line
 from gradnorm_ext.layers.layouts import Examples, Kind, Layout, Packing
 from gradnorm_ext.layers.provenance import follow
 from gradnorm_ext.layers.row_test import Evidence, RowTest
@@ -75,6 +76,7 @@ class Use:
     shared: bool = False  # looked-up rows that all examples share
     path: tuple[Callable[[Tensor], Tensor], ...] = ()  # from the parameter to the value, where views lead there
     followers: tuple[Use, ...] = ()  # the same use, of the other parameters that ``value`` was derived from
+    called_at: tuple[str, int] | None = None  # the line of the caller's code, in a block that verifies
     is_known: bool = False  # an earlier block has proven such uses
     tested: bool = False  # a row test has gone through it, or has started from it
     evidence: Evidence | None = None  # what ties its rows to the caller's order
@@ -416,6 +418,8 @@ class Observation:
         """Run a module's call. Those that come from outside of the model have the caller's order."""
         sources = self.sources
         sources.look_at_data(args)
+        if isinstance(module, nn.parallel.DistributedDataParallel):  # only the module inside belongs to the model
+            return run(module, *args, **kwargs)
         if self.inside or torch._C._current_graph_task_id() != -1:  # or a checkpoint computes it again
             if not sources.rows_per_example:
                 self._look_at_arguments(arguments_of(module, args, kwargs), of_model=False)
@@ -482,6 +486,8 @@ class Observation:
         kind = self.batch.kind_of(shape, self.sources.rows_per_example)
         if followable and len(shape) > 1 and kind in (None, "second") and (followed := self._followed(tensor, shape)):
             return followed
+        if kind is None and 0 in shape:  # whatever they would be
+            return Layout.of_owners(torch.empty(shape, dtype=torch.int64, device=tensor.device), self.batch)
         if kind is None or (kind == "second" and self.batch_dim == 0 and not self.sources.arguments):
             raise self._unexplained(shape, name)
         layout = Layout(kind, shape, self.batch, source="")
@@ -627,6 +633,7 @@ class Observation:
             slot.uses.append(use)
         known = self.memory.verified.get(use.key)
         use.is_known = known is not None and (layout.source is None or layout.source in known) and not layout.others
+        use.is_known = use.is_known or not layout.rows
         if not use.is_known:
             if self.shards is None and not self.backward_once:
                 self.verify = self.verify or self.examples != 1
@@ -634,8 +641,9 @@ class Observation:
                 self.memory.unverified |= not self.verify and (self.examples or 0) > 1
             if self.examples != 0:
                 self._audit(slot)
-        if self.verify and not self.row_test.half:
-            self.row_test.half = _computes_in_half(value)
+        if self.verify:
+            use.called_at = calling_line()
+            self.row_test.half = self.row_test.half or _computes_in_half(value)
         return use
 
     def look_up(self, use: Use, ids: Tensor) -> Tensor:
@@ -969,7 +977,6 @@ class Observation:
             figures[:, -grams.shape[1] :] = grams
             assert self.plan.totals is not None
             self.plan.totals.clear()  # a second pass would keep them in vain
-        self._learn()
         return figures
 
     def close(self) -> None:
@@ -978,6 +985,7 @@ class Observation:
         self._refuse_unproven([])
         if not self.plan.keep:
             self.accumulate_weighted(self.weights)
+        self._learn()  # not before: what a second pass refutes is not proven
 
     def _refuse_unproven(self, used: Sequence[Use]) -> None:
         judged = self.row_test.judge([use for use in used if use.slot.arrived]) if self.verify else []

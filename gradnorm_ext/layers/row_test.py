@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradnorm_ext.gradients import GradientTerm
+from gradnorm_ext.layers.callsites import described
 from gradnorm_ext.layers.layouts import Examples, Layout
 from gradnorm_ext.layers.sources import DERIVED, Sources, tensors_in
 
@@ -114,7 +115,9 @@ class RowTest:
 
     def _watch(self, tensor: Tensor, name: str, *, returned: bool) -> None:
         batch = self.observation.batch
-        if type(tensor) is not Tensor or not tensor.requires_grad or batch is None or batch.count == 0:
+        if type(tensor) is not Tensor or not tensor.requires_grad or batch is None:
+            return
+        if batch.count == 0 and self.observation.shards is None:  # which would wait for this rank's tests
             return
         if (layout := layout_in_front(tensor, batch)) is None:
             return
@@ -143,10 +146,10 @@ class RowTest:
         return self.observation.examples == 1 and self.observation.shards is None
 
     def start_from_returned(self, anchor: Anchor, gradient: Tensor) -> None:
-        skip = anchor.reached
+        due = not (anchor.reached or anchor.failed)
         if self.observation.shards is not None:  # ranks run the same tests
-            skip = not self.observation.shards.agree(int(not skip))[0]
-        if not (self._alone or skip or anchor.failed):
+            due = bool(self.observation.shards.agree(int(due))[0])
+        if due and not self._alone:
             self._test([(anchor.edge, gradient, anchor.layout)], (), anchor)
 
     def start_from_use(self, inputs: Sequence[Input], uses: Sequence[Use]) -> None:
@@ -369,7 +372,7 @@ class RowTest:
                 use,
                 "refuted",
                 f"{use.place_in_code} was used with rows that do not belong to one example each, or not to the example "
-                "their place says",
+                f"their place says{described(use.called_at)}",
                 _EXPAND,
             )
             for use in dict.fromkeys(self.refuted)
@@ -379,7 +382,9 @@ class RowTest:
         for use in uses:
             if use not in self.refuted and use.delivered_of is not None and bool(use.delivered_of.any()):
                 found = self._doubt(use)  # a zero is no one's
-                verdicts += [] if found is None else [Verdict(use, *found)]
+                if found is not None:
+                    word, message, advice = found
+                    verdicts.append(Verdict(use, word, f"{message}{described(use.called_at)}", advice))
         return verdicts
 
     def _doubt(self, use: Use) -> tuple[Word, str, str] | None:

@@ -30,10 +30,19 @@ class Argument:
     Attributes:
         name: the argument, as the caller wrote it.
         step: the stride of its batch dimension; None where rows are packed.
+        first, last: where its entries lie in their memory, which arguments may share.
     """
 
     name: str
     step: int | None
+    first: int
+    last: int
+
+    @staticmethod
+    def of(name: str, tensor: Tensor, step: int | None) -> Argument:
+        first = int(tensor.storage_offset())
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return Argument(name, step, first, first + reach)
 
     def kind_of(self, tensor: Tensor, kind: Kind, count: int) -> Kind | None:
         """How rows of a view of it lie, where its strides say so: 'leading' and 'second' look alike where T == B."""
@@ -97,7 +106,7 @@ class Sources:
         self.gathers = gathers  # frozen parameters lie elsewhere whenever they are whole (FSDP2)
         self.frozen: dict[int, Tensor] = {}
         self.data: set[int] = set()  # where the arguments of modules lie that carry no gradient
-        self.arguments: dict[int, Argument] = {}  # of the model
+        self.arguments: dict[int, list[Argument]] = {}  # of the model, by their memory
         self.derived: dict[
             int, tuple[str, Tensor]
         ] = {}  # of an argument's name, row by row; kept, lest memory is used again
@@ -136,12 +145,15 @@ class Sources:
             if one.requires_grad:
                 self.argument_nodes.add(torch.autograd.graph.get_gradient_edge(one).node)
             if (where := memory_of(one)) is not None:
-                self.arguments[where] = Argument(name, None if packed else one.stride(dim))
+                argument = Argument.of(name, one, None if packed else one.stride(dim))
+                self.arguments.setdefault(where, []).append(argument)
 
     def argument_of(self, tensor: Tensor) -> Argument | None:
         """The model's argument that this is, or a view of."""
-        where = memory_of(tensor)
-        return None if where is None else self.arguments.get(where)
+        if (where := memory_of(tensor)) is None or not (sharing := self.arguments.get(where)):
+            return None
+        place = tensor.storage_offset()
+        return max((one for one in sharing if one.first <= place <= one.last), key=lambda one: one.first, default=None)
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether this is a buffer or a frozen parameter, which has no batch dimension whatever its sizes."""
@@ -255,7 +267,8 @@ def calls_from(modules: frozenset[int]) -> bool:
     """Whether the running call comes from inside of one of these modules: then it is not the caller's."""
     frame: Any = sys._getframe(3)  # past this, the block and the module's own call
     while frame is not None:
-        if id(frame.f_locals.get("self")) in modules:
+        names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+        if names and id(frame.f_locals.get(names[0])) in modules:  # a method of one
             return True
         frame = frame.f_back
     return False

@@ -480,8 +480,10 @@ def _set_class(module: nn.Module, own: type) -> None:
 
 def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Observation) -> None:
     """Make every read of a trainable parameter through these modules (of one model, itself first) a tap."""
-    observation.modules = frozenset(id(module) for _, module in modules)
-    for index, (name, module) in enumerate(modules):
+    distributed = nn.parallel.DistributedDataParallel
+    observation.modules = frozenset(id(module) for _, module in modules if not isinstance(module, distributed))
+    outermost = next(module for _, module in modules if not isinstance(module, distributed))
+    for name, module in modules:
         if _SESSION in module.__dict__:
             release_modules(modules, observation)
             raise RuntimeError(
@@ -489,12 +491,16 @@ def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Obser
                 "which another open observe block observes; close that one first, or use one Meter for both"
             )
         if isinstance(module, torch.jit.ScriptModule):
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                continue
             release_modules(modules, observation)
             raise RuntimeError(
-                f"{observation.who}: modules must be Python, got {name or 'the model'}, which torch.jit has compiled: it reads "
-                "its parameters where no block sees it; observe the module that it was made of"
+                f"{observation.who}: modules with trainable parameters must be Python, got {name or 'the model'}, which "
+                "torch.jit has compiled: it reads its parameters where no block sees it; observe the module that it was "
+                "made of, or freeze it"
             )
-        if index == 0 or observation.verify or any(one is not None for one in module._parameters.values()):
+        has_parameters = any(parameter is not None for parameter in module._parameters.values())
+        if module is outermost or observation.verify or has_parameters:
             module.__dict__[_SESSION] = observation
             own: Any = type(module)
             _set_class(module, _observed_class(own))
