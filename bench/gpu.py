@@ -221,7 +221,7 @@ def outer(machine: Machine, refusals: list[str], *, cases: Sequence[Case], group
         rate = 2 * segments * length * d * p / median["plain"] / 1e12
         cells = [", ".join(f"{costs[m]:.2f}" if m in costs else "-" for m in METHODS) for costs in (ratios, predicted)]
         chosen, best = (
-            outer_method(length, equal=True, **of_layer),
+            outer_method(length, equal=True, **of_layer, impossible=tuple(m for m in METHODS if m not in methods)),
             min(ratios, key=lambda method: ratios[method], default="-"),
         )
         native = {call: median[call] / median["plain"] for call in median if call.startswith("native ")}
