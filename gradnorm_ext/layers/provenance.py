@@ -60,7 +60,8 @@ def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None], *, unsel
         selects |= name in _SELECTING
         node, shape = before, source
     known = None if node is None else _layout_at(node, shape)
-    selects |= known is not None and known.kind == "followed"
+    selected_before = known is not None and known.kind == "followed"
+    selects |= selected_before
     if not (selects or unselected):
         return None
     known = known or layout_of(shape[:-1])
@@ -73,7 +74,8 @@ def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None], *, unsel
             return None
         owners = found
         regular = regular and step.name() not in _MOVING and _keeps_batch(step, source)
-    return Followed(owners, regular, any(step.name() in _SAVING for step, _, _ in steps))
+    picked = selected_before or any(step.name() in _SAVING for step, _, _ in steps)
+    return Followed(owners, regular, picked)
 
 
 def _shape_after(node: Any) -> Shape:
