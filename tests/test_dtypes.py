@@ -1,5 +1,7 @@
 """Half, bfloat16, mixed and automatic precision: sums of squares neither overflow nor lose digits."""
 
+from contextlib import nullcontext
+
 import oracle
 import pytest
 import torch
@@ -129,3 +131,34 @@ def test_the_total_of_five_million_parameters_agrees_with_float64(backend):
         model(x).square().sum().backward()
     total = sum(p.grad.double().square().sum() for p in model.parameters())
     assert abs(float(meter.stats.task_norm[0].double() ** 2 / total) - 1) < 1e-6
+
+
+class Cast(nn.Module):
+    """A weight that is multiplied in a narrower dtype, several times: cast for each of them, or once for all."""
+
+    def __init__(self, narrow, once):
+        super().__init__()
+        self.weight, self.inner, self.narrow, self.once = nn.Parameter(torch.randn(8)), nn.Linear(8, 8), narrow, once
+
+    def forward(self, x):
+        cast = self.weight.to(self.narrow)
+        for _ in range(3):
+            weight = cast if self.once else self.weight.to(self.narrow)
+            x = torch.tanh(self.inner((x.to(self.narrow) * weight).type_as(x)))
+        return x
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize(("wide", "narrow"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)], ids=str)
+def test_a_weight_cast_and_used_several_times_is_measured_and_an_unseen_use_still_found(wide, narrow, once, penalty):
+    torch.manual_seed(0)
+    model, x = Cast(narrow, once).to(wide), torch.randn(5, 7, 8, dtype=wide)
+    meter, parameter = Meter(model), model.weight
+    message = "got a gradient that its seen uses account for only in part"
+    with pytest.raises(RuntimeError, match=message) if penalty else nullcontext(), meter.observe():
+        (model(x).square().sum() + penalty * parameter.square().sum()).backward()
+    if not penalty:
+        truth = oracle.per_example_gradients(oracle.Case(model, x, x, lambda out, _: out.square().sum()))
+        found, expected = meter.stats.example_norm, oracle.group_norms(truth, torch.arange(5), 5)
+        assert oracle.relative(found, expected) < 8 * torch.finfo(narrow).eps

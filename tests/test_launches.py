@@ -167,3 +167,54 @@ def test_segments_that_change_in_place_are_walked_anew():
             found = triton_kernels.outer_wgrad(x, g, segments, method=method)
             torch.testing.assert_close(found, triton_kernels.outer_wgrad(x, g, again, method=method))
             assert found[1].equal(triton_kernels.outer_wgrad(x, g, again, method=method)[1])
+
+
+def rows_of(segments, d=64, p=64, dtype=torch.bfloat16):
+    rows = int(segments.offsets[-1])
+    return torch.randn(rows, p).to(dtype), torch.randn(rows, d).to(dtype)
+
+
+@pytest.mark.parametrize("weighted", WEIGHTS)
+@pytest.mark.parametrize("levels", LEVELS)
+def test_a_linear_layer_by_the_fused_method_takes_one_launch_and_two_kernels_at_most(levels, weighted, launches):
+    segments, weight = segments_of(levels), WEIGHTS[weighted]
+    x, g = rows_of(segments)
+    found = counted(lambda: triton_kernels.outer_wgrad(x, g, segments, weight=weight, method="fused"), launches)
+    if not LEVELS[levels]:
+        assert found == (1, ["sum"])
+    elif levels == "one task" and weight is None:
+        assert found == (1, ["sum", "sum"])  # of the segments, and of all rows
+    else:
+        assert found == (1, ["new_zeros", "sum"])
+    triton_launches, kernels = counted(lambda: triton_kernels.outer_sqnorm(x, g, segments, method="fused"), launches)
+    assert triton_launches == 1 and len(kernels) <= 2
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_gram_takes_one_launch_and_one_sum_of_segments_and_three_kernels_more_a_level(levels, launches):
+    """Groups' rows are ragged: their blocks are added up by a launch of their own, then summed and put in their places."""
+    segments = segments_of(levels, 40)
+    x, g = rows_of(segments)
+    n_groups = sum(count > 1 for _, count in LEVELS[levels])
+    triton_launches, kernels = counted(lambda: triton_kernels.outer_sqnorm(x, g, segments, method="gram"), launches)
+    one_task = levels == "one task"  # is all rows: by the fused method, which is cheap for one group
+    assert triton_launches == 1 + 2 * n_groups + one_task
+    assert kernels.count("sum") == 1 + n_groups + one_task and kernels.count("index_put_") == n_groups
+    assert len(kernels) <= 1 + 2 * n_groups + (n_groups > 0) + 3 * one_task
+
+
+@pytest.mark.parametrize("length", [None, 300])
+def test_a_scale_of_a_norm_takes_two_launches_and_a_sum(length, launches):
+    segments = (
+        segments_of("tasks")
+        if length
+        else Segments.from_lengths(torch.tensor([3, 40, 2, 5]), segments_of("tasks").groups)
+    )
+    x, g = rows_of(segments)
+
+    def scale():
+        grads = triton_kernels.segment_scale_grad(x, g, segments)
+        return triton_kernels.per_sample_wgrad(grads, segments)
+
+    triton_launches, kernels = counted(scale, launches)
+    assert triton_launches == 2 and set(kernels) <= {"sum"} and len(kernels) <= 2

@@ -72,34 +72,37 @@ def fused(
     accumulate: bool,
     total: Tensor | None = None,
 ) -> None:
-    """Adds the norms of the entries and their groups to ``norms``; dW is written to or added to ``dw [outputs, d, p]``.
+    """Writes the norms of the entries and their groups to ``norms``; dW is written to or added to ``dw [outputs, d, p]``.
 
-    ``total``: where the squared norm of the sum of all entries goes, which have no weights then.
+    ``total``: the last of ``norms``, where the squared norm of the sum of all entries goes, which have no weights then.
     """
     d, p, levels, tf32, chip = g.shape[1], x.shape[1], entries.levels, uses_tf32(x), chip_of(x)
     ordered = entries.order is not None
     shape = tile(x.dtype, tf32, is_aligned(x, g), ordered, levels > 0 and entries.adds is not None, chip)
     tiles = triton.cdiv(d, shape.d) * triton.cdiv(p, shape.p)
     norms = norms[entries.first :]
-    partial = norms.new_zeros(len(norms), tiles)
-    of_tiles = None if total is None else norms.new_empty(tiles)
     if dw is not None and entries.output is not None and not accumulate:
         dw.zero_()  # of a group without rows nothing is written
     # As many tiles at a time as there is scratch for, in whole waves of the chip's multiprocessors.
     at_once = _SCRATCH // (max(1, levels) * shape.d * shape.p * norms.element_size())
     at_once = tiles if levels == 0 else min(tiles, max(1, at_once // chip.multiprocessors) * chip.multiprocessors)
-    scratch = norms.new_zeros(at_once, levels, shape.d * shape.p)
+    # All but the last of the norms are written where there are no groups, of which some may have no rows.
+    is_written = levels == 0 and isinstance(entries.count, int)
+    sizes = at_once * levels * shape.d * shape.p, triton.cdiv(tiles, 16) * 16, len(norms) * tiles
+    memory = norms.new_empty(sum(sizes)) if is_written else norms.new_zeros(sum(sizes))
+    scratch, of_tiles, partial = memory.split(sizes)
+    partial = partial.view(-1, tiles)
     described = entries.length is not None and _can_be_described(x, g, levels, chip)
     rows = (
         (_described(x, entries, shape.rows, shape.p), _described(g, entries, shape.rows, shape.d))
         if described
         else (x, g)
     )
-    given = (entries.order, entries.columns, entries.depth, entries.weight, entries.adds, entries.output, dw, of_tiles)
+    given = (entries.order, entries.columns, entries.depth, entries.weight, entries.adds, entries.output, dw)
     for first in range(0, tiles, at_once):
         _fused_kernel[(min(at_once, tiles - first),)](
             *(*rows, entries.begin, entries.end, entries.count, entries.length or 0, first),
-            *(*(partial if t is None else t for t in given), scratch, partial),
+            *(*(partial if t is None else t for t in given), of_tiles, scratch, partial),
             *(len(entries.begin), p, d, x.stride(0), g.stride(0)),
             ACCUMULATOR=constexpr_of(x.dtype),
             PRECISION="tf32" if tf32 else "ieee",
@@ -118,9 +121,9 @@ def fused(
             BANDS=8,
             **shape.options,
         )
-    norms += partial.sum(1)
-    if total is not None and of_tiles is not None:
-        total.copy_(of_tiles.sum())
+    torch.sum(partial, 1, out=norms)
+    if total is not None:
+        torch.sum(of_tiles[:tiles], 0, out=total[0])
 
 
 def _can_be_described(x: Tensor, g: Tensor, levels: int, chip: Chip) -> bool:

@@ -35,7 +35,7 @@ def _outer_gram(x, g, offsets, length, walk, columns, counts, gram) -> None:
         return
     outputs = columns[-1] - len(walk) - sum(counts[:-1]) if counts else torch.arange(members, device=walk.device)
     known = length if length >= 0 else None
-    walked = Walk.of(len(x), offsets, known, walk, columns, counts, outputs=outputs)
+    walked = Walk(len(x), offsets, known, walk, columns, counts, outputs=outputs)
     entries = walked.groups(len(counts), weighted=False) if counts else walked.segments(grouped=True)
     norms = gram.new_zeros(sum(walked.sizes) + 1)
     height = max(1, min(d, SCRATCH // (members * p * gram.element_size())))

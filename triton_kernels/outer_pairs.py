@@ -61,14 +61,12 @@ def pairs(x: Tensor, g: Tensor, entries: Entries, norms: Tensor, mean_rows: floa
     """Writes the entries' squared norms to ``norms``; what groups lie around them does not matter."""
     tf32 = uses_tf32(x)
     shape = tile(x.dtype, tf32, mean_rows, is_aligned(x, g), chip_of(x))
-    count, index = len(entries.begin), torch.arange(len(entries.begin) + 1, device=x.device)
-    if entries.length is None:
-        # Entry e has its blocks from begin // rows + e on: room for any length, and found without a table.
-        first = torch.cat([entries.begin, entries.end[-1:]]) // shape.rows + index
+    count = len(entries.begin)
+    if entries.length is None:  # there is room for any length
         blocks, at_most = len(x) // shape.rows + count, len(x) // shape.rows + 1
     else:
         at_most = max(1, triton.cdiv(entries.length, shape.rows))
-        first, blocks = index * at_most, count * at_most
+        blocks = count * at_most
     partners = 1 if at_most == 1 else 4 if at_most <= 4 else 16  # few, as each number needs a kernel to add up
     partial = norms.new_empty(blocks, partners)
     _pairs_kernel[blocks, partners](
@@ -80,10 +78,15 @@ def pairs(x: Tensor, g: Tensor, entries: Entries, norms: Tensor, mean_rows: floa
         HAS_ORDER=entries.order is not None,
         **shape.options,
     )
-    sums = norms.new_empty(count, partners)
-    scaled_segment_sum(None, partial, None, None, first, sums, block_rows=8)
-    columns = index[:-1] if entries.columns is None else entries.columns[0]
-    norms[entries.first + columns] = sums.sum(1)
+    if entries.length is None:
+        sums = norms.new_empty(count, partners)
+        scaled_segment_sum(None, partial, None, None, entries.first_blocks(shape.rows), sums, block_rows=8)
+    else:
+        sums = partial.view(count, -1)
+    if entries.columns is None:
+        torch.sum(sums, 1, out=norms[entries.first : entries.first + count])
+    else:
+        norms[entries.places] = sums.sum(1)
 
 
 @triton.jit(do_not_specialize=["entries", "blocks_per_entry"])

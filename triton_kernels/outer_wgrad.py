@@ -169,12 +169,12 @@ def _run(x, g, segments, weight, outputs, dw, accumulate, method) -> Tensor:
             f"a gradient that is their plain sum, got {method!r}, segments of {segments.length or 'any'} rows and "
             f"{'no weights' if is_plain else 'weights or groups'}; use auto"
         )
-    sqnorm = x.new_empty(sqnorm_length(segments), dtype=accumulator(x.dtype))
+    sqnorm = x.new_empty(sqnorm_length(segments) + 1, dtype=accumulator(x.dtype))  # the last: of those nobody wants
     groups, length = segments.groups, -1 if segments.length is None else segments.length
     weight = None if weight is None else weight.contiguous()
     given = (groups.walk, groups.columns, list(groups.counts), weight, outputs, dw, sqnorm, accumulate)
     _outer_wgrad(x, g, segments.offsets, length, *given, method)
-    return sqnorm
+    return sqnorm[:-1]
 
 
 @operation(
@@ -192,13 +192,12 @@ def _outer_wgrad(x, g, offsets, length, walk, columns, counts, weight, outputs, 
     kept = len(counts)
     while kept and counts[kept - 1] == 1 and weight is None:
         kept -= 1
-    total = sqnorm.new_zeros(1) if kept < len(counts) else None
-    norms = sqnorm.new_zeros(len(walk) + sum(counts[:kept]) + 1)  # the last is for those that nobody wants
+    norms = sqnorm[: len(walk) + sum(counts[:kept]) + 1]
+    total = norms[-1:] if kept < len(counts) else None  # without weights, there is none that nobody wants
     walked = Walk.of(len(x), offsets, None if length < 0 else length, walk, columns, counts[:kept], weight, outputs)
     _carry_out(x, g, walked, dw, norms, total, accumulate, method)
-    sqnorm[: len(norms) - 1] = norms[:-1]
-    if total is not None:
-        sqnorm[len(norms) - 1 :] = total
+    if len(counts) > kept + 1:
+        sqnorm[len(norms) : -1] = total
 
 
 def _carry_out(x, g, walked, dw, norms, total, accumulate, method) -> None:
@@ -215,6 +214,8 @@ def _carry_out(x, g, walked, dw, norms, total, accumulate, method) -> None:
         impossible += () if walked.outputs is None else ("gram",)
         shape = g.shape[1], x.shape[1]
         method = outer_method(rows[0], *shape, with_dw, equal, tuple(rows[1:]), not is_plain, chip_of(x), impossible)
+    if method in ("split", "grouped"):
+        norms.zero_()
     if method == "split":
         outer_split.split(x, g, walked.segments(grouped=True), dw, norms, accumulate, total)
         return
@@ -225,6 +226,9 @@ def _carry_out(x, g, walked, dw, norms, total, accumulate, method) -> None:
         return
 
     n_gram = by_gram[method]
+    if n_gram > 1 or (n_gram == len(sizes) and total is not None):
+        # Of groups without rows nothing is written, and a total is added to.
+        norms[len(walked.walk) :].zero_()
     for level in range(n_gram):
         entries = walked.segments(grouped=False) if level == 0 else walked.groups(level, weighted=False)
         outer_pairs.pairs(x, g, entries, norms, len(x) / sizes[level])

@@ -46,6 +46,20 @@ class Entries:
     weight: Tensor | None = None
     adds: Tensor | None = None
     output: Tensor | None = None
+    _first_blocks: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def first_blocks(self, rows: int) -> Tensor:
+        """``[E + 1]``: from which on entry e has its blocks of so many rows, ``begin // rows + e``: found without a table."""
+        if rows not in self._first_blocks:
+            index = torch.arange(len(self.begin) + 1, device=self.begin.device)
+            self._first_blocks[rows] = torch.cat([self.begin, self.end[-1:]]) // rows + index
+        return self._first_blocks[rows]
+
+    @functools.cached_property
+    def places(self) -> Tensor:
+        """``[E]``: where in ``sqnorm`` the entries' own norms belong."""
+        assert self.columns is not None
+        return self.first + self.columns[0]
 
     @property
     def levels(self) -> int:

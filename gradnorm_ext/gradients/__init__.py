@@ -7,7 +7,14 @@ from gradnorm_ext.gradients.outer import ChunkedOuter, Outer
 from gradnorm_ext.gradients.per_sample import PerSampleGrads
 from gradnorm_ext.gradients.pullback import Pullback
 from gradnorm_ext.gradients.rows import gram_of, group_members, one_hot_mask
-from gradnorm_ext.gradients.several import StridedView, ViewedTerm, combined_gram, combined_sqnorm, compress_tied_head
+from gradnorm_ext.gradients.several import (
+    StridedView,
+    ViewedTerm,
+    combined_gradient,
+    combined_gram,
+    combined_sqnorm,
+    compress_tied_head,
+)
 from gradnorm_ext.gradients.term import GradientTerm
 
 __all__ = [
@@ -23,6 +30,7 @@ __all__ = [
     "Pullback",
     "StridedView",
     "ViewedTerm",
+    "combined_gradient",
     "combined_gram",
     "combined_sqnorm",
     "compress_tied_head",

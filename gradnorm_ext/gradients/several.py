@@ -179,10 +179,11 @@ def tied_sqnorm(head: TiedHead, lookup: Lookup) -> Tensor:
 def _dense_sqnorm(uses: Sequence[ViewedTerm]) -> Tensor:
     """The general case, exact and slow: every column's gradient is formed, one after the other."""
     columns = group_members(uses[0].term.segments)
-    return torch.stack([_dense_gradient(uses, members).square().sum() for members in columns])
+    return torch.stack([combined_gradient(uses, members).square().sum() for members in columns])
 
 
-def _dense_gradient(uses: Sequence[ViewedTerm], members: Tensor) -> Tensor:
+def combined_gradient(uses: Sequence[ViewedTerm], members: Tensor) -> Tensor:
+    """The gradient that several terms have together, of some segments."""
     return functools.reduce(torch.add, [use.adjoint(use.term.grad_of_segments(members)) for use in uses])
 
 
@@ -193,4 +194,4 @@ def combined_gram(uses: Sequence[ViewedTerm]) -> Tensor:
         return uses[0].term.gram()
     segments = uses[0].term.segments
     tasks = group_members(segments)[-segments.groups.counts[-1] :]
-    return gram_of(torch.stack([_dense_gradient(uses, task) for task in tasks]))
+    return gram_of(torch.stack([combined_gradient(uses, task) for task in tasks]))

@@ -32,10 +32,11 @@ from gradnorm_ext.gradients import (
     gram_of,
 )
 from gradnorm_ext.layers.callsites import calling_line
+from gradnorm_ext.layers.hooks import Hook, HookedGradients, hooks_of
 from gradnorm_ext.layers.layouts import Examples, Kind, Layout, Packing
 from gradnorm_ext.layers.provenance import follow
 from gradnorm_ext.layers.row_test import Evidence, RowTest
-from gradnorm_ext.layers.sources import DERIVED, Sources, arguments_of, calls_from
+from gradnorm_ext.layers.sources import DERIVED, Sources, arguments_of, calls_from, memory_of
 from gradnorm_ext.reference import accumulator
 from gradnorm_ext.segments import Segments
 
@@ -54,6 +55,8 @@ class Slot:
         self.kept: list[tuple[Use, GradientTerm | Tensor, tuple[int, ...]]] = []  # weighted when the block closes
         self.weights: Tensor | None = None  # per example, where the parameter has its own
         self.hooked = False  # audited in this block
+        self.hooks: tuple[Hook, ...] = ()  # the user's
+        self.measures_directly = wanted  # where it is used once, with no hooks on it
         self.shard: nn.Parameter | None = None  # FSDP2 puts the whole parameter in place of it
         self.audit_due = False  # audited as soon as it has
         self.split_over: Any = None  # the process group that has the parameter's other parts (tensor parallelism)
@@ -107,7 +110,9 @@ class Use:
     @property
     def operand(self) -> Tensor:
         """What the function computes with: cut off from the parameter where its gradient is formed at the block's end."""
-        late = self.is_derived or (self.observation.plan.keep and not self.slot.hooked)
+        plan, slot = self.observation.plan, self.slot
+        waits = plan.keep or (slot.hooks and plan.layer_weights is not None)  # a hook must not be called with nothing
+        late = self.is_derived or (waits and not slot.hooked)
         return self.value.detach() if late else self.value
 
     @property
@@ -197,6 +202,7 @@ class Memory:
     shared_lookups: set[tuple[str, int]] = field(default_factory=set)  # (parameter, dimensions of the ids)
     corrected: dict[tuple[str, str, int], Kind] = field(default_factory=dict)  # (parameter, function, dimensions)
     kinds: dict[tuple[str, str], set[Kind]] = field(default_factory=dict)  # (parameter, function): what was verified
+    uses: dict[str, int] = field(default_factory=dict)  # how many uses of a parameter in one block were verified
     labels: dict[tuple[str, str], str] = field(
         default_factory=dict
     )  # (parameter, function): which of several kinds of rows
@@ -344,10 +350,21 @@ class Observation:
         self.probe_rows = self.probe.unbind(0)
         self.probe_node = self.probe_rows[0].grad_fn
         for slot in self.slots.values():
+            if slot.parameter._backward_hooks:
+                self._look_at_hooks(slot)
             if (self.verify or slot.name not in self.memory.audited) and batch.count > 0:
                 self._audit(slot)
         if self.graphs and self.probe.device.type == "cpu":  # elsewhere it would wait for the device
             self.audit_graphs()
+
+    def _look_at_hooks(self, slot: Slot) -> None:
+        """Take a parameter's norms as the user's hooks leave its gradient."""
+        slot.hooks, slot.measures_directly = hooks_of(slot.parameter), False
+        if self.plan.totals is not None or slot.shard is not None or hasattr(slot.parameter, "device_mesh"):
+            raise RuntimeError(
+                f"{self.who}: hooks on parameters are applied to gradients per example, which neither exact_tasks nor "
+                f'ranks="exact" nor parameters in parts have, got one on {slot.name}; remove it'
+            )
 
     def slot_of(self, module: nn.Module, name: str, parameter: Tensor) -> Slot | None:
         """The slot of a parameter that is read through a module.
@@ -632,7 +649,12 @@ class Observation:
         if not recomputed:
             slot.uses.append(use)
         known = self.memory.verified.get(use.key)
-        use.is_known = known is not None and (layout.source is None or layout.source in known) and not layout.others
+        use.is_known = (
+            known is not None
+            and (layout.source is None or layout.source in known)
+            and not layout.others
+            and len(slot.uses) <= self.memory.uses.get(slot.name, 0)
+        )
         use.is_known = use.is_known or not layout.rows
         if not use.is_known:
             if self.shards is None and not self.backward_once:
@@ -708,7 +730,7 @@ class Observation:
     def _is_plain(self, use: Use) -> bool:
         """Whether this is the only use of a parameter, and of the parameter itself: nearly all are, and cost this."""
         slot = use.slot
-        once = len(slot.uses) == 1 and not slot.arrived and slot.wanted
+        once = len(slot.uses) == 1 and not slot.arrived and slot.measures_directly
         return once and not use.views and not use.followers and slot.rows_over is None
 
     def _counted(self, norms: Tensor) -> Tensor:
@@ -735,8 +757,8 @@ class Observation:
         return self.verify or self.plan.passes == 2 or self.backwards > 1
 
     def _adds_up(self, slot: Slot) -> bool:
-        """Whether a parameter's gradient is of several uses or passes, whose norms are not those of their sum."""
-        return len(slot.uses) > 1 or self.backwards > 1
+        """Whether a parameter's gradient is of several uses or passes, or hooked: norms are taken of the whole."""
+        return len(slot.uses) > 1 or self.backwards > 1 or bool(slot.hooks)
 
     def _formed(
         self, use: Use, contribution: GradientTerm, needs_gradient: bool, apart: bool
@@ -844,7 +866,7 @@ class Observation:
             gradient = gradient.view_as(use.value).to(use.value.dtype)
         slot = use.slot
         if slot.hooked:
-            placed = use.adjoint(gradient)
+            placed = use.adjoint(gradient).to(slot.parameter.dtype)  # autograd adds up what a cast brought back
             slot.delivered = placed if slot.delivered is None else slot.delivered + placed
         return gradient
 
@@ -868,7 +890,7 @@ class Observation:
         """Of a head tied to embeddings, what their cross term needs, so that its rows can go; else the contribution."""
         others = [other for other in use.slot.uses if other is not use]
         lookups = [other.lookup_ids for other in others if other.lookup_ids is not None and not other.views]
-        whole = self.plan.keep or self.plan.gram or self.backwards > 1
+        whole = self.plan.keep or self.plan.gram or self.backwards > 1 or use.slot.hooks
         if lookups and len(lookups) == len(others) and not whole:
             thinned = compress_tied_head(use.viewed(contribution), lookups)
             if thinned is not None:
@@ -901,7 +923,7 @@ class Observation:
             elif delivered is None:
                 self.failures.append(f"{slot.name} got a gradient from a use that was not seen")
             elif delivered is not total and not torch.equal(delivered, total):
-                eps = torch.finfo(total.dtype).eps * (len(slot.uses) + 1)
+                eps = _rounding_of_sum(slot, total.dtype) * (len(slot.uses) + 1)
                 scale = torch.linalg.vector_norm(delivered.double()) + torch.linalg.vector_norm(total.double())
                 if not torch.linalg.vector_norm(delivered.double() - total.double()) <= eps * scale and bool(
                     torch.isfinite(scale)
@@ -960,6 +982,7 @@ class Observation:
                 "per example"
             )
         self._refuse_unproven(used)
+        self._refuse_late_hooks()
         found = [one for one in (self.probe.grad, self._of_graphs) if one is not None]
         counted = functools.reduce(torch.add, found)
         figures: Tensor = counted[:, :-1].clone()
@@ -978,6 +1001,16 @@ class Observation:
             assert self.plan.totals is not None
             self.plan.totals.clear()  # a second pass would keep them in vain
         return figures
+
+    def _refuse_late_hooks(self) -> None:
+        """Hooks that came after norms may have been taken without them."""
+        for slot in self.slots.values():
+            hooked = slot.hooks or slot.parameter._backward_hooks
+            if hooked and hooks_of(slot.parameter, self._hooks) != slot.hooks:
+                raise RuntimeError(
+                    f"{self.who}: hooks on parameters must be the same from a block's beginning to its end, got others on "
+                    f"{slot.name}; register and remove them outside of the block"
+                )
 
     def close(self) -> None:
         """Refuse what came to light after the norms were taken, and form the gradients that waited for the end."""
@@ -1014,7 +1047,11 @@ class Observation:
                 )
 
     def _combined(self, slot: Slot) -> Tensor:
-        """The figures of a parameter with several uses."""
+        """The figures of a parameter with several uses, or with hooks."""
+        if slot.hooks:
+            hooked = HookedGradients(self.who, slot.name, slot.parameter, slot.hooks, slot.deferred)
+            tasks = slot.deferred[0].term.segments.groups.counts[-1]
+            return self._with_gram(hooked.sqnorms(), lambda: gram_of(hooked.of_tasks(tasks)))
         norms = combined_sqnorm(slot.deferred).clamp(min=0)
         return self._with_gram(norms, functools.partial(combined_gram, slot.deferred))
 
@@ -1026,6 +1063,8 @@ class Observation:
         if self.examples != 0:
             self.memory.audited |= {slot.name for slot in seen}
         if self.examples is not None and self.examples > 1 and self.verify and not self.row_test.blurred:
+            for slot in seen:
+                self.memory.uses[slot.name] = max(len(slot.uses), self.memory.uses.get(slot.name, 0))
             for use in (use for slot in seen for use in slot.uses):
                 if self.row_test.proves(use) and not use.layout.others:
                     self.memory.verified.setdefault(use.key, set()).add(use.layout.source or "")
@@ -1119,3 +1158,11 @@ def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
         parameter.grad = gradient
     else:
         parameter.grad += gradient
+
+
+def _rounding_of_sum(slot: Slot, dtype: torch.dtype) -> float:
+    """How far autograd rounds a parameter's gradient: what several uses of one cast gave it, it adds up in the cast's dtype."""
+    casts = [use.value for use in slot.uses if use.value.dtype != dtype]
+    places = [memory_of(cast) for cast in casts]
+    shared = (cast.dtype for cast, place in zip(casts, places, strict=True) if place is None or places.count(place) > 1)
+    return max(torch.finfo(one).eps for one in (dtype, *shared))

@@ -267,8 +267,9 @@ def calls_from(modules: frozenset[int]) -> bool:
     """Whether the running call comes from inside of one of these modules: then it is not the caller's."""
     frame: Any = sys._getframe(3)  # past this, the block and the module's own call
     while frame is not None:
-        names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
-        if names and id(frame.f_locals.get(names[0])) in modules:  # a method of one
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if id(first) in modules and getattr(getattr(type(first), code.co_name, None), "__code__", None) is code:
             return True
         frame = frame.f_back
     return False

@@ -499,6 +499,13 @@ def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Obser
                 "torch.jit has compiled: it reads its parameters where no block sees it; observe the module that it was "
                 "made of, or freeze it"
             )
+        if module._backward_hooks and not module._is_full_backward_hook:
+            release_modules(modules, observation)
+            raise RuntimeError(
+                f"{observation.who}: backward hooks of modules must be full ones, got register_backward_hook on "
+                f"{name or type(module).__name__}, which sees what a node of the graph was given, another one in a block; "
+                "use register_full_backward_hook"
+            )
         has_parameters = any(parameter is not None for parameter in module._parameters.values())
         if module is outermost or observation.verify or has_parameters:
             module.__dict__[_SESSION] = observation
