@@ -57,7 +57,7 @@ class Code:
             if label := re.match(r"^\.(L_x_\d+):", line.strip()):
                 labels[label[1]] = len(instructions)
             elif found := re.match(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
-                instructions.append(found[1])
+                instructions.append(found[1].strip())
         successors = []
         for place, instruction in enumerate(instructions):
             goes_on = [place + 1] if place + 1 < len(instructions) else []

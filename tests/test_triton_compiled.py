@@ -54,7 +54,7 @@ def wrong_with(kernel, capability):
         yield f"has no {wanted}"
     if given.get("UNIT", "16") == "1" or rows < 64:
         return  # rows that no wide load may begin at pass through registers
-    # TF32 as well, where its products read shared memory; else its loop waits for what it needs next.
+    # TF32 as well; products of float32 (above) multiply without matrix units, and wait for what they need next.
     if not kernel["ahead"] or any(not loop or min(loop) == 0 for loop in kernel["ahead"]):
         yield f"does not load ahead: {kernel['ahead']}"
     if kernel["touched_in_flight"]:

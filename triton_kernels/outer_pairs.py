@@ -44,12 +44,15 @@ def tile(dtype: torch.dtype, tf32: bool, rows_per_segment: float, aligned: bool,
     ``aligned``: as of `outer_fused.tile`.
     """
     rows = next((rows for rows in (16, 64) if rows_per_segment <= rows), 128)
+    small = (
+        16 if chip.capability[0] == 12 else 32
+    )  # there Triton 3.6 spills the latter in float64, and 3.9 if not aligned
     if dtype == torch.float64:
-        return Tile(min(rows, 16 if chip.capability[0] == 12 else 32), 16, 4, 2)  # Triton 3.6 spills one there
+        return Tile(min(rows, small), 16, 4, 2)
     if dtype == torch.float32:
         return Tile(min(rows, 64), 32, 4, 3) if tf32 else Tile(min(rows, 64), 16, 8, 2)
     if not aligned:
-        return Tile(min(rows, 32), 32, 4, 2)
+        return Tile(min(rows, small), 32, 4, 2)
     warps = 8 if rows == 128 else 4
     return Tile(rows, 64, warps, 4) if chip.has_warpgroups else Tile(rows, 32, warps, 3)
 
