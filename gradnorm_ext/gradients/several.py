@@ -164,7 +164,7 @@ def tied_sqnorm(head: TiedHead, lookup: Lookup) -> Tensor:
     g, segments = lookup.live_g, lookup.segments
     cross: list[Tensor] = []
     of_row = segments.of_rows(len(g))
-    sums = find("sum_sums", g.device.type, lookup.backend)
+    sums = find("segment_sum", g.device.type, lookup.backend)
     for (of_segment, count), (keys, of_head) in zip(groups_of_segments(segments), head.levels, strict=True):
         key = of_segment[of_row] * head.vocabulary + lookup.ids
         products = torch.linalg.vecdot(of_head[torch.searchsorted(keys, key)], g.to(of_head.dtype))
