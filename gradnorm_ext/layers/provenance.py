@@ -60,12 +60,10 @@ def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None], *, unsel
         selects |= name in _SELECTING
         node, shape = before, source
     known = None if node is None else _layout_at(node, shape)
-    selected_before = known is not None and known.kind == "followed"
-    selects |= selected_before
-    if not (selects or unselected):
-        return None
-    known = known or layout_of(shape[:-1])
     if known is None:
+        steps, known = _nearest(steps, layout_of)
+        selects = any(step.name() in _SELECTING for step, _, _ in steps)
+    if known is None or not (selects or unselected or known.kind == "followed"):
         return None
     owners, regular = known.owners, known.kind in ("leading", "flat")
     for step, source, shape in reversed(steps):
@@ -74,8 +72,20 @@ def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None], *, unsel
             return None
         owners = found
         regular = regular and step.name() not in _MOVING and _keeps_batch(step, source)
-    picked = selected_before or any(step.name() in _SAVING for step, _, _ in steps)
+    picked = known.kind == "followed" or any(step.name() in _SAVING for step, _, _ in steps)
     return Followed(owners, regular, picked)
+
+
+def _nearest(
+    steps: list[tuple[Any, Shape, Shape]], layout_of: Callable[[Shape], Layout | None]
+) -> tuple[list[tuple[Any, Shape, Shape]], Layout | None]:
+    """The steps up to the nearest tensor whose sizes show the batch: what lies before it may have been reordered."""
+    for end, (_, source, _) in enumerate(steps, 1):
+        known = layout_of(source[:-1])
+        if known is not None and not known.is_flat:
+            return steps[:end], known
+    known = layout_of(steps[-1][1][:-1]) if steps else None
+    return steps, known
 
 
 def _shape_after(node: Any) -> Shape:
