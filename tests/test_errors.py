@@ -391,10 +391,15 @@ def test_a_use_that_begins_later_is_found_when_the_tenth_block_verifies_itself()
 
 
 def test_gradient_hooks_of_others_are_not_taken_for_unseen_uses():
+    """Norms are of what the hook hands on: tests/test_parameter_hooks.py."""
     model, x = mlp(), torch.randn(4, 7)
-    model[0].weight.register_hook(lambda gradient: gradient * 0.5)
     meter = Meter(model)
     works(meter, model, x)
+    before = meter.parameter_sqnorm["0.weight"]
+    model[0].weight.register_hook(lambda gradient: gradient * 0.5)
+    with meter.observe():
+        model(x).square().sum().backward()
+    torch.testing.assert_close(meter.parameter_sqnorm["0.weight"], before / 4)
 
 
 def test_backward_restricted_to_inputs_measures_nothing():
