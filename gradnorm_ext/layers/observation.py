@@ -583,7 +583,7 @@ class Observation:
     def _picked(self, tensor: Tensor, name: str, function: str) -> Layout | None:
         """Of rows that an index tensor has taken from examples to others, which sizes do not show: ``h[order]``."""
         assert self.batch is not None
-        found = follow(tensor, self._layout_of_sizes, unselected=False)
+        found = follow(tensor, None)  # its own sizes show the batch as well as those of any other tensor
         if found is None or not found.picked or (self.verify and tensor.grad_fn in self.sources.steady_nodes):
             return None
         self.memory.picked.add((name, function))
@@ -592,7 +592,7 @@ class Observation:
     def picked_rows(self, tensor: Tensor, shape: tuple[int, ...]) -> Packing | None:
         """Whose the rows of what the model returned are, if index tensors have chosen them among others."""
         assert self.batch is not None
-        found = follow(tensor, self._layout_of_sizes, unselected=False) if tensor.dim() > 1 else None
+        found = follow(tensor, None) if tensor.dim() > 1 else None
         if found is None or found.regular or found.owners.shape != shape:
             return None
         return Packing.of_ids(found.owners.reshape(-1), self.batch.count)

@@ -33,10 +33,13 @@ class Followed(NamedTuple):
     picked: bool
 
 
-def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None], *, unselected: bool) -> Followed | None:
+def follow(
+    tensor: Tensor, layout_of: Callable[[Shape], Layout | None] | None, *, unselected: bool = False
+) -> Followed | None:
     """The owners of a tensor's rows, its last dimension set aside, or None where the graph does not say.
 
-    ``layout_of`` knows the rows of a shape that shows the batch. ``unselected``: also where all rows are there.
+    ``layout_of`` knows the rows of a shape that shows the batch; without it the graph must lead to an observed function.
+    ``unselected``: also where all rows are there.
     """
     steps: list[tuple[Any, Shape, Shape]] = []
     node, shape = tensor.grad_fn, tuple(tensor.shape)
@@ -60,7 +63,7 @@ def follow(tensor: Tensor, layout_of: Callable[[Shape], Layout | None], *, unsel
         selects |= name in _SELECTING
         node, shape = before, source
     known = None if node is None else _layout_at(node, shape)
-    if known is None:
+    if known is None and layout_of is not None:
         steps, known = _nearest(steps, layout_of)
         selects = any(step.name() in _SELECTING for step, _, _ in steps)
     if known is None or not (selects or unselected or known.kind == "followed"):
