@@ -289,6 +289,74 @@ def test_activations_in_another_order_are_followed_in_every_block(way, shape):
         assert observer.agrees(losses), lengths
 
 
+class OutOfSight(nn.Module):
+    """Reorders where no function of torch is called, in some blocks."""
+
+    def __init__(self, returns):
+        super().__init__()
+        self.enter, self.head, self.returns = nn.Linear(3, 5), nn.Linear(5, 2), returns
+
+    def forward(self, x, order=None):
+        if order is not None:
+            x = torch.from_numpy(x.numpy()[order.numpy()])
+        h = self.head(torch.tanh(self.enter(x)))
+        h = h if order is None else h[order.argsort()]
+        return h.square().sum() if self.returns == "loss" else h
+
+
+@pytest.mark.parametrize("returns", ["loss", "outputs"])
+def test_an_order_that_nothing_tells_is_refused(returns):
+    model, x, order = OutOfSight(returns), torch.randn(4, 3), torch.tensor([2, 0, 3, 1])
+    with (
+        pytest.raises(RuntimeError, match="nothing shows that its rows are in the caller's order"),
+        Meter(model).observe(),
+    ):
+        model(x, order).square().sum().backward()
+
+
+@pytest.mark.parametrize("returns", ["loss", "outputs"])
+def test_rows_from_elsewhere_than_before_are_tested_anew(returns):
+    model, x, order = OutOfSight(returns), torch.randn(4, 3), torch.tensor([2, 0, 3, 1])
+    meter = Meter(model)
+    for _ in range(3):
+        with meter.observe():
+            model(x).square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"in the caller.s order|as the data say"), meter.observe():
+        model(x, order).square().sum().backward()
+
+
+def test_more_uses_than_before_are_tested():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x, again):
+            h = torch.tanh(self.inner(x))
+            return h + torch.tanh(self.inner(h - h.mean(0))) if again else h
+
+    model, x = Twice(), torch.randn(4, 3)
+    meter = Meter(model)
+    with meter.observe():
+        model(x, False).square().sum().backward()
+    with pytest.raises(RuntimeError, match="do not belong to one example each"), meter.observe():
+        model(x, True).square().sum().backward()
+
+
+def test_places_of_rows_are_not_rows_themselves():
+    class Ranked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(4, 3)
+
+        def forward(self, lengths):
+            return self.embed(lengths.argsort()).square().sum()
+
+    model = Ranked()
+    with pytest.raises(RuntimeError, match="in an order of the model's own"), Meter(model).observe():
+        model(torch.tensor([2, 5, 3, 6])).backward()
+
+
 def test_the_models_parts_may_be_called_one_by_one():
     model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(3, 5), nn.Tanh()), "head": nn.Linear(5, 2)})
     observer, x = Observer(model, "measured"), torch.randn(4, 3)
@@ -495,6 +563,9 @@ def test_what_nothing_ties_to_the_caller_is_not_called_wrong_and_may_be_told():
     meter = Meter(model)
     with pytest.raises(RuntimeError, match=r"of log_std .* nothing shows that its rows .*rows_of"), meter.observe():
         model(x).backward()
+    with meter.observe():
+        (0 * model(x)).backward()  # a zero is no one's
+    assert float(meter.stats.example_norm.max()) == 0 and meter.memory.unverified
     model.zero_grad()
     for rows_of in ({"log_std": [0, 1, 2, 3]}, {"log_std": torch.arange(4)}):
         with meter.observe(rows_of=rows_of):

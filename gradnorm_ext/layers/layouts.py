@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -140,10 +140,14 @@ def _prefix(shape: Sequence[int], rows: int) -> int | None:
 class Layout:
     """Of one call: the kind its tensors have, and their sizes without the features. The row test may correct it.
 
-    ``anchored``: the call consumes an argument of the model, or what was made of one row by row. ``source``: the argument,
-    ``"derived"`` of other data, ``""`` of an activation; None where it is not known. ``reordered``: the rows are an argument's
-    in another order. ``own``: whose the rows are, where they are those of this call only. ``picked``: whose they are by the
-    graph, where their number is that of the examples. ``others``: what else was said of rows of these sizes.
+    ``anchored``: the call consumes an argument of the model, or what was made of one row by row.
+    ``source``: the argument, ``"derived"`` of other data, ``""`` of an activation; None where it is not known.
+    ``reordered``: the rows are an argument's in another order.
+    ``own``: whose the rows are, where they are those of this call only.
+    ``picked``: whose they are by the graph, where their number is that of the examples.
+    ``told``: the caller has said whose they are.
+    ``fixed``: no other hypothesis fits what the rows meet.
+    ``others``: what else was said of rows of these sizes.
     """
 
     kind: Kind
@@ -156,6 +160,7 @@ class Layout:
     own: Packing | None = None
     picked: Packing | None = None
     told: bool = False
+    fixed: bool = False
     others: tuple[tuple[Kind, Packing | None], ...] = ()
 
     @staticmethod
@@ -190,6 +195,8 @@ class Layout:
     @property
     def alternative(self) -> Kind | None:
         """Which other hypothesis the same sizes allow."""
+        if self.fixed:
+            return None
         if self.others:
             return self.others[0][0]
         both = not self.anchored and len(self.shape) > 1 and self.shape[0] == self.shape[1] == self.examples.count
@@ -300,6 +307,13 @@ class Layout:
             prefix = _prefix(self.shape, self.packing.rows)
             return all(size == 1 for size in aligned[:prefix])
         return aligned[0] == 1
+
+    def fix_unless_another_meets(self, shape: Sequence[int], dimensions: int) -> None:
+        """Leave no alternative in which such an operand is not the same for every example."""
+        if self.alternative is not None:
+            other = replace(self)
+            other.correct()
+            self.fixed = not other.meets(shape, dimensions)
 
     def per_example(self, gradient: Tensor, shape: torch.Size, backend: str) -> Tensor:
         """A broadcast operand's gradient, summed over everything but the examples: ``[B, *shape]``."""

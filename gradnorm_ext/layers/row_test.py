@@ -238,7 +238,7 @@ class RowTest:
             return "output"
         if any(use.layout.is_told for use in (*passed, *roots)):
             return "told"
-        if any(use.is_known and bool(seen.any()) for use, seen in passed.items()):
+        if any(_is_settled(use) and bool(seen.any()) for use, seen in passed.items()):
             return "known"
         return None
 
@@ -395,7 +395,7 @@ class RowTest:
             return "refuted", f"{given} has the examples in another order than what the model returned", _ORDER
         if layout.reordered and not (use.with_input or layout.is_told):
             return "refuted", f"{name} has the rows of an argument in an order of the model's own", _ORDER
-        if not (use.evidence or layout.anchored or layout.is_told or use.is_known):
+        if not (use.evidence or layout.anchored or layout.is_told or _is_settled(use)):
             return (
                 "not yet proven",
                 f"of {name} nothing shows that its rows are in the caller's order: no test from what the model returned with "
@@ -436,6 +436,11 @@ class RowTest:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def _is_settled(use: Use) -> bool:
+    """Whether an earlier proof holds for a use: rows that were followed are followed from others, which may not be proven."""
+    return use.is_known and use.layout.kind != "followed"
 
 
 def layout_in_front(tensor: Tensor, batch: Examples) -> Layout | None:
