@@ -26,7 +26,7 @@ test: .venv/built
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/ctest -DGRADNORM_EXTENSION=OFF -DGRADNORM_CUDA=OFF
 	$(BIN)/cmake --build build/ctest --parallel 2
 	$(BIN)/ctest --test-dir build/ctest --output-on-failure
-	$(BIN)/pytest $(PYTEST_ARGS) --doctest-modules --doctest-glob='README.md' tests gradnorm_ext README.md
+	$(BIN)/pytest $(PYTEST_ARGS) --doctest-modules --doctest-glob='*.md' tests gradnorm_ext README.md docs/start.md
 
 lint: .venv/built
 	$(BIN)/ruff check .

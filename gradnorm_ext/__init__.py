@@ -1,5 +1,7 @@
 """The gradient norm of every example, prompt and task during backward, and a step along reweighted gradients."""
 
+import importlib.metadata
+
 from gradnorm_ext import ops, policies
 from gradnorm_ext.check import check
 from gradnorm_ext.history import History
@@ -28,7 +30,7 @@ from gradnorm_ext.rewards import RewardStats, group_advantages, reward_stats
 from gradnorm_ext.sampling import PromptSampler, TaskSampler, shares_by_size
 from gradnorm_ext.stats import Stats
 
-__version__ = "0.1.0"
+__version__ = importlib.metadata.version("gradnorm_ext")
 
 __all__ = [
     "GSA",

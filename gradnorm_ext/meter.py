@@ -108,7 +108,7 @@ class Meter:
     backward passes: that every gradient is accounted for and every row belongs to the example it is counted for.
 
     Args:
-        model: any module; the layers that have rules are listed in README.md, what is refused in docs/limits.md.
+        model: any module; the layers that have rules are in docs/coverage.md, what is refused in docs/limits.md.
         tasks: how many tasks there are, or their names.
         modules: patterns of parameters' or modules' names ("model.layers.31.*", "head"): only these are measured, a proxy
             for all of them that costs less; ``Reweighted`` weighs all of them by it. None: all.

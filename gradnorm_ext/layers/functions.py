@@ -33,7 +33,7 @@ def measure_as(function: type[Function], equivalent: Equivalent) -> None:
 
     Args:
         function: the class.
-        equivalent: a function of the same arguments and results, made of functions that have rules (README.md):
+        equivalent: a function of the same arguments and results, made of functions that have rules (docs/coverage.md):
             ``linear``, ``mul``, ``rms_norm``, :func:`fused_head`, ...
 
     Raises:
