@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import gradnorm_ext
 from gradnorm_ext.gradients import (
     ChunkedOuter,
     ConvGrad,
@@ -256,7 +257,7 @@ def test_a_compressed_head_meets_lookups_as_its_rows_do(head, segments):
     turned = head is transposed
     placed = ViewedTerm(term, ("t",) if turned else (), torch.t if turned else itself)
     lookups = [lookup(segments, "native"), padded_lookup(segments, "native")]
-    head = compress_tied_head(placed, [(one.ids, one.segments) for one, _ in lookups])
+    head = compress_tied_head(placed, [(one.ids, one.segments) for one, _ in lookups], term.sqnorm())
     each = each_of(segments, gradient)
     each = (each.mT if turned else each) + sum(each_of(segments, one) for _, one in lookups)
     close(combined_sqnorm([head, *(ViewedTerm(one, (), itself) for one, _ in lookups)]), norms_of(each))
@@ -270,7 +271,8 @@ def test_a_compressed_head_keeps_what_is_not_finite_to_its_groups(wrong, segment
     x, g, of_lookup = (torch.randn(rows, width, dtype=torch.float64) for width in (3, 5, 3))
     {"x": x, "g of the head": g, "g of the lookup": of_lookup}[wrong][row, 1] = torch.nan
     ids = torch.arange(rows) % 5
-    head = compress_tied_head(ViewedTerm(Outer(x, g, segments, "native"), (), itself), [(ids, segments)])
+    outer = Outer(x, g, segments, "native")
+    head = compress_tied_head(ViewedTerm(outer, (), itself), [(ids, segments)], outer.sqnorm())
     found = combined_sqnorm([head, ViewedTerm(Lookup(ids, of_lookup, 5, None, segments, "native"), (), itself)])
     wanted = [True] + [False] * (segments.count - 1)
     for level, count in zip(segments.groups.levels, segments.groups.counts, strict=True):
@@ -281,12 +283,8 @@ def test_a_compressed_head_keeps_what_is_not_finite_to_its_groups(wrong, segment
 @pytest.mark.parametrize("form", [lookup, formed, convolved, routed, pulled], ids=lambda form: form.__name__)
 def test_other_forms_are_not_compressed(form, segments):
     term, _ = form(segments, "native")
-    assert (
-        compress_tied_head(
-            ViewedTerm(term, (), itself), [(torch.zeros(sum(segments.lengths), dtype=torch.int64), segments)]
-        )
-        is None
-    )
+    lookups = [(torch.zeros(sum(segments.lengths), dtype=torch.int64), segments)]
+    assert compress_tied_head(ViewedTerm(term, (), itself), lookups, term.sqnorm()) is None and not term.compresses
 
 
 def test_every_form_is_tested():
@@ -295,3 +293,34 @@ def test_every_form_is_tested():
 
     torch.manual_seed(0)
     assert forms(GradientTerm) == {type(form(segments_of(LENGTHS["equal"]), "reference")[0]) for form in FORMS}
+
+
+def test_a_tied_heads_product_is_formed_once(monkeypatch):
+    """The one product that gives the weight gradient gives the norms as well."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(7, 5)
+
+        def forward(self, ids):
+            return torch.tanh(self.embed(ids)) @ self.embed.weight.t()
+
+    model, ids, products = Tied().double(), torch.randint(0, 7, (3, 4)), []
+    meter = gradnorm_ext.Meter(model)
+    for block in range(2):
+        if block == 1:  # the first verifies itself
+            for name in ("sqnorm", "grad", "wgrad", "wgrad_in"):
+                method = getattr(Outer, name)
+                monkeypatch.setattr(
+                    Outer,
+                    name,
+                    lambda self, *given, name=name, method=method: products.append(name) or method(self, *given),
+                )
+        model.zero_grad()
+        with meter.observe():
+            model(ids).square().sum().backward()
+    assert [name for name in products if name != "wgrad"] == ["wgrad_in"]
+    losses = model(ids).square().sum((1, 2))
+    each = [torch.autograd.grad(loss, model.embed.weight, retain_graph=True)[0].norm() for loss in losses]
+    torch.testing.assert_close(meter.stats.example_norm, torch.stack(each))

@@ -26,7 +26,7 @@ class Outer(GradientTerm):
     Where the weight is stored transposed, the sides are exchanged: ``swapped``, and ``x`` is the output's gradient.
     """
 
-    fuses_groups = True
+    fuses_groups = compresses = True
 
     x: Tensor
     g: Tensor
@@ -75,8 +75,8 @@ class Outer(GradientTerm):
     def _columns(self, ids: Tensor, rows: slice | Tensor) -> Tensor:
         return self.g[rows].index_select(1, ids) if isinstance(rows, slice) else self.g[rows[:, None], ids]
 
-    def compress_for(self, lookups: Sequence[tuple[Tensor, Segments]]) -> TiedHead:
-        return TiedHead.of(self.sqnorm(), self.x, self.g.shape[1], self._columns, self.segments, lookups)
+    def compress_for(self, lookups: Sequence[tuple[Tensor, Segments]], sqnorm: Tensor) -> TiedHead:
+        return TiedHead.of(sqnorm, self.x, self.g.shape[1], self._columns, self.segments, lookups)
 
     def without_views(self, views: Sequence[str], adjoint: Callable[[Tensor], Tensor]) -> Outer | None:
         """Transposes exchange the sides."""
@@ -118,7 +118,7 @@ class ChunkedOuter(GradientTerm):
     Different columns of it make different rows of the gradient: squared norms and inner products of the parts add up.
     """
 
-    fuses_groups = True
+    fuses_groups = compresses = True
 
     x: Tensor
     g: ChunkedGradient
@@ -163,11 +163,11 @@ class ChunkedOuter(GradientTerm):
     def grad_of_segments(self, members: Tensor) -> Tensor:
         return torch.cat([outer.grad_of_segments(members) for _, outer in self._outers()])
 
-    def compress_for(self, lookups: Sequence[tuple[Tensor, Segments]]) -> TiedHead:
+    def compress_for(self, lookups: Sequence[tuple[Tensor, Segments]], sqnorm: Tensor) -> TiedHead:
         def columns(ids: Tensor, rows: slice | Tensor) -> Tensor:
             return self.g.columns(ids)[rows]
 
-        return TiedHead.of(self.sqnorm(), self.x, self.out, columns, self.segments, lookups)
+        return TiedHead.of(sqnorm, self.x, self.out, columns, self.segments, lookups)
 
     def bias_grads(self) -> PerSampleGrads:
         """Each segment's gradient of a bias."""

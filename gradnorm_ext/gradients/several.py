@@ -65,13 +65,15 @@ def _itself(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def compress_tied_head(head: ViewedTerm, lookups: Sequence[tuple[Tensor, Segments]]) -> ViewedTerm | None:
+def compress_tied_head(
+    head: ViewedTerm, lookups: Sequence[tuple[Tensor, Segments]], sqnorm: Tensor
+) -> ViewedTerm | None:
     """A head tied to lookups of the whole parameter, with what their cross term needs in place of its rows.
 
-    None where the head is of another form, or of a part of the parameter.
+    ``sqnorm``: its own norms. None where it is of a part of the parameter.
     """
     head = head.of_parameter()
-    tied = None if head.views else head.term.compress_for(lookups)
+    tied = None if head.views else head.term.compress_for(lookups, sqnorm)
     return None if tied is None else ViewedTerm(tied, (), _itself)  # type: ignore[arg-type]  # it only ever meets lookups
 
 
@@ -131,15 +133,19 @@ def _conv_sqnorm(terms: _ByForm) -> Tensor:
 
 def _tied_outer_sqnorm(terms: _ByForm) -> Tensor:
     lookups = terms[Lookup]
-    head = _merged(terms[Outer]).compress_for([(lookup.ids, lookup.segments) for lookup in lookups])
-    return tied_sqnorm(head, _merged(lookups))
+    return _with_lookups(_merged(terms[Outer]), lookups)
 
 
 def _tied_chunked_sqnorm(terms: _ByForm) -> Tensor | None:
     lookups, (head, *others) = terms[Lookup], terms[ChunkedOuter]
     if others:
         return None
-    return tied_sqnorm(head.compress_for([(lookup.ids, lookup.segments) for lookup in lookups]), _merged(lookups))
+    return _with_lookups(head, lookups)
+
+
+def _with_lookups(head: Outer | ChunkedOuter, lookups: Sequence[Lookup]) -> Tensor:
+    tied = head.compress_for([(lookup.ids, lookup.segments) for lookup in lookups], head.sqnorm())
+    return tied_sqnorm(tied, _merged(lookups))
 
 
 def _compressed_sqnorm(terms: _ByForm) -> Tensor:

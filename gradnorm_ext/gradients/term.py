@@ -27,6 +27,7 @@ class GradientTerm(Protocol):
     """
 
     segments: Segments
+    compresses: ClassVar[bool] = False  # `compress_for` is there
     fuses_groups: ClassVar[bool] = False  # one product gives the gradients of all groups and all norms
 
     @property
@@ -91,8 +92,8 @@ class GradientTerm(Protocol):
         """The term as one of the parameter that ``views`` lead from; None where that is not cheap."""
         return None
 
-    def compress_for(self, lookups: Sequence[tuple[Tensor, Segments]]) -> TiedHead | None:
-        """What the cross term with lookups of the same entries needs of this term; None where rows are needed."""
+    def compress_for(self, lookups: Sequence[tuple[Tensor, Segments]], sqnorm: Tensor) -> TiedHead | None:
+        """What the cross term with lookups of the same entries needs of this term, beside its norms; None: its rows."""
         return None
 
     def clone_saved(self) -> Self:

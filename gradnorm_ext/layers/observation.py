@@ -716,9 +716,19 @@ class Observation:
             )
         several = self._adds_up(slot) or use.is_derived
         apart = several or not slot.wanted  # its norm is not taken here
-        gradient, norms = self._formed(use, contribution, needs_gradient and self.phase is None, apart)
+        lookups = self._tied_lookups(use) if several and slot.wanted and contribution.compresses else None
+        needs_gradient = needs_gradient and self.phase is None
+        formed = self.plan.totals is None and self.plan.layer_weights is None and not use.is_derived
+        gradient: Tensor | None
+        norms: Tensor | None = None
+        own: Tensor | None
+        if lookups is not None and needs_gradient and formed:
+            gradient, own = contribution.wgrad_in(use.value.dtype, self.weights)  # one product for both
+        else:
+            gradient, norms = self._formed(use, contribution, needs_gradient, apart)
+            own = None if lookups is None else contribution.sqnorm()
         if several and slot.wanted:
-            slot.deferred.append(self._thinned(use, contribution))
+            slot.deferred.append(self._deferred(use, contribution, lookups, own))
         slot.measured = not several
         for follower in use.followers:
             if follower.slot.wanted:
@@ -886,15 +896,26 @@ class Observation:
             buffer = self.plan.buffers[slot.name] = contribution.empty_groups()
         return buffer
 
-    def _thinned(self, use: Use, contribution: GradientTerm) -> ViewedTerm:
-        """Of a head tied to embeddings, what their cross term needs, so that its rows can go; else the contribution."""
+    def _tied_lookups(self, use: Use) -> list[tuple[Tensor, Segments]] | None:
+        """What the other uses of a head tied to embeddings look up; None where its rows are needed."""
         others = [other for other in use.slot.uses if other is not use]
         lookups = [other.lookup_ids for other in others if other.lookup_ids is not None and not other.views]
-        whole = self.plan.keep or self.plan.gram or self.backwards > 1 or use.slot.hooks
-        if lookups and len(lookups) == len(others) and not whole:
-            thinned = compress_tied_head(use.viewed(contribution), lookups)
-            if thinned is not None:
-                return thinned
+        plan = self.plan
+        whole = plan.keep or plan.gram or self.backwards > 1 or use.slot.hooks
+        return lookups if lookups and len(lookups) == len(others) and not whole else None
+
+    def _deferred(
+        self,
+        use: Use,
+        contribution: GradientTerm,
+        lookups: list[tuple[Tensor, Segments]] | None,
+        sqnorm: Tensor | None,
+    ) -> ViewedTerm:
+        """Of a head tied to embeddings, what their cross term needs, so that its rows can go; else the contribution."""
+        if lookups is not None and sqnorm is not None:
+            tied = compress_tied_head(use.viewed(contribution), lookups, sqnorm)
+            if tied is not None:
+                return tied
         return use.viewed(contribution.clone_saved() if self.graphs else contribution)
 
     def _audit(self, slot: Slot) -> None:

@@ -420,7 +420,7 @@ class RowTest:
 
     def _is_steady(self, use: Use) -> bool:
         """Whether structure ties a use's rows to the caller's order, whatever the data are: on one of its sides."""
-        if self.paths.reach(use) or not self.paths.knows(use):
+        if self.paths.reach(use) or use not in self.paths.nodes:
             return True
         layout, sources = use.layout, self.observation.sources
         if not layout.source:
@@ -429,7 +429,7 @@ class RowTest:
             return False
         if layout.source != DERIVED and layout.source != sources.first:
             return False
-        others = (other for other in self.paths.uses() if other.layout.source not in ("", None, layout.source))
+        others = (other for other in self.paths.nodes if other.layout.source not in ("", None, layout.source))
         return not any(other.layout.anchored and self.paths.reach(other) for other in others)
 
     def release(self) -> None:
@@ -463,36 +463,27 @@ class _Paths:
 
     def __init__(self, sources: Sources, batch_dim: int) -> None:
         self.sources, self.batch_dim = sources, batch_dim
-        self.steady: set[Any] = set()  # calls that are reached otherwise, too
-        self.nodes: dict[Any, Any] = {}  # of all calls
+        self.nodes: dict[Use, Any] = {}  # the graph's node of every use upstream of a test
+        self._steady: set[Use] = set()  # that are reached in other ways, too
 
     def walk(self, nodes: Iterable[Any]) -> None:
         """Go upstream from where a test starts."""
         for node in self._upstream(nodes, self._steady_inputs):
-            if (call := getattr(node, "call", None)) is not None:
-                self.steady.add(call)
+            self._steady.update(_uses_of(node))
         for node in self._upstream(nodes, lambda node: [one for one, _ in node.next_functions]):
-            if (call := getattr(node, "call", None)) is not None:
-                self.nodes[call] = node
-
-    def uses(self) -> Iterator[Use]:
-        return (use for call in self.nodes for use in call.uses if use is not None)
-
-    def knows(self, use: Use) -> bool:
-        return any(use in call.uses for call in self.nodes)
+            self.nodes |= dict.fromkeys(_uses_of(node), node)
 
     def reach(self, use: Use) -> bool:
-        """Whether a way from where a test starts leads to it."""
-        return any(use in call.uses for call in self.steady)
+        """Whether a steady way leads from where a test starts to a use."""
+        return use in self._steady
 
     def comes_steadily(self, use: Use) -> bool:
-        """Whether a way from it leads to another use, or to what the model was given."""
-        node = next(node for call, node in self.nodes.items() if use in call.uses)
-        upstream = self._upstream([one for one, _ in node.next_functions], self._steady_inputs, self._is_end)
-        return any(self._is_end(one) for one in upstream)
+        """Whether a steady way leads from a use to another one, or to what the model was given."""
+        following = [one for one, _ in self.nodes[use].next_functions]
+        return any(self._is_end(one) for one in self._upstream(following, self._steady_inputs, self._is_end))
 
     def _is_end(self, node: Any) -> bool:
-        return getattr(node, "call", None) is not None or node in self.sources.argument_nodes
+        return any(True for _ in _uses_of(node)) or node in self.sources.argument_nodes
 
     @staticmethod
     def _upstream(
@@ -518,6 +509,11 @@ class _Paths:
             if (dim - (1 << 64) if dim >= 1 << 63 else dim) not in (0, self.batch_dim):
                 return following
         return following[:1] if name in _PLACING else []
+
+
+def _uses_of(node: Any) -> Iterator[Use]:
+    """The uses of the observed function whose backward a node is."""
+    return (use for use in getattr(getattr(node, "call", None), "uses", ()) if use is not None)
 
 
 _PLACING = {  # rows among others, which stay
