@@ -111,7 +111,8 @@ def _meet(tap: Tap, other: Any, function: str) -> tuple[Call, Use] | None:
     layout = observation.layout(other.expand(shape), 1 if len(shape) > 1 else 0, tap.slot.name, function)
     if not alone and not layout.meets(tap.shape, len(shape)):
         return None
-    layout.fix_unless_another_meets(tap.shape, len(shape))
+    if not observation.traces:  # sizes that are compared there become guards of the graph
+        layout.fix_unless_another_meets(tap.shape, len(shape))
     use = tap.use(function, layout, sums=True)
     if tap.looked_up is not None:
         observation.look_up(use, tap.looked_up.ids)

@@ -26,6 +26,15 @@ def hooks_of(parameter: Tensor, ours: Sequence[Any] = ()) -> tuple[Hook, ...]:
     return tuple(hook for key, hook in hooks.items() if key not in known)
 
 
+def hooked(hooks: Sequence[Hook], gradient: Tensor) -> Tensor:
+    """What hooks make of a gradient."""
+    gradient = gradient.clone()  # a hook may write to it
+    for hook in hooks:
+        changed = hook(gradient)
+        gradient = gradient if changed is None else changed
+    return gradient
+
+
 class HookedGradients:
     """The gradients that several uses of a parameter have together, as its hooks leave them."""
 
@@ -60,13 +69,10 @@ class HookedGradients:
         return combined_gradient(self.uses, members).view_as(self.parameter).to(self.parameter.dtype)
 
     def _hooked(self, gradient: Tensor) -> Tensor:
-        given = gradient = gradient.clone()  # a hook may write to it
-        for hook in self.hooks:
-            changed = hook(gradient)
-            gradient = gradient if changed is None else changed
-        if gradient.shape != given.shape:
-            raise self._refusal(f"one that makes {list(gradient.shape)} of {list(given.shape)}")
-        return gradient
+        found = hooked(self.hooks, gradient)
+        if found.shape != gradient.shape:
+            raise self._refusal(f"one that makes {list(found.shape)} of {list(gradient.shape)}")
+        return found
 
     def _refuse_nonlinear(self, plain: Tensor, total: Tensor, size: float, examples: int) -> None:
         difference = float((self._hooked(plain) - total).double().norm())

@@ -32,7 +32,7 @@ from gradnorm_ext.gradients import (
     gram_of,
 )
 from gradnorm_ext.layers.callsites import calling_line
-from gradnorm_ext.layers.hooks import Hook, HookedGradients, hooks_of
+from gradnorm_ext.layers.hooks import Hook, HookedGradients, hooked, hooks_of
 from gradnorm_ext.layers.layouts import Examples, Kind, Layout, Packing
 from gradnorm_ext.layers.provenance import follow
 from gradnorm_ext.layers.row_test import Evidence, RowTest
@@ -360,10 +360,10 @@ class Observation:
     def _look_at_hooks(self, slot: Slot) -> None:
         """Take a parameter's norms as the user's hooks leave its gradient."""
         slot.hooks, slot.measures_directly = hooks_of(slot.parameter), False
-        if self.plan.totals is not None or slot.shard is not None or hasattr(slot.parameter, "device_mesh"):
+        if slot.shard is not None or hasattr(slot.parameter, "device_mesh"):
             raise RuntimeError(
-                f"{self.who}: hooks on parameters are applied to gradients per example, which neither exact_tasks nor "
-                f'ranks="exact" nor parameters in parts have, got one on {slot.name}; remove it'
+                f"{self.who}: hooks on parameters are applied to gradients per example, which parameters in parts do not have, "
+                f"got one on {slot.name}; remove it"
             )
 
     def slot_of(self, module: nn.Module, name: str, parameter: Tensor) -> Slot | None:
@@ -718,11 +718,11 @@ class Observation:
         apart = several or not slot.wanted  # its norm is not taken here
         lookups = self._tied_lookups(use) if several and slot.wanted and contribution.compresses else None
         needs_gradient = needs_gradient and self.phase is None
-        formed = self.plan.totals is None and self.plan.layer_weights is None and not use.is_derived
+        direct = self.plan.totals is None and self.plan.layer_weights is None and not use.is_derived
         gradient: Tensor | None
         norms: Tensor | None = None
         own: Tensor | None
-        if lookups is not None and needs_gradient and formed:
+        if lookups is not None and needs_gradient and direct:
             gradient, own = contribution.wgrad_in(use.value.dtype, self.weights)  # one product for both
         else:
             gradient, norms = self._formed(use, contribution, needs_gradient, apart)
@@ -865,6 +865,9 @@ class Observation:
                 of_all = grams.new_zeros(tasks, slot.parameter.numel())
                 gradients = over_ranks(of_all if gradients is None else of_all.copy_(gradients.flatten(1)))
             if gradients is not None and slot.wanted:
+                if slot.hooks:
+                    each = gradients.view(tasks, *slot.parameter.shape).to(slot.parameter.dtype)
+                    gradients = torch.stack([hooked(slot.hooks, one) for one in each])
                 grams[slot.index] = gram_of(gradients)
         return grams
 

@@ -85,7 +85,8 @@ def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
     """The tensors that a module is called with, by the names of its arguments."""
-    names = _names_of(type(module).forward)
+    own = getattr(type(module), "_gradnorm_base", type(module))  # an observed module has another class
+    names = _names_of(own.forward)
     found: list[tuple[str, Tensor]] = []
     for i, one in enumerate(args):
         found += tensors_in(one, names[i] if i < len(names) else f"input[{i}]")
