@@ -298,3 +298,17 @@ def test_in_every_layout(layout, timing):
         for name, parameter in model.named_parameters():
             expected = sum(w * g[name] for w, g in zip(optimizer.weights, gradients, strict=True))
             torch.testing.assert_close(parameter.grad, expected)
+
+
+def test_what_was_taken_for_a_constant_is_named():
+    """Data that the model makes of its input, where a derived parameter meets it."""
+
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight / self.weight.std((1, 2, 3), keepdim=True)
+            return F.relu(F.conv2d(F.pad(x, (1, 1, 1, 1)), weight, self.bias))
+
+    model, x = Standardised(3, 4, 3), torch.randn(5, 3, 8, 8)
+    message = r"no rule for conv2d \(\[5, 3, 10, 10\] was taken for a constant, since no module was given it"
+    with pytest.raises(RuntimeError, match=message), Meter(model, on_unsupported="vmap").observe():
+        model(x).square().sum().backward()

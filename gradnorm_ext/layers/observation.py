@@ -1046,7 +1046,7 @@ class Observation:
 
     def _refuse_unproven(self, used: Sequence[Use]) -> None:
         judged = self.row_test.judge([use for use in used if use.slot.arrived]) if self.verify else []
-        failures = list(dict.fromkeys([*self.failures, *(one.message for one in judged)]))
+        failures = list(dict.fromkeys([*self.failures, *(f"{one.word}: {one.message}" for one in judged)]))
         if not failures:
             return
         lookups = {one.use for one in judged if one.word == "refuted" and one.use.lookup_dim and not one.use.shared}

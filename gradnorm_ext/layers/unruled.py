@@ -32,7 +32,7 @@ def unruled(func: Callable[..., Any], name: str, leaves: Sequence[Any], spec: An
     met = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Tap)]
     derived = any(tap.is_derived for tap in taps)
     if not any(_may_be_batched(observation, leaf, derived) for leaf in met):
-        return pytree.tree_map(functools.partial(_derived, taps, name), result)
+        return pytree.tree_map(functools.partial(_derived, taps, _named(observation, taps, name, met)), result)
 
     outputs, out_spec = pytree.tree_flatten(result)
     where = [
@@ -89,6 +89,22 @@ def _may_be_batched(observation: Observation, tensor: Tensor, derived: bool) -> 
     if derived and not observation.is_data(tensor):
         return False
     return observation.batch.kind_of(tensor.shape, observation.sources.rows_per_example) is not None
+
+
+def _named(observation: Observation, taps: Sequence[Tap], name: str, met: Sequence[Tensor]) -> str:
+    """The function that a derived parameter comes from, with what it took for a constant although its sizes show the batch."""
+    batch = observation.batch
+    assert batch is not None
+    if told := next((tap.derived_by for tap in taps if _TAKEN in tap.derived_by), ""):
+        return told
+    for one in met:
+        shows = one.dim() > 0 and batch.kind_of(one.shape, observation.sources.rows_per_example) is not None
+        if shows and not (observation.is_data(one) or observation.is_constant(one)):
+            return f"{name} ({list(one.shape)} was {_TAKEN}: give it to a module as an argument)"
+    return name
+
+
+_TAKEN = "taken for a constant, since no module was given it"
 
 
 def _derived(taps: Sequence[Tap], name: str, leaf: Any) -> Any:
