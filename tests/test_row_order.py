@@ -329,10 +329,10 @@ def test_more_uses_than_before_are_tested():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = nn.Linear(3, 3)
+            self.enter, self.inner = nn.Linear(3, 3), nn.Linear(3, 3)
 
         def forward(self, x, again):
-            h = torch.tanh(self.inner(x))
+            h = torch.tanh(self.inner(torch.tanh(self.enter(x))))
             return h + torch.tanh(self.inner(h - h.mean(0))) if again else h
 
     model, x = Twice(), torch.randn(4, 3)
