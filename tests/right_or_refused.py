@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradnorm_ext import Meter, Reweighted
 
-MODES = ("Meter", "next_step", "same_step", "passes", "by layer")
+MODES = {
+    "Meter": {},
+    "next_step": {"apply": "next_step"},
+    "same_step": {"apply": "same_step"},
+    "passes": {"passes": 2},
+    "by layer": {"scope": "layer"},
+}
+REWEIGHTED = tuple(MODES)[1:]
 WEIGHTS = torch.tensor([0.5, 3.0], dtype=torch.float64)
 
 
@@ -22,6 +30,23 @@ def contributions(model: nn.Module, losses: Callable[[], Tensor]) -> list[list[T
         found.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained(model)])
     model.zero_grad()
     return found
+
+
+def observer_of(model: nn.Module, mode: str, policy: Any, **options: Any) -> Meter | Reweighted:
+    """A Meter, or an optimizer that reweights in one of its modes and takes steps of no length."""
+    if mode == "Meter":
+        return Meter(model, **options)
+    return Reweighted(torch.optim.SGD(trained(model), 0.0), model, policy, **MODES[mode], **options)
+
+
+def block(observer: Meter | Reweighted, losses: Callable[[], Tensor], **given: Any) -> None:
+    """One observe block."""
+    with observer.observe(**given):
+        loss = losses().sum()
+        if isinstance(observer, Reweighted) and observer.passes == 2:
+            observer.backward(loss)
+        else:
+            loss.backward()
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -44,34 +69,25 @@ def refusal_of(
     truth = contributions(model, losses)
     norms = torch.stack([torch.cat([g.flatten() for g in one]).norm() for one in truth])
     tasks = torch.tensor([i % 2 for i in range(len(truth))])
-    options = {"on_unsupported": on, "tasks": 2, "backend": backend}
-    if mode == "Meter":
-        meter = observer = Meter(model, **options)
-    else:
-        given = {"next_step": {"apply": "next_step"}, "passes": {"passes": 2}, "by layer": {"scope": "layer"}}.get(
-            mode, {}
-        )
-        optimizer = torch.optim.SGD(trained(model), 0.0)
-        observer = meter = Reweighted(optimizer, model, lambda stats: WEIGHTS.to(stats.task_norm), **given, **options)
-    for block in range(blocks):
+    policy = lambda stats: WEIGHTS.to(stats.task_norm)  # noqa: E731
+    observer = observer_of(model, mode, policy, on_unsupported=on, tasks=2, backend=backend)
+    for count in range(blocks):
         model.zero_grad()
         try:
-            with observer.observe(tasks=tasks):
-                loss = losses().sum()
-                observer.backward(loss) if mode == "passes" else loss.backward()
+            block(observer, losses, tasks=tasks)
         except (RuntimeError, ValueError) as error:
             assert str(error).startswith(("Meter: ", "Reweighted: ")), f"a foreign error: {error}"
             return str(error)
-        plain = mode == "Meter" or (mode == "next_step" and block == 0)
+        plain = mode == "Meter" or (mode == "next_step" and count == 0)
         weights = [1.0 if plain else float(WEIGHTS[task]) for task in tasks]
-        assert_close(meter.stats.example_norm, norms, "norms", narrow)
+        assert_close(observer.stats.example_norm, norms, "norms", narrow)
         for (name, p), *of_examples in zip(named(model), *truth, strict=True):
             gradient = torch.zeros_like(p) if p.grad is None else p.grad
             assert_close(
                 gradient, sum(w * g for w, g in zip(weights, of_examples, strict=True)), f".grad of {name}", narrow
             )
-        if mode != "Meter":
-            meter.step()
+        if isinstance(observer, Reweighted):
+            observer.step()
     return None
 
 

@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from test_in_place_on_outputs import Attention, Channels, Ids, Of, Recurrent
 from torch import nn
 
-from gradnorm_ext import Meter, Reweighted
-
 B, T, D = 4, 3, 6
 
 LAYERS = {
@@ -92,22 +90,12 @@ ORDERS = {"at first": (EMPTY, FULL, EMPTY), "later": (FULL, EMPTY, FULL), "alway
 def check(model, mode, on, masks):
     """All blocks of one run: none may be refused."""
     x, tasks = torch.randn(B, T, D, dtype=torch.float64), torch.tensor([0, 1, 0, 1])
-    if mode == "Meter":
-        observer = Meter(model, tasks=2, on_unsupported=on)
-    else:
-        given = {"next_step": {"apply": "next_step"}, "passes": {"passes": 2}, "by layer": {"scope": "layer"}}.get(
-            mode, {}
-        )
-        optimizer = torch.optim.SGD(model.parameters(), 0.0)
-        observer = Reweighted(
-            optimizer, model, lambda s: torch.ones(2, dtype=s.task_norm.dtype), tasks=2, on_unsupported=on, **given
-        )
+    policy = lambda s: torch.ones(2, dtype=s.task_norm.dtype)  # noqa: E731
+    observer = right_or_refused.observer_of(model, mode, policy, tasks=2, on_unsupported=on)
     for mask in masks:
         truth = right_or_refused.contributions(model, lambda mask=mask: model(x, mask))
         model.zero_grad()
-        with observer.observe(tasks=tasks):
-            loss = model(x, mask).sum()
-            observer.backward(loss) if mode == "passes" else loss.backward()
+        right_or_refused.block(observer, lambda mask=mask: model(x, mask), tasks=tasks)
         norms = torch.stack([torch.cat([g.flatten() for g in one]).norm() for one in truth])
         torch.testing.assert_close(observer.stats.example_norm, norms)
         for p, *of_examples in zip(model.parameters(), *truth, strict=True):
@@ -126,7 +114,7 @@ def test_selected_rows_may_be_none(layer, how, masks):
 
 
 @pytest.mark.parametrize("masks", ORDERS.values(), ids=ORDERS)
-@pytest.mark.parametrize("mode", right_or_refused.MODES[1:])
+@pytest.mark.parametrize("mode", right_or_refused.REWEIGHTED)
 @pytest.mark.parametrize("layer", ["Linear", "LayerNorm", "div", "mul", "two of them"])
 def test_also_where_the_step_is_reweighted(layer, mode, masks):
     check(Chosen(LAYERS[layer](), "index_put").double(), mode, "error", masks)

@@ -74,7 +74,7 @@ def test_linear_hooks_are_applied_to_each_examples_gradient(name, hook):
     assert outcome(name, hook, "Meter") is None
 
 
-@pytest.mark.parametrize("mode", right_or_refused.MODES[1:])
+@pytest.mark.parametrize("mode", right_or_refused.REWEIGHTED)
 @pytest.mark.parametrize("name", OF)
 def test_also_where_the_step_is_reweighted(name, mode):
     assert outcome(name, mask, mode) is None

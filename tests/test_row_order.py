@@ -4,20 +4,14 @@ import dataclasses
 
 import oracle
 import pytest
+import right_or_refused
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradnorm_ext import InverseNorm, Meter, Reweighted, check
+from gradnorm_ext import InverseNorm, Meter, check
 
 EXACT = 1e3 * torch.finfo(torch.float64).eps
-WAYS = {
-    "measured": {},
-    "next_step": {"apply": "next_step"},
-    "same_step": {"apply": "same_step"},
-    "two passes": {"apply": "same_step", "passes": 2},
-    "by layer": {"scope": "layer"},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -42,23 +36,14 @@ class Observer:
     """A Meter, or a Reweighted in one of its modes, over several blocks."""
 
     def __init__(self, model, way, **options):
-        self.model, self.passes = model, WAYS[way].get("passes", 1)
-        if way == "measured":
-            self.meter = self.observer = Meter(model, **options)
-        else:
-            sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0)
-            self.observer = Reweighted(sgd, model, InverseNorm(), **WAYS[way], **options)
-            self.meter = self.observer.meter
+        self.model = model
+        self.observer = right_or_refused.observer_of(model, way, InverseNorm(), **options)
+        self.meter = self.observer if way == "Meter" else self.observer.meter
 
     def block(self, losses_of, **given):
         """The norms that a block measures."""
         self.model.zero_grad()
-        with self.observer.observe(**given):
-            loss = losses_of().sum()
-            if self.passes == 2:
-                self.observer.backward(loss)
-            else:
-                loss.backward()
+        right_or_refused.block(self.observer, losses_of, **given)
         return self.observer.stats.example_norm
 
     def agrees(self, losses_of, **given):
@@ -105,7 +90,7 @@ class ZeroHead(nn.Module):
         return self.head(torch.tanh(h - h.mean(0, keepdim=True) if self.mixes else h))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", right_or_refused.MODES)
 def test_fresh_adapters_are_measured_right_from_the_first_block_on(way):
     model = SequenceFirstInside()
     observer = Observer(model, way)
@@ -117,7 +102,7 @@ def test_fresh_adapters_are_measured_right_from_the_first_block_on(way):
                 p += 0.1 * torch.randn_like(p) * p.requires_grad
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", right_or_refused.MODES)
 def test_what_a_zero_head_hid_is_tested_in_the_next_block(way):
     for mixes in (False, True):
         model, x = ZeroHead(mixes), torch.randn(4, 4)
@@ -145,7 +130,7 @@ class FlatHead(nn.Module):
         return self.head(self.embed(ids).flatten(0, 1)).view(*ids.shape, 9)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", right_or_refused.MODES)
 @pytest.mark.parametrize("zero", [0, 1, 9])
 def test_a_block_without_any_gradient_is_no_error_and_no_proof(way, zero):
     model = FlatHead()
@@ -276,7 +261,7 @@ class SortedBetween(nn.Module):
         return self.head(h[order.argsort()])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", right_or_refused.MODES)
 @pytest.mark.parametrize("shape", [(4, 3), (4, 6, 3), (4, 4, 3)])
 def test_activations_in_another_order_are_followed_in_every_block(way, shape):
     model = SortedBetween()
@@ -359,7 +344,7 @@ def test_places_of_rows_are_not_rows_themselves():
 
 def test_the_models_parts_may_be_called_one_by_one():
     model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(3, 5), nn.Tanh()), "head": nn.Linear(5, 2)})
-    observer, x = Observer(model, "measured"), torch.randn(4, 3)
+    observer, x = Observer(model, "Meter"), torch.randn(4, 3)
     assert observer.agrees(lambda: model["head"](model["body"](x)).square().sum(1))
 
 
@@ -446,7 +431,7 @@ def test_as_many_pictures_as_examples_are_refused(put):
 
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("put", PUTS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", right_or_refused.MODES)
 def test_pictures_whose_examples_are_told_are_measured(way, put, named):
     model = Pictures(put)
     observer = Observer(model, way)
@@ -474,7 +459,7 @@ class Graphs(nn.Module):
 
 def test_nodes_and_edges_are_two_kinds_of_rows():
     model = Graphs()
-    observer = Observer(model, "measured")
+    observer = Observer(model, "Meter")
     for sizes in ([3, 2, 4], [2, 2, 2], [1, 5, 3]):
         graph = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
         pairs = [(i, j) for i in range(len(graph)) for j in range(len(graph)) if graph[i] == graph[j]][1:]
@@ -503,7 +488,7 @@ def test_an_experts_rows_may_be_others_in_every_block():
             return self.head(out)
 
     model, x = Chosen(), torch.randn(4, 7, 6)
-    observer = Observer(model, "measured")
+    observer = Observer(model, "Meter")
     for _ in range(3):
         chosen = torch.randint(0, 2, (4, 7))
         assert observer.agrees(lambda chosen=chosen: model(x, chosen).square().flatten(1).sum(1))
@@ -545,7 +530,7 @@ class Gaussian(nn.Module):
         return {"losses": losses, "both": (mean, std), "sum": losses.sum()}[self.returns]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", right_or_refused.MODES)
 def test_a_deviation_that_only_the_loss_sees_is_measured(way):
     for returns in ("losses", "both"):
         model, x = Gaussian(returns), torch.randn(4, 5)
