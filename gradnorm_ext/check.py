@@ -198,8 +198,7 @@ def _layout(output: Tensor, batch: Examples) -> Layout | None:
     if not batch.told(output.shape) and (output.dim() <= dim or output.shape[dim] != batch.count):
         return None
     shape = tuple(output.shape[: max(1, output.dim() - 1)])
-    kind = batch.kind_of(shape, set())
-    return None if kind is None else Layout(kind, shape, batch)
+    return batch.layout_of(shape)
 
 
 def _one_example(b: int, batch: Examples, leaf: Any) -> Any:

@@ -340,7 +340,7 @@ class Meter:
             named = isinstance(given.get("example_ids"), Mapping)
             kinds = tuple(_kind(who, name, ids, examples, named) for name, ids in batch.kinds.items())
             for name, ids in batch.rows_of.items():
-                _kind(who, f"rows_of[{name!r}]", ids, examples, True)
+                _check_examples(who, f"rows_of[{name!r}]", ids, examples)
             observation.begin(Examples(examples, groups, batch_dim, batch.packing, kinds), tasks)
 
         observation = Observation(
@@ -485,11 +485,7 @@ class Meter:
         packing = None
         several = _is_several(batch.get("example_ids"))
         kinds = _kinds(who, device, batch) if several else {}
-        rows_of = {
-            name: _checked_ids(who, f"rows_of[{name!r}]", torch.as_tensor(ids).reshape(-1), device).to(device)
-            for name, ids in (batch.get("rows_of") or {}).items()
-        }
-        self._check_names(who, rows_of)
+        rows_of = self._rows_of(who, device, batch.get("rows_of") or {})
         if batch.get("cu_seqlens") is not None or (batch.get("example_ids") is not None and not several):
             packing = _packing(who, device, batch, next(iter(lengths.values()), None))
             lengths["cu_seqlens" if batch.get("cu_seqlens") is not None else "example_ids"] = len(packing.offsets) - 1
@@ -516,14 +512,19 @@ class Meter:
         there = [None if ids is None else _moved(ids, device) for ids in (task_ids, prompt_index, task_of_prompt)]
         return _Batch(examples, there[0], there[1], there[2], n_prompts, reward, packing, kinds, rows_of)
 
-    def _check_names(self, who: str, rows_of: Mapping[str, Tensor]) -> None:
-        names = [name for name, _ in self.model.named_parameters()] if rows_of else []
-        for key in rows_of:
-            if not any(name == key or name.startswith(f"{key}.") for name in names):
+    def _rows_of(self, who: str, device: torch.device, given: Mapping[str, Ids]) -> dict[str, Tensor]:
+        """By parameter, the example of each row; what is said of a module holds for all of its parameters."""
+        names = [name for name, _ in self.model.named_parameters()] if given else []
+        found: dict[str, Tensor] = {}
+        for key, ids in given.items():
+            meant = [name for name in names if name == key or name.startswith(f"{key}.")]
+            if not meant:
                 raise ValueError(
                     f"{who}: rows_of must name parameters or modules of the model, got {key!r}, which names none of "
                     f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
                 )
+            found = dict.fromkeys(meant, _examples_of_rows(who, f"rows_of[{key!r}]", ids, device)) | found
+        return found
 
     def _has_tasks(self, plan: Plan) -> bool:
         # A single task's norm is that of the whole gradient, which is formed anyway unless weights per example come first.
@@ -824,8 +825,7 @@ def _kinds(who: str, device: torch.device, batch: Given) -> dict[str, Tensor]:
     named = given.items() if isinstance(given, Mapping) else ((str(i), ids) for i, ids in enumerate(given))
     found = {}
     for name, ids in named:
-        flat = torch.as_tensor(ids).reshape(-1)
-        found[name] = _checked_ids(who, f"example_ids[{name!r}]", flat, device).to(device)
+        found[name] = _examples_of_rows(who, f"example_ids[{name!r}]", ids, device)
     lengths = [len(ids) for ids in found.values()]
     if not isinstance(given, Mapping) and len(set(lengths)) < len(lengths):
         raise ValueError(
@@ -836,12 +836,20 @@ def _kinds(who: str, device: torch.device, batch: Given) -> dict[str, Tensor]:
 
 
 def _kind(who: str, name: str, ids: Tensor, examples: int, named: bool) -> Packing:
+    _check_examples(who, name, ids, examples)
+    return Packing.of_ids(ids, examples, name, named)
+
+
+def _examples_of_rows(who: str, name: str, ids: Ids, device: torch.device) -> Tensor:
+    return _moved(_checked_ids(who, name, torch.as_tensor(ids).reshape(-1), device), device)
+
+
+def _check_examples(who: str, name: str, ids: Tensor, examples: int) -> None:
     if ids.device.type == "cpu" and len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < examples):
         raise ValueError(
             f"{who}: example ids must lie in [0, {examples}), got {_some(ids.unique())} for {name}; number the examples of the "
             "batch from 0"
         )
-    return Packing.of_ids(ids, examples, name, named)
 
 
 def _packing(who: str, device: torch.device, batch: Given, examples: int | None) -> Packing:

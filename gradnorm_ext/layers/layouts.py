@@ -115,6 +115,11 @@ class Examples:
             return "flat, second" if self.batch_dim == 1 else "flat"
         return None
 
+    def layout_of(self, shape: tuple[int, ...], rows_per_example: set[int] | None = None) -> Layout | None:
+        """The layout of a tensor of these sizes; None: no hypothesis speaks for it."""
+        kind = self.kind_of(shape, rows_per_example or set())
+        return None if kind is None else Layout(kind, shape, self)
+
     def allows(self, kind: Kind, shape: Sequence[int]) -> bool:
         """Whether rows of these sizes can be of a kind that was proven for others."""
         if kind == "packed":
@@ -144,10 +149,9 @@ class Layout:
     ``source``: the argument, ``"derived"`` of other data, ``""`` of an activation; None where it is not known.
     ``reordered``: the rows are an argument's in another order.
     ``own``: whose the rows are, where they are those of this call only.
-    ``picked``: whose they are by the graph, where their number is that of the examples.
     ``told``: the caller has said whose they are.
     ``fixed``: no other hypothesis fits what the rows meet.
-    ``others``: what else was said of rows of these sizes.
+    ``others``: what else was said of rows of these sizes, or the graph says.
     """
 
     kind: Kind
@@ -158,7 +162,6 @@ class Layout:
     reordered: bool = False
     corrected: bool = False
     own: Packing | None = None
-    picked: Packing | None = None
     told: bool = False
     fixed: bool = False
     others: tuple[tuple[Kind, Packing | None], ...] = ()
@@ -201,8 +204,6 @@ class Layout:
             return self.others[0][0]
         both = not self.anchored and len(self.shape) > 1 and self.shape[0] == self.shape[1] == self.examples.count
         others: dict[Kind, Kind] = {"flat": "flat, second", "flat, second": "flat"}
-        if self.picked is not None:
-            others |= {"leading": "followed", "followed": "leading"}
         if both:
             others |= {"leading": "second", "second": "leading"}
         return others.get(self.kind)
@@ -241,8 +242,6 @@ class Layout:
             (self.kind, self.own), self.others = self.others[0], (*self.others[1:], (self.kind, self.own))
         else:
             self.kind, self.corrected = self.alternative, not self.corrected
-        if self.picked is not None:
-            self.own = self.picked if self.kind == "followed" else None
         for cached in ("segments", "in_order"):
             self.__dict__.pop(cached, None)
 

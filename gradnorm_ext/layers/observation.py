@@ -203,12 +203,8 @@ class Memory:
     corrected: dict[tuple[str, str, int], Kind] = field(default_factory=dict)  # (parameter, function, dimensions)
     kinds: dict[tuple[str, str], set[Kind]] = field(default_factory=dict)  # (parameter, function): what was verified
     uses: dict[str, int] = field(default_factory=dict)  # how many uses of a parameter in one block were verified
-    labels: dict[tuple[str, str], str] = field(
-        default_factory=dict
-    )  # (parameter, function): which of several kinds of rows
-    picked: set[tuple[str, str]] = field(
-        default_factory=set
-    )  # (parameter, function): of rows that index tensors choose
+    labels: dict[tuple[str, str], str] = field(default_factory=dict)  # which of several kinds of rows, by the same
+    picked: set[tuple[str, str]] = field(default_factory=set)  # the same, of rows that index tensors choose
     unobservable: str | None = None  # why the model's compiled graphs run as they were written
     audited: set[str] = field(default_factory=set)  # parameters whose whole gradient was accounted for
     blocks: int = 0  # closed so far
@@ -300,7 +296,7 @@ class Observation:
                 self.slots[key].shard = self.slots[key].parameter
                 self.by_place |= dict.fromkeys(found, self.slots[key])
         self.batch_dim, self.backwards = batch_dim, backwards
-        self.rows_of = rows_of or {}  # by parameter or module: each row's example
+        self.rows_of = rows_of or {}  # by parameter: each row's example
         self.derives = derives  # uses without a rule are differentiated one example at a time
         self.sources = Sources(constants, gathers=shards is not None)
         self.modules: frozenset[int] = frozenset()  # of the model
@@ -435,8 +431,6 @@ class Observation:
         """Run a module's call. Those that come from outside of the model have the caller's order."""
         sources = self.sources
         sources.look_at_data(args)
-        if isinstance(module, nn.parallel.DistributedDataParallel):  # only the module inside belongs to the model
-            return run(module, *args, **kwargs)
         if self.inside or torch._C._current_graph_task_id() != -1:  # or a checkpoint computes it again
             if not sources.rows_per_example:
                 self._look_at_arguments(arguments_of(module, args, kwargs), of_model=False)
@@ -555,8 +549,7 @@ class Observation:
     def _told_rows(self, name: str, shape: tuple[int, ...]) -> Layout | None:
         """Of rows of which the caller has said, for this parameter, whose they are."""
         assert self.batch is not None
-        given = next((ids for key, ids in self.rows_of.items() if name == key or name.startswith(f"{key}.")), None)
-        if given is None:
+        if (given := self.rows_of.get(name)) is None:
             return None
         if len(given) != math.prod(shape):
             raise ValueError(
@@ -599,8 +592,7 @@ class Observation:
 
     def _layout_of_sizes(self, shape: tuple[int, ...]) -> Layout | None:
         assert self.batch is not None
-        kind = self.batch.kind_of(shape, self.sources.rows_per_example)
-        return None if kind is None else Layout(kind, shape, self.batch)
+        return self.batch.layout_of(shape, self.sources.rows_per_example)
 
     def is_input(self, tensor: Tensor) -> bool:
         """Whether this is an argument of the model that shows the batch, or a view of one."""
@@ -654,8 +646,7 @@ class Observation:
             and (layout.source is None or layout.source in known)
             and not layout.others
             and len(slot.uses) <= self.memory.uses.get(slot.name, 0)
-        )
-        use.is_known = use.is_known or not layout.rows
+        ) or not layout.rows
         if not use.is_known:
             if self.shards is None and not self.backward_once:
                 self.verify = self.verify or self.examples != 1
@@ -1029,8 +1020,8 @@ class Observation:
     def _refuse_late_hooks(self) -> None:
         """Hooks that came after norms may have been taken without them."""
         for slot in self.slots.values():
-            hooked = slot.hooks or slot.parameter._backward_hooks
-            if hooked and hooks_of(slot.parameter, self._hooks) != slot.hooks:
+            has_hooks = slot.hooks or slot.parameter._backward_hooks
+            if has_hooks and hooks_of(slot.parameter, self._hooks) != slot.hooks:
                 raise RuntimeError(
                     f"{self.who}: hooks on parameters must be the same from a block's beginning to its end, got others on "
                     f"{slot.name}; register and remove them outside of the block"
@@ -1073,9 +1064,9 @@ class Observation:
     def _combined(self, slot: Slot) -> Tensor:
         """The figures of a parameter with several uses, or with hooks."""
         if slot.hooks:
-            hooked = HookedGradients(self.who, slot.name, slot.parameter, slot.hooks, slot.deferred)
+            gradients = HookedGradients(self.who, slot.name, slot.parameter, slot.hooks, slot.deferred)
             tasks = slot.deferred[0].term.segments.groups.counts[-1]
-            return self._with_gram(hooked.sqnorms(), lambda: gram_of(hooked.of_tasks(tasks)))
+            return self._with_gram(gradients.sqnorms(), lambda: gram_of(gradients.of_tasks(tasks)))
         norms = combined_sqnorm(slot.deferred).clamp(min=0)
         return self._with_gram(norms, functools.partial(combined_gram, slot.deferred))
 

@@ -27,7 +27,7 @@ from torch.autograd.graph import GradientEdge
 
 from gradnorm_ext.gradients import GradientTerm
 from gradnorm_ext.layers.callsites import described
-from gradnorm_ext.layers.layouts import Examples, Layout
+from gradnorm_ext.layers.layouts import Examples, Kind, Layout
 from gradnorm_ext.layers.sources import DERIVED, Sources, tensors_in
 
 if TYPE_CHECKING:
@@ -46,9 +46,13 @@ class Anchor:
     edge: GradientEdge
     layout: Layout
     returned: bool
+    kind: Kind = field(init=False)  # as the caller is taken to mean it, whatever tests make of the layout
     row_sums: Tensor | None = None
     reached: bool = False  # a test from elsewhere has gone through it
     failed: bool = False
+
+    def __post_init__(self) -> None:
+        self.kind = self.layout.kind
 
 
 @dataclass(eq=False)
@@ -122,7 +126,8 @@ class RowTest:
         if (layout := layout_in_front(tensor, batch)) is None:
             return
         if returned and layout.kind == "leading":
-            layout.picked = self.observation.picked_rows(tensor, layout.shape)
+            picked = self.observation.picked_rows(tensor, layout.shape)
+            layout.others = () if picked is None else (("followed", picked),)
         edge = torch.autograd.graph.get_gradient_edge(tensor)
         if any(anchor.edge == edge for anchor in self.anchors):
             return
@@ -226,7 +231,7 @@ class RowTest:
         self, run: _Run, passed: dict[Use, Tensor], roots: Sequence[Use], root: Layout, origin: Anchor | None
     ) -> Evidence | None:
         """What ties the order of a test to the caller's."""
-        if origin is not None and not root.corrected:
+        if origin is not None and origin.kind == root.kind:
             return "output"
         if any(use.layout.anchored and bool(seen.any()) for use, seen in passed.items()):
             return "input"
@@ -448,10 +453,9 @@ def layout_in_front(tensor: Tensor, batch: Examples) -> Layout | None:
     if tensor.dim() <= batch.batch_dim and not batch.told(tensor.shape):
         return None
     shape = tuple(tensor.shape[: max(1, tensor.dim() - 1)])
-    kind = batch.kind_of(shape, set())
-    if kind == "packed" or kind == "leading" or (kind == "second" and batch.batch_dim == 1):
-        return Layout(kind, shape, batch)
-    return None
+    layout = batch.layout_of(shape)
+    in_front = ("packed", "leading", "second") if batch.batch_dim == 1 else ("packed", "leading")
+    return layout if layout is not None and layout.kind in in_front else None
 
 
 class _Paths:

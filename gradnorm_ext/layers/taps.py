@@ -480,10 +480,10 @@ def _set_class(module: nn.Module, own: type) -> None:
 
 def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Observation) -> None:
     """Make every read of a trainable parameter through these modules (of one model, itself first) a tap."""
-    distributed = nn.parallel.DistributedDataParallel
-    observation.modules = frozenset(id(module) for _, module in modules if not isinstance(module, distributed))
-    outermost = next(module for _, module in modules if not isinstance(module, distributed))
-    for name, module in modules:
+    # What DDP wraps is the model: its own backward queues a reduction that no test may start.
+    modules = [one for one in modules if not isinstance(one[1], nn.parallel.DistributedDataParallel)]
+    observation.modules = frozenset(id(module) for _, module in modules)
+    for index, (name, module) in enumerate(modules):
         if _SESSION in module.__dict__:
             release_modules(modules, observation)
             raise RuntimeError(
@@ -507,7 +507,7 @@ def observe_modules(modules: Sequence[tuple[str, nn.Module]], observation: Obser
                 "use register_full_backward_hook"
             )
         has_parameters = any(parameter is not None for parameter in module._parameters.values())
-        if module is outermost or observation.verify or has_parameters:
+        if index == 0 or observation.verify or has_parameters:
             module.__dict__[_SESSION] = observation
             own: Any = type(module)
             _set_class(module, _observed_class(own))

@@ -72,8 +72,7 @@ def _like(of_output: Layout, tensor: Tensor) -> Layout | None:
     shape = tuple(tensor.shape[: max(1, tensor.dim() - 1)])
     if shape == of_output.shape:
         return of_output
-    kind = of_output.examples.kind_of(shape, set())
-    return None if kind is None else Layout(kind, shape, of_output.examples)
+    return of_output.examples.layout_of(shape)
 
 
 def _may_be_batched(observation: Observation, tensor: Tensor, derived: bool) -> bool:
